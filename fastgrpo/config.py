@@ -1,0 +1,404 @@
+"""Every setting of a run, typed and documented: YAML in, resolved YAML out.
+
+Strict: an unknown key, a wrong type or an impossible combination raises `ConfigError`, one line that names the
+key, the value, what is allowed and the nearest match.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line for the user (exit code 2)."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Unit = Annotated[float, Field(ge=0, le=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Run(Section):
+    dir: NonEmpty = Field("runs/default", description="Where everything this run writes goes.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="The 64-bit key of all noise and all draws.")
+    resume: bool | Literal["auto"] = Field(
+        False,
+        description="true: continue the checkpoint in run.dir (an error without one); false: refuse a used run.dir; "
+        "auto: continue if there is a checkpoint, else start.",
+    )
+
+
+class Lora(Section):
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = Field(64.0, description="The update is scaled by alpha / rank.")
+    targets: list[NonEmpty] | None = Field(None, description="Module name endings; null: the family's attention.")
+
+
+class Model(Section):
+    family: NonEmpty = Field(description="Which file of fastgrpo/models serves it: flux.")
+    path: NonEmpty = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the forward pass; masters are float32.")
+    height: PositiveInt = 512
+    width: PositiveInt = 512
+    frames: PositiveInt = Field(1, description="1 for images.")
+    guidance: Annotated[float, Field(ge=0)] = Field(3.5, description="Guidance scale, as the pipeline takes it.")
+    max_sequence_length: PositiveInt = Field(512, description="Text tokens.")
+    lora: Lora | None = Field(None, description="null: full fine-tuning.")
+    activation_checkpointing: Literal["none", "all"] | PositiveInt = Field(
+        "none", description="all: every block is recomputed in backward; k: every k-th block."
+    )
+
+
+class Prompts(Section):
+    train: NonEmpty = Field(
+        description="A .txt, .jsonl or .csv file, shapes:train, or hf:<dataset>[:split[:column]] on the hub."
+    )
+    heldout: str | None = Field(None, description="Prompts never trained on, for evaluation; same forms.")
+
+
+class WindowSteps(Section):
+    """Consecutive trained steps; the others are deterministic (MixGRPO, arXiv 2507.21802)."""
+
+    kind: Literal["window"] = "window"
+    size: PositiveInt = Field(4, description="Trained transitions.")
+    start: Annotated[int, Field(ge=0)] = Field(0, description="First trained transition; 0 is the noisiest.")
+    move: Literal["fixed", "progressive", "random"] = Field(
+        "fixed", description="progressive: shifts by stride every `every` iterations, and wraps; random: drawn anew."
+    )
+    every: PositiveInt = Field(25, description="Iterations between moves.")
+    stride: PositiveInt = 1
+
+
+class SubsetSteps(Section):
+    """All transitions but the last are stochastic; each sample trains a random subset (DanceGRPO)."""
+
+    kind: Literal["subset"] = "subset"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.6
+
+
+class Rollout(Section):
+    prompts_per_iteration: PositiveInt = Field(8, description="Prompts an iteration, over all ranks.")
+    group_size: Annotated[int, Field(ge=2)] = Field(12, description="Samples of each prompt.")
+    steps: Annotated[int, Field(ge=2)] = Field(16, description="Sampling steps.")
+    shift: PositiveFloat | Literal["pipeline"] = Field(
+        "pipeline", description="k in k·σ/(1+(k−1)·σ); pipeline: as its scheduler says, by resolution if it does."
+    )
+    sampler: Literal["dance_sde", "flow_sde", "cps"] = Field("dance_sde", description="The stochastic transitions.")
+    eta: PositiveFloat = Field(0.3, description="Noise level of the sampler: η, or n for flow_sde and cps.")
+    trained: WindowSteps | SubsetSteps = Field(
+        default_factory=WindowSteps, discriminator="kind", description="Which steps are stochastic and trained."
+    )
+    shared_noise: bool = Field(True, description="One initial noise for a prompt's whole group.")
+    share_prefix: bool = Field(
+        True, description="With shared_noise: evaluate what a group has in common once per prompt, not per sample."
+    )
+    forward_batch: PositiveInt = Field(
+        16, description="Rows of every forward pass, rollout and replay alike; a constant of the numerics."
+    )
+    decode_batch: PositiveInt = 16
+    noise: Literal["auto", "keep", "regenerate"] = Field(
+        "auto", description="Of the trained steps: kept, or drawn again from its key; auto keeps it on a CPU only."
+    )
+
+
+class RewardSpec(Section):
+    name: NonEmpty = Field(description="A registered reward, or module:Class.")
+    weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict, description="Passed to the reward as it is.")
+
+
+class Advantage(Section):
+    clip: PositiveFloat = Field(5.0, description="Advantages are clamped to ± this.")
+    combine: Literal["advantage", "reward"] = Field(
+        "advantage", description="Several rewards: a weighted sum of normalised advantages (GDPO), or of rewards."
+    )
+    normalize: Literal["std", "mean_only"] = Field("std", description="Divide by the group's spread, or do not.")
+
+
+class ObjectiveConfig(Section):
+    ratio: Literal["gaussian", "unit", "ratio_norm"] = Field(
+        "gaussian", description="gaussian: π_new/π_old; unit: CPS trainers' unscaled form; ratio_norm: GRPO-Guard."
+    )
+    clip_low: PositiveFloat = Field(1e-4, description="The ratio is clipped below 1 − this.")
+    clip_high: PositiveFloat = Field(1e-4, description="… and above 1 + this.")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(None, description="Bounds the loss where A < 0.")
+    kl_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="Of the Gaussian KL to the reference model.")
+    dppo_threshold: PositiveFloat | None = Field(
+        None, description="Flow-DPPO: drop a pair whose KL exceeds this and whose ratio moves further out."
+    )
+
+
+class Optimizer(Section):
+    lr: PositiveFloat = 1e-5
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["constant", "cosine"] = Field("constant", description="After warm-up; cosine falls to zero.")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="Optimizer steps of linear warm-up.")
+
+
+class Update(Section):
+    optimizer_steps: PositiveInt = Field(1, description="Per rollout; each takes an equal share of the samples.")
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="null: no EMA.")
+    grad_sync: Literal["once", "per_micro_batch"] = Field(
+        "once", description="Gradients reduced over ranks once per optimizer step, or after each micro-batch."
+    )
+
+
+class Train(Section):
+    iterations: PositiveInt = 300
+
+
+class Eval(Section):
+    every: Annotated[int, Field(ge=0)] = Field(50, description="Iterations between held-out evaluations; 0: never.")
+    images: PositiveInt = Field(64, description="Images an evaluation draws, deterministically.")
+    steps: PositiveInt | None = Field(None, description="Sampling steps; null: rollout.steps.")
+    grid: PositiveInt = Field(24, description="Images of the fixed-seed grid.")
+    ema: bool = Field(True, description="Evaluate and export EMA weights where there are any.")
+
+
+class Checkpoint(Section):
+    every: Annotated[int, Field(ge=0)] = Field(50, description="Iterations between checkpoints; 0: only at the end.")
+    keep: PositiveInt = Field(2, description="The latest so many stay; the best by held-out reward stays too.")
+
+
+class Telemetry(Section):
+    tensorboard: bool = False
+    wandb_project: str | None = Field(None, description="null: no Weights & Biases.")
+    progress: bool = Field(True, description="A live line on the terminal.")
+
+
+class Parallel(Section):
+    fsdp: Literal["auto", "on", "off"] = Field(
+        "auto", description="FSDP2 sharding over all ranks; auto: on for several ranks, or where dtype is bfloat16."
+    )
+
+
+class Config(Section):
+    """A run. Written back, resolved, to `run.dir/config.yaml`."""
+
+    run: Run = Field(default_factory=Run)
+    model: Model
+    prompts: Prompts
+    rollout: Rollout = Field(default_factory=Rollout)
+    rewards: Annotated[list[RewardSpec], Field(min_length=1)]
+    advantage: Advantage = Field(default_factory=Advantage)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    update: Update = Field(default_factory=Update)
+    train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    telemetry: Telemetry = Field(default_factory=Telemetry)
+    parallel: Parallel = Field(default_factory=Parallel)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        roll, trained = self.rollout, self.rollout.trained
+        if isinstance(trained, WindowSteps) and trained.start + trained.size > roll.steps - 1:
+            raise ValueError(
+                f"rollout.trained: the window of {trained.size} from step {trained.start} reaches the last of "
+                f"{roll.steps} transitions, which is never trained; start + size must be at most {roll.steps - 1}"
+            )
+        if isinstance(trained, SubsetSteps) and int(trained.fraction * (roll.steps - 1)) < 1:
+            raise ValueError(
+                f"rollout.trained.fraction: {trained.fraction} of {roll.steps - 1} transitions is less than one step"
+            )
+        if roll.sampler == "cps" and roll.eta >= 1:
+            raise ValueError(f"rollout.eta: {roll.eta} is not below 1, as the noise level of cps must be")
+        samples = roll.prompts_per_iteration * roll.group_size
+        if samples % self.update.optimizer_steps:
+            raise ValueError(
+                f"update.optimizer_steps: {self.update.optimizer_steps} does not divide the {samples} samples of an "
+                "iteration (rollout.prompts_per_iteration × rollout.group_size)"
+            )
+        if self.eval.every and self.prompts.heldout is None:
+            raise ValueError("eval.every: needs prompts.heldout; give held-out prompts, or set eval.every to 0")
+        if sum(abs(r.weight) for r in self.rewards) == 0:
+            raise ValueError("rewards: every weight is 0, so nothing would be learned; give one a weight")
+        if self.model.dtype == "bfloat16" and self.parallel.fsdp == "off":
+            raise ValueError("parallel.fsdp: off cannot serve model.dtype bfloat16, whose float32 masters FSDP2 keeps")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: `1e-5` is a number, as everyone writes it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConfigError(f"{key.value}: given twice (line {key.start_mark.line + 1})")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises ConfigError, naming `where` and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0] or type(error).__name__
+        raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """The resolved config of a YAML file and `key.sub=value` overrides. Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean '{path.with_name(near[0])}'?" if near else ""
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror or error}{hint}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: cannot read the config: not UTF-8 text") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, not {_kind(data)}")
+    for item in overrides:
+        _override(data, item)
+    return validate(data)
+
+
+def validate(data: dict) -> Config:
+    """A Config from plain data. Raises ConfigError: one line for the first of its errors."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(data: dict, item: str) -> None:
+    key, equals, value = item.partition("=")
+    keys = key.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"'{item}': an override is written key.sub=value, e.g. train.iterations=10")
+    node = data
+    for part in keys[:-1]:
+        if isinstance(node, list):
+            node = _item(node, part, key)
+            continue
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"{key}: '{part}' is {_kind(node)}, not a section")
+    parsed = parse_yaml(value, key)
+    if isinstance(node, list):
+        _item(node, keys[-1], key)
+        node[int(keys[-1])] = parsed
+    else:
+        node[keys[-1]] = parsed
+
+
+def _item(node: list, part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"{key}: '{part}' is not an index of a list of {len(node)}")
+    return node[int(part)]
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a section", list: "a list", str: "text", type(None): "empty", bool: "true/false"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    known = [part for part in first["loc"] if not _is_union_tag(part)]
+    key = ".".join(str(part) for part in known)
+    kind, given = first["type"], first.get("input")
+    if kind == "value_error":
+        return str(first["ctx"]["error"])
+    if kind == "missing":
+        return f"{key}: this setting is required"
+    if kind == "extra_forbidden":
+        names = _siblings(known)
+        near = difflib.get_close_matches(str(known[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        return f"{key}: unknown setting; {hint}(one of: {', '.join(names)})"
+    union = [e for e in error.errors() if _same_place(e["loc"], known)]
+    wants = list(dict.fromkeys(_wish(e) for e in union)) or [_wish(first)]
+    near = ""
+    if isinstance(given, str):
+        options = [o for e in union for o in re.findall(r"'([^']+)'", str(e.get("ctx", {}).get("expected", "")))]
+        match = difflib.get_close_matches(given, options, n=1)
+        near = f"did you mean '{match[0]}'? " if match else ""
+    return f"{key}: {_shown(given)} is not valid; {near}it should be {', or '.join(wants)}"
+
+
+def _wish(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _is_union_tag(part: Any) -> bool:
+    """Pydantic adds the union member's name to a location; settings are lower-case identifiers or indices."""
+    if isinstance(part, int):
+        return False
+    return part in {"window", "subset", "int", "bool", "float", "str"} or bool(re.search(r"[\[\(]|^[A-Z]", part))
+
+
+def _same_place(loc: tuple, known: list) -> bool:
+    return [part for part in loc if not _is_union_tag(part)] == known
+
+
+def _siblings(known: list) -> list[str]:
+    """The settings of the section that an unknown key was written in."""
+    models: list[type[BaseModel]] = [Config]
+    for part in known[:-1]:
+        if isinstance(part, int):
+            continue
+        found = []
+        for model in models:
+            field = model.model_fields.get(part)
+            if field is not None:
+                found += _models_in(field.annotation)
+        models = found or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (Union, types.UnionType, list, Annotated):
+        return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
+    return []
