@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastgrpo.shapes.world import COLORS, MAX_OBJECTS, SHAPES, ShapesPrompt
+from fastgrpo.shapes.world import COLORS, MAX_OBJECTS, ShapesPrompt, slots
 
-# Radii in pixels of a 32-pixel image, by the number of objects in it.
-_RADII = {1: (5.5, 7.5), 2: (4.5, 5.6), 3: (4.0, 4.8), 4: (3.8, 4.3)}
+# Least and greatest radius in pixels of a 32-pixel image; the row is the number of objects in it.
+_RADII = np.array([(0.0, 0.0), (5.5, 7.5), (4.5, 5.6), (4.0, 4.8), (3.8, 4.3)])
 # Half the side of the box that holds any shape, in radii.
 _EXTENT = 1.08
 # Clear pixels between two boxes, and between a box and the edge of the image.
@@ -19,10 +19,6 @@ _CANDIDATES = 16
 _CHUNK = 256
 
 _PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
-_COLOR_INDEX = {name: i for i, name in enumerate(COLORS)}
-_SHAPE_INDEX = {name: i for i, name in enumerate(SHAPES)}
-# Unit vector (x, y; y points down) from the second object to the first.
-_DIRECTION = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -34,23 +30,17 @@ class Scenes:
     center: np.ndarray  # [N, MAX_OBJECTS, 2], (x, y) in pixels
     radius: np.ndarray  # [N, MAX_OBJECTS], pixels
 
+    def __getitem__(self, rows: slice | np.ndarray) -> "Scenes":
+        """The scenes of some rows."""
+        return Scenes(self.shape[rows], self.color[rows], self.center[rows], self.radius[rows])
+
 
 def sample_scenes(prompts: Sequence[ShapesPrompt], rng: np.random.Generator, size: int = 32) -> Scenes:
     """One random scene per prompt that satisfies it, objects well apart, for images of `size` pixels."""
-    n = len(prompts)
-    shape = np.full((n, MAX_OBJECTS), -1)
-    color = rng.integers(len(COLORS), size=(n, MAX_OBJECTS))
-    direction = np.zeros((n, 2))
-    for i, prompt in enumerate(prompts):
-        slots = [o for o in prompt.objects for _ in range(o.count)]
-        shape[i, : len(slots)] = [_SHAPE_INDEX[o.shape] for o in slots]
-        for k, spec in enumerate(slots):
-            if spec.color is not None:
-                color[i, k] = _COLOR_INDEX[spec.color]
-        if prompt.relation is not None:
-            direction[i] = _DIRECTION[prompt.relation]
-    low, high = np.array([_RADII[count] for count in (shape >= 0).sum(1)]).reshape(n, 2).T[..., None] * (size / 32)
-    radius = rng.uniform(low, high, size=(n, MAX_OBJECTS))
+    shape, color, direction = slots(prompts)
+    color = np.where(color < 0, rng.integers(len(COLORS), size=color.shape), color)
+    low, high = _RADII[(shape >= 0).sum(1)].T[..., None] * (size / 32)
+    radius = rng.uniform(low, high, size=shape.shape)
     return Scenes(shape, color, _place(shape >= 0, radius, direction, rng, size), radius)
 
 
@@ -70,12 +60,12 @@ def _place(
         low = (extent[pending] + _BORDER * unit)[:, None, :, None]
         trial = rng.uniform(low, size - low, size=(len(pending), _CANDIDATES, MAX_OBJECTS, 2))
         offset = np.abs(trial[:, :, first] - trial[:, :, second]).max(-1)
-        valid = ((offset >= apart[pending, None]) | ~both[pending, None]).all(-1)
+        spaced = np.logical_or(offset >= apart[pending, None], ~both[pending, None]).all(-1)
         delta = trial[:, :, 0] - trial[:, :, 1]
         along = (delta * direction[pending, None]).sum(-1)
         across = np.abs(delta).sum(-1) - np.abs(along)
-        valid &= (along >= across + _LEAD * unit) | ~related[pending, None]
-        found = valid.any(1)
+        valid = np.logical_and(spaced, np.logical_or(along >= across + _LEAD * unit, ~related[pending, None]))
+        found = valid.any(axis=1)
         center[pending[found]] = trial[found, valid[found].argmax(1)]
         pending = pending[~found]
     return center
@@ -110,22 +100,20 @@ def draw(scenes: Scenes, rng: np.random.Generator, size: int = 32) -> np.ndarray
     images = np.empty((n, size, size, 3), dtype=np.uint8)
     for start in range(0, n, _CHUNK):
         part = slice(start, start + _CHUNK)
-        images[part] = _draw_chunk(*(a[part] for a in vars(scenes).values()), background[part], size)
+        images[part] = _draw_chunk(scenes[part], background[part], size)
     return images
 
 
-def _draw_chunk(
-    shape: np.ndarray, color: np.ndarray, center: np.ndarray, radius: np.ndarray, background: np.ndarray, size: int
-) -> np.ndarray:
+def _draw_chunk(scenes: Scenes, background: np.ndarray, size: int) -> np.ndarray:
     pixel = np.arange(size, dtype=np.float32) + 0.5
-    canvas = np.zeros((len(shape), size, size, 3), dtype=np.float32) + background[:, None, None]
+    canvas = np.zeros((len(background), size, size, 3), dtype=np.float32) + background[:, None, None]
     for slot in range(MAX_OBJECTS):
         for index, distance in enumerate(_DISTANCES):
-            rows = np.flatnonzero(shape[:, slot] == index)
-            x, y = center[rows, slot].astype(np.float32).T[:, :, None]
-            r = radius[rows, slot, None, None].astype(np.float32)
+            rows = np.flatnonzero(scenes.shape[:, slot] == index)
+            x, y = scenes.center[rows, slot].astype(np.float32).T[:, :, None]
+            r = scenes.radius[rows, slot, None, None].astype(np.float32)
             coverage = np.clip(0.5 - distance((pixel - x)[:, None, :], (pixel - y)[:, :, None], r), 0, 1)
-            contrast = _PALETTE[color[rows, slot]] - background[rows]
+            contrast = _PALETTE[scenes.color[rows, slot]] - background[rows]
             canvas[rows] += coverage[..., None] * contrast[:, None, None]
     return np.rint(canvas).astype(np.uint8)
 

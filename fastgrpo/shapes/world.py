@@ -10,6 +10,9 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 # Near the corners of the RGB cube: mixing with the dark background under blur changes brightness, not hue.
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -35,6 +38,7 @@ MAX_OBJECTS = 4
 
 _PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_DIRECTION = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,30 @@ class ShapesPrompt:
         if self.relation is None:
             return tuple(sorted(self.objects, key=lambda o: o.phrase)), None
         return self.objects, self.relation
+
+
+class Slots(NamedTuple):
+    """Prompts as arrays, one slot an object, in the order of the text; an unused slot has shape -1."""
+
+    shape: np.ndarray  # [N, MAX_OBJECTS], index into SHAPES
+    color: np.ndarray  # [N, MAX_OBJECTS], index into COLORS; -1 is any colour
+    direction: np.ndarray  # [N, 2], unit (x, y) from the second object to the first, y down; 0 without a relation
+
+
+@functools.cache
+def _slots(prompt: ShapesPrompt) -> Slots:
+    specs = [o for o in prompt.objects for _ in range(o.count)]
+    shape = np.full(MAX_OBJECTS, -1)
+    color = np.full(MAX_OBJECTS, -1)
+    shape[: len(specs)] = [SHAPES.index(o.shape) for o in specs]
+    color[: len(specs)] = [-1 if o.color is None else list(COLORS).index(o.color) for o in specs]
+    direction = _DIRECTION[prompt.relation] if prompt.relation is not None else (0, 0)
+    return Slots(shape, color, np.array(direction, dtype=np.float64))
+
+
+def slots(prompts: Sequence[ShapesPrompt]) -> Slots:
+    """What each prompt asks for, as arrays."""
+    return Slots(*(np.stack(column) for column in zip(*map(_slots, prompts), strict=True)))
 
 
 def _prompt(category: str, *objects: ObjectSpec, relation: str | None = None) -> ShapesPrompt:
