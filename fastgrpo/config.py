@@ -16,9 +16,7 @@ from typing import Annotated, Any, Literal, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one line for the user (exit code 2)."""
+from fastgrpo.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -34,10 +32,12 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Run(Section):
-    dir: NonEmpty = Field("runs/default", description="Where everything this run writes goes.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="The 64-bit key of all noise and all draws.")
+    dir: NonEmpty = Field(default="runs/default", description="Where everything this run writes goes.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="The 64-bit key of all noise and all draws."
+    )
     resume: bool | Literal["auto"] = Field(
-        False,
+        default=False,
         description="true: continue the checkpoint in run.dir (an error without one); false: refuse a used run.dir; "
         "auto: continue if there is a checkpoint, else start.",
     )
@@ -45,22 +45,28 @@ class Run(Section):
 
 class Lora(Section):
     rank: PositiveInt = 32
-    alpha: PositiveFloat = Field(64.0, description="The update is scaled by alpha / rank.")
-    targets: list[NonEmpty] | None = Field(None, description="Module name endings; null: the family's attention.")
+    alpha: PositiveFloat = Field(default=64.0, description="The update is scaled by alpha / rank.")
+    targets: list[NonEmpty] | None = Field(
+        default=None, description="Module name endings; null: the family's attention."
+    )
 
 
 class Model(Section):
     family: NonEmpty = Field(description="Which file of fastgrpo/models serves it: flux.")
     path: NonEmpty = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the forward pass; masters are float32.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of the forward pass; masters are float32."
+    )
     height: PositiveInt = 512
     width: PositiveInt = 512
-    frames: PositiveInt = Field(1, description="1 for images.")
-    guidance: Annotated[float, Field(ge=0)] = Field(3.5, description="Guidance scale, as the pipeline takes it.")
-    max_sequence_length: PositiveInt = Field(512, description="Text tokens.")
-    lora: Lora | None = Field(None, description="null: full fine-tuning.")
+    frames: PositiveInt = Field(default=1, description="1 for images.")
+    guidance: Annotated[float, Field(ge=0)] = Field(
+        default=3.5, description="Guidance scale, as the pipeline takes it."
+    )
+    max_sequence_length: PositiveInt = Field(default=512, description="Text tokens.")
+    lora: Lora | None = Field(default=None, description="null: full fine-tuning.")
     activation_checkpointing: Literal["none", "all"] | PositiveInt = Field(
-        "none", description="all: every block is recomputed in backward; k: every k-th block."
+        default="none", description="all: every block is recomputed in backward; k: every k-th block."
     )
 
 
@@ -68,19 +74,20 @@ class Prompts(Section):
     train: NonEmpty = Field(
         description="A .txt, .jsonl or .csv file, shapes:train, or hf:<dataset>[:split[:column]] on the hub."
     )
-    heldout: str | None = Field(None, description="Prompts never trained on, for evaluation; same forms.")
+    heldout: str | None = Field(default=None, description="Prompts never trained on, for evaluation; same forms.")
 
 
 class WindowSteps(Section):
     """Consecutive trained steps; the others are deterministic (MixGRPO, arXiv 2507.21802)."""
 
     kind: Literal["window"] = "window"
-    size: PositiveInt = Field(4, description="Trained transitions.")
-    start: Annotated[int, Field(ge=0)] = Field(0, description="First trained transition; 0 is the noisiest.")
+    size: PositiveInt = Field(default=4, description="Trained transitions.")
+    start: Annotated[int, Field(ge=0)] = Field(default=0, description="First trained transition; 0 is the noisiest.")
     move: Literal["fixed", "progressive", "random"] = Field(
-        "fixed", description="progressive: shifts by stride every `every` iterations, and wraps; random: drawn anew."
+        default="fixed",
+        description="progressive: shifts by stride every `every` iterations, and wraps; random: drawn anew.",
     )
-    every: PositiveInt = Field(25, description="Iterations between moves.")
+    every: PositiveInt = Field(default=25, description="Iterations between moves.")
     stride: PositiveInt = 1
 
 
@@ -92,27 +99,32 @@ class SubsetSteps(Section):
 
 
 class Rollout(Section):
-    prompts_per_iteration: PositiveInt = Field(8, description="Prompts an iteration, over all ranks.")
-    group_size: Annotated[int, Field(ge=2)] = Field(12, description="Samples of each prompt.")
-    steps: Annotated[int, Field(ge=2)] = Field(16, description="Sampling steps.")
+    prompts_per_iteration: PositiveInt = Field(default=8, description="Prompts an iteration, over all ranks.")
+    group_size: Annotated[int, Field(ge=2)] = Field(default=12, description="Samples of each prompt.")
+    steps: Annotated[int, Field(ge=2)] = Field(default=16, description="Sampling steps.")
     shift: PositiveFloat | Literal["pipeline"] = Field(
-        "pipeline", description="k in k·σ/(1+(k−1)·σ); pipeline: as its scheduler says, by resolution if it does."
+        default="pipeline",
+        description="k in k·σ/(1+(k−1)·σ); pipeline: as its scheduler says, by resolution if it does.",
     )
-    sampler: Literal["dance_sde", "flow_sde", "cps"] = Field("dance_sde", description="The stochastic transitions.")
-    eta: PositiveFloat = Field(0.3, description="Noise level of the sampler: η, or n for flow_sde and cps.")
+    sampler: Literal["dance_sde", "flow_sde", "cps"] = Field(
+        default="dance_sde", description="The stochastic transitions."
+    )
+    eta: PositiveFloat = Field(default=0.3, description="Noise level of the sampler: η, or n for flow_sde and cps.")
     trained: WindowSteps | SubsetSteps = Field(
         default_factory=WindowSteps, discriminator="kind", description="Which steps are stochastic and trained."
     )
-    shared_noise: bool = Field(True, description="One initial noise for a prompt's whole group.")
+    shared_noise: bool = Field(default=True, description="One initial noise for a prompt's whole group.")
     share_prefix: bool = Field(
-        True, description="With shared_noise: evaluate what a group has in common once per prompt, not per sample."
+        default=True,
+        description="With shared_noise: evaluate what a group has in common once per prompt, not per sample.",
     )
     forward_batch: PositiveInt = Field(
-        16, description="Rows of every forward pass, rollout and replay alike; a constant of the numerics."
+        default=16, description="Rows of every forward pass, rollout and replay alike; a constant of the numerics."
     )
     decode_batch: PositiveInt = 16
     noise: Literal["auto", "keep", "regenerate"] = Field(
-        "auto", description="Of the trained steps: kept, or drawn again from its key; auto keeps it on a CPU only."
+        default="auto",
+        description="Of the trained steps: kept, or drawn again from its key; auto keeps it on a CPU only.",
     )
 
 
@@ -123,23 +135,29 @@ class RewardSpec(Section):
 
 
 class Advantage(Section):
-    clip: PositiveFloat = Field(5.0, description="Advantages are clamped to ± this.")
+    clip: PositiveFloat = Field(default=5.0, description="Advantages are clamped to ± this.")
     combine: Literal["advantage", "reward"] = Field(
-        "advantage", description="Several rewards: a weighted sum of normalised advantages (GDPO), or of rewards."
+        default="advantage",
+        description="Several rewards: a weighted sum of normalised advantages (GDPO), or of rewards.",
     )
-    normalize: Literal["std", "mean_only"] = Field("std", description="Divide by the group's spread, or do not.")
+    normalize: Literal["std", "mean_only"] = Field(
+        default="std", description="Divide by the group's spread, or do not."
+    )
 
 
 class ObjectiveConfig(Section):
     ratio: Literal["gaussian", "unit", "ratio_norm"] = Field(
-        "gaussian", description="gaussian: π_new/π_old; unit: CPS trainers' unscaled form; ratio_norm: GRPO-Guard."
+        default="gaussian",
+        description="gaussian: π_new/π_old; unit: CPS trainers' unscaled form; ratio_norm: GRPO-Guard.",
     )
-    clip_low: PositiveFloat = Field(1e-4, description="The ratio is clipped below 1 − this.")
-    clip_high: PositiveFloat = Field(1e-4, description="… and above 1 + this.")
-    dual_clip: Annotated[float, Field(gt=1)] | None = Field(None, description="Bounds the loss where A < 0.")
-    kl_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="Of the Gaussian KL to the reference model.")
+    clip_low: PositiveFloat = Field(default=1e-4, description="The ratio is clipped below 1 − this.")
+    clip_high: PositiveFloat = Field(default=1e-4, description="… and above 1 + this.")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(default=None, description="Bounds the loss where A < 0.")
+    kl_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Of the Gaussian KL to the reference model."
+    )
     dppo_threshold: PositiveFloat | None = Field(
-        None, description="Flow-DPPO: drop a pair whose KL exceeds this and whose ratio moves further out."
+        default=None, description="Flow-DPPO: drop a pair whose KL exceeds this and whose ratio moves further out."
     )
 
 
@@ -149,17 +167,21 @@ class Optimizer(Section):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    schedule: Literal["constant", "cosine"] = Field("constant", description="After warm-up; cosine falls to zero.")
-    warmup: Annotated[int, Field(ge=0)] = Field(0, description="Optimizer steps of linear warm-up.")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="After warm-up; cosine falls to zero."
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(default=0, description="Optimizer steps of linear warm-up.")
 
 
 class Update(Section):
-    optimizer_steps: PositiveInt = Field(1, description="Per rollout; each takes an equal share of the samples.")
+    optimizer_steps: PositiveInt = Field(
+        default=1, description="Per rollout; each takes an equal share of the samples."
+    )
     optimizer: Optimizer = Field(default_factory=Optimizer)
     max_grad_norm: PositiveFloat = 1.0
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="null: no EMA.")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no EMA.")
     grad_sync: Literal["once", "per_micro_batch"] = Field(
-        "once", description="Gradients reduced over ranks once per optimizer step, or after each micro-batch."
+        default="once", description="Gradients reduced over ranks once per optimizer step, or after each micro-batch."
     )
 
 
@@ -168,27 +190,32 @@ class Train(Section):
 
 
 class Eval(Section):
-    every: Annotated[int, Field(ge=0)] = Field(50, description="Iterations between held-out evaluations; 0: never.")
-    images: PositiveInt = Field(64, description="Images an evaluation draws, deterministically.")
-    steps: PositiveInt | None = Field(None, description="Sampling steps; null: rollout.steps.")
-    grid: PositiveInt = Field(24, description="Images of the fixed-seed grid.")
-    ema: bool = Field(True, description="Evaluate and export EMA weights where there are any.")
+    every: Annotated[int, Field(ge=0)] = Field(
+        default=50, description="Iterations between held-out evaluations; 0: never."
+    )
+    images: PositiveInt = Field(default=64, description="Images an evaluation draws, deterministically.")
+    steps: PositiveInt | None = Field(default=None, description="Sampling steps; null: rollout.steps.")
+    grid: PositiveInt = Field(default=24, description="Images of the fixed-seed grid.")
+    ema: bool = Field(default=True, description="Evaluate and export EMA weights where there are any.")
 
 
 class Checkpoint(Section):
-    every: Annotated[int, Field(ge=0)] = Field(50, description="Iterations between checkpoints; 0: only at the end.")
-    keep: PositiveInt = Field(2, description="The latest so many stay; the best by held-out reward stays too.")
+    every: Annotated[int, Field(ge=0)] = Field(
+        default=50, description="Iterations between checkpoints; 0: only at the end."
+    )
+    keep: PositiveInt = Field(default=2, description="The latest so many stay; the best by held-out reward stays too.")
 
 
 class Telemetry(Section):
     tensorboard: bool = False
-    wandb_project: str | None = Field(None, description="null: no Weights & Biases.")
-    progress: bool = Field(True, description="A live line on the terminal.")
+    wandb_project: str | None = Field(default=None, description="null: no Weights & Biases.")
+    progress: bool = Field(default=True, description="A live line on the terminal.")
 
 
 class Parallel(Section):
     fsdp: Literal["auto", "on", "off"] = Field(
-        "auto", description="FSDP2 sharding over all ranks; auto: on for several ranks, or where dtype is bfloat16."
+        default="auto",
+        description="FSDP2 sharding over all ranks; auto: on for several ranks, or where dtype is bfloat16.",
     )
 
 
@@ -342,7 +369,7 @@ def _one_line(error: ValidationError) -> str:
     key = ".".join(str(part) for part in known)
     kind, given = first["type"], first.get("input")
     if kind == "value_error":
-        return str(first["ctx"]["error"])
+        return str(first.get("ctx", {}).get("error"))
     if kind == "missing":
         return f"{key}: this setting is required"
     if kind == "extra_forbidden":

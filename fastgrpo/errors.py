@@ -1,0 +1,28 @@
+"""What a person can put right: one line each, printed without a traceback."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line that says what and how; the CLI exits with code 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting, or a file that a setting names, that cannot be used."""
+
+
+def require(module: str, extra: str, needed_by: str) -> None:
+    """Raises UserError, naming the extra to install, unless `module` is installed. Imports nothing."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{needed_by}: needs the package '{module}'; install it with: pip install 'fastgrpo[{extra}]'")
+
+
+def nearest(word: str, options: Iterable[str], cutoff: float = 0.5) -> str:
+    """`did you mean 'x'? ` for the option closest to `word`, or an empty string."""
+    import difflib
+
+    match = difflib.get_close_matches(word, list(options), n=1, cutoff=cutoff)
+    return f"did you mean '{match[0]}'? " if match else ""

@@ -1,0 +1,197 @@
+"""Prompt sources, and the sampler that says which prompts an iteration rolls out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgrpo.errors import ConfigError, nearest, require
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to draw. `image` is a path (the first frame, for image-to-video); `metadata` goes to the rewards."""
+
+    text: str
+    negative: str | None = None
+    image: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+def load_prompts(source: str) -> list[Prompt]:
+    """The prompts of a source, in its order.
+
+    `x.txt`: one prompt a line, blank lines skipped. `x.jsonl`, `x.csv`: `prompt`, and where given `negative_prompt`
+    and `image` (relative to the file); every other column goes to the metadata. `shapes:train`, `shapes:heldout`: the
+    embedded world. `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
+
+    Raises ConfigError, naming file and line where there is one, and UserError where an extra is missing.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "shapes":
+        prompts = _shapes(rest)
+    elif kind == "hf":
+        prompts = _hub(rest)
+    else:
+        prompts = list(_file(Path(source)))
+    if not prompts:
+        raise ConfigError(f"{source}: holds no prompts")
+    return prompts
+
+
+class PromptSampler:
+    """Which prompts each iteration rolls out: a pure function of (seed, iteration), so a resumed run continues it.
+
+    An epoch is a fresh permutation of the prompts, cut into whole iterations; what is left over at its end is not
+    used that epoch. The prompts of one iteration are distinct, unless there are fewer prompts than it takes: then
+    each occurs equally often, to within one.
+    """
+
+    def __init__(self, count: int, per_iteration: int, seed: int) -> None:
+        if count < 1 or per_iteration < 1:
+            raise ValueError(f"count and per_iteration must be at least 1, not {count} and {per_iteration}")
+        self.count, self.per_iteration, self.seed = count, per_iteration, seed
+        self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def at(self, iteration: int) -> np.ndarray:
+        """Indices [per_iteration] (int64) of the prompts of `iteration`, which counts from 0."""
+        iterations = self.count // self.per_iteration
+        if iterations:
+            epoch, slot = divmod(iteration, iterations)
+            return self._permutation(epoch)[slot * self.per_iteration : (slot + 1) * self.per_iteration].copy()
+        rounds = -(-self.per_iteration // self.count)
+        drawn = [self._permutation(iteration * rounds + i) for i in range(rounds)]
+        return np.concatenate(drawn)[: self.per_iteration]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._cached[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            self._cached = epoch, order.astype(np.int64)
+        return self._cached[1]
+
+
+def _shapes(part: str) -> list[Prompt]:
+    from fastgrpo.shapes import world
+
+    parts = dict(zip(("train", "heldout"), world.split(), strict=True))
+    if part not in parts:
+        raise ConfigError(
+            f"shapes:{part}: unknown prompts; {nearest(part, parts)}(one of: shapes:train, shapes:heldout)"
+        )
+    return [Prompt(p.text, metadata={"category": p.category}) for p in parts[part]]
+
+
+def _hub(spec: str) -> list[Prompt]:
+    require("datasets", "datasets", f"hf:{spec}")
+    import datasets
+
+    name, split, column = (*spec.split(":"), "", "")[:3]
+    split, column = split or "train", column or "prompt"
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"hf:{spec}: cannot load dataset '{name}', split '{split}': {reason}") from None
+    assert isinstance(rows, datasets.Dataset)
+    if column not in rows.column_names:
+        hint = nearest(column, rows.column_names)
+        raise ConfigError(
+            f"hf:{spec}: no column '{column}'; {hint}(one of: {', '.join(rows.column_names)}); "
+            "write hf:<dataset>:<split>:<column>"
+        )
+    # Images, audio and the like would be decoded for every row, and no reward has asked for them.
+    plain = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Value)]
+    rows = rows.select_columns([column, *(name for name in plain if name != column)])
+    prompts = []
+    for index, row in enumerate(rows):
+        record = dict(row)
+        record["prompt"] = record.pop(column)
+        record.pop("image", None)
+        prompts.append(_prompt(record, f"hf:{spec}: row {index}", None))
+    return prompts
+
+
+def _file(path: Path) -> Iterator[Prompt]:
+    readers = {".txt": _text_records, ".jsonl": _json_records, ".csv": _csv_records}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(
+            f"{path}: unknown prompt source; it should be a .txt, .jsonl or .csv file, shapes:train, shapes:heldout or "
+            "hf:<dataset>[:split[:column]]"
+        )
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        siblings = [p.name for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings).strip()
+        raise ConfigError(f"{path}: cannot read the prompts: {error.strerror}{'; ' + hint if hint else ''}") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text") from None
+    for line, record in reader(text, path):
+        yield _prompt(record, f"{path}:{line}", path.parent)
+
+
+def _text_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be read"
+            raise ConfigError(f"{path}:{number}: not valid JSON: {reason}") from None
+        if not isinstance(record, dict):
+            raise ConfigError(f'{path}:{number}: a line should be an object such as {{"prompt": "a red circle"}}')
+        yield number, record
+
+
+def _csv_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = reader.fieldnames or []
+        if "prompt" not in columns:
+            raise ConfigError(f"{path}:1: no column 'prompt' among the columns {', '.join(columns) or '(none)'}")
+        if len(set(columns)) < len(columns):
+            raise ConfigError(f"{path}:1: a column is named twice: {', '.join(columns)}")
+        # A quoted field may span lines: a record is named by its first.
+        line = reader.line_num + 1
+        for record in reader:
+            if None in record or None in record.values():
+                raise ConfigError(f"{path}:{line}: the row has not {len(columns)} fields as the header has")
+            yield line, {k: v or None if k in ("negative_prompt", "image") else v for k, v in record.items()}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _prompt(record: dict, where: str, folder: Path | None) -> Prompt:
+    """A Prompt of a record with `prompt`, `negative_prompt`, `image` and others; `folder` is where images are."""
+    if "prompt" not in record:
+        raise ConfigError(f"{where}: no 'prompt' among {', '.join(map(str, record)) or 'the keys'}")
+    text, negative, image = record.pop("prompt"), record.pop("negative_prompt", None), record.pop("image", None)
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"{where}: 'prompt' should be text, not {text!r:.60}")
+    for key, value in (("negative_prompt", negative), ("image", image)):
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{where}: '{key}' should be text, not {value!r:.60}")
+    if image is not None:
+        image = str((folder or Path()) / image)
+        if not Path(image).is_file():
+            raise ConfigError(f"{where}: 'image': no such file: {image}")
+    return Prompt(text, negative, image, record)
