@@ -54,7 +54,7 @@ def _place(
     first, second = np.triu_indices(MAX_OBJECTS, 1)
     apart = extent[:, first] + extent[:, second] + _GAP * unit
     both = used[:, first] & used[:, second]
-    related = direction.any(1)
+    related = np.abs(direction).sum(1) > 0
     pending = np.arange(len(radius))
     while len(pending):
         low = (extent[pending] + _BORDER * unit)[:, None, :, None]
@@ -89,8 +89,8 @@ def _cross(dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(dx - length, dy - width), np.maximum(dx - width, dy - length))
 
 
-# Signed distance in pixels, negative inside, in the order of SHAPES.
-_DISTANCES = (_circle, _square, _triangle, _cross)
+# Signed distance in pixels, negative inside, of (dx, dy, radius), in the order of SHAPES; dx and dy broadcast.
+DISTANCES = (_circle, _square, _triangle, _cross)
 
 
 def draw(scenes: Scenes, rng: np.random.Generator, size: int = 32) -> np.ndarray:
@@ -108,7 +108,7 @@ def _draw_chunk(scenes: Scenes, background: np.ndarray, size: int) -> np.ndarray
     pixel = np.arange(size, dtype=np.float32) + 0.5
     canvas = np.zeros((len(background), size, size, 3), dtype=np.float32) + background[:, None, None]
     for slot in range(MAX_OBJECTS):
-        for index, distance in enumerate(_DISTANCES):
+        for index, distance in enumerate(DISTANCES):
             rows = np.flatnonzero(scenes.shape[:, slot] == index)
             x, y = scenes.center[rows, slot].astype(np.float32).T[:, :, None]
             r = scenes.radius[rows, slot, None, None].astype(np.float32)
