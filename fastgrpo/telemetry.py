@@ -1,0 +1,253 @@
+"""What a run tells: metrics.jsonl (always), TensorBoard and W&B (when asked), phase times, memory, a live line."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgrpo.config import Config
+from fastgrpo.errors import UserError, require
+
+
+class Telemetry:
+    """Metrics and images of a run, written by the main process; everywhere else every method does nothing.
+
+    Raises UserError, at once, where TensorBoard or W&B is asked for and not installed.
+    """
+
+    def __init__(self, run_dir: str | Path, config: Config, main: bool = True) -> None:
+        self._main = main
+        if not main:
+            return
+        self._dir = Path(run_dir)
+        self._dir.mkdir(parents=True, exist_ok=True)
+        self._config = config
+        if config.telemetry.tensorboard:
+            require("tensorboard", "logging", "telemetry.tensorboard")
+        if config.telemetry.wandb_project is not None:
+            require("wandb", "logging", "telemetry.wandb_project")
+        self._file = (self._dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._purge_step: int | None = None
+        self._board_: Any = None
+        self._wandb_: Any = None
+
+    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """One JSON line, `{"iteration": …, **metrics}`, flushed; a number that is not finite is written as null."""
+        if not self._main:
+            return
+        line: dict[str, float | int | None] = {"iteration": iteration}
+        line |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if board := self._board():
+            for name, value in metrics.items():
+                board.add_scalar(name, value, iteration)
+        if run := self._wandb():
+            run.log(dict(metrics), step=iteration)
+
+    def images(self, iteration: int, tag: str, png_path: str | Path, captions: Sequence[str]) -> None:
+        """The grid image at `png_path` with its captions, to TensorBoard and W&B; the file itself stays where it is."""
+        if not self._main:
+            return
+        if board := self._board():
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(png_path) as image:
+                board.add_image(tag, np.asarray(image.convert("RGB")), iteration, dataformats="HWC")
+            board.add_text(
+                f"{tag}/prompts", "\n".join(f"{i + 1}. {text}" for i, text in enumerate(captions)), iteration
+            )
+        if run := self._wandb():
+            image_type = importlib.import_module("wandb").Image
+            run.log({tag: image_type(str(png_path), caption="\n".join(captions))}, step=iteration)
+
+    def rewind(self, iteration: int) -> None:
+        """Drops what was logged at or past `iteration`, from which a resumed run goes on. Called before `log`."""
+        if not self._main:
+            return
+        self._file.close()
+        path = self._dir / "metrics.jsonl"
+        kept = [json.dumps(line, allow_nan=False) for line in read_metrics(self._dir) if line["iteration"] < iteration]
+        scratch = path.with_suffix(".tmp")
+        with scratch.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._purge_step = iteration
+
+    def close(self) -> None:
+        if not self._main:
+            return
+        self._file.close()
+        if self._board_ is not None:
+            self._board_.close()
+        if self._wandb_ is not None:
+            self._wandb_.finish()
+
+    def _board(self) -> Any:
+        """The TensorBoard writer, opened at the first use: only then is it known where a resumed run goes on."""
+        if self._config.telemetry.tensorboard and self._board_ is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board_ = SummaryWriter(str(self._dir / "tensorboard"), purge_step=self._purge_step)
+        return self._board_
+
+    def _wandb(self) -> Any:
+        """The W&B run. A resumed one goes on under its id; steps it had already logged past the checkpoint stay."""
+        project = self._config.telemetry.wandb_project
+        if project is not None and self._wandb_ is None:
+            id_file = self._dir / "wandb_id"
+            if not id_file.exists():
+                id_file.write_text(secrets.token_hex(4))
+            self._wandb_ = importlib.import_module("wandb").init(
+                project=project,
+                name=self._dir.name,
+                dir=str(self._dir),
+                id=id_file.read_text().strip(),
+                resume="allow",
+                config=self._config.model_dump(mode="json"),
+            )
+        return self._wandb_
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, `[]` without one; a last line that a kill cut short is left out.
+
+    Raises UserError, naming the line, where any other is not what `Telemetry.log` writes.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    last = lines.pop()
+    records = []
+    for number, text in enumerate([*lines, last] if last else lines, 1):
+        try:
+            record = json.loads(text)
+            int(record["iteration"])
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines) + 1:
+                break
+            raise UserError(f"{path}:{number}: not a line of metrics; remove it to go on") from None
+        records.append(record)
+    return records
+
+
+class PhaseTimer:
+    """Seconds by phase. On a GPU, CUDA events mark the phases and nothing waits for them before `read`."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._cuda = torch.device(device).type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to `name`; phases do not nest."""
+        if self._cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            try:
+                yield
+            finally:
+                end.record()
+                self._events.append((name, start, end))
+            return
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last read, with `total` (of the clock) and `other` (in no phase). Starts anew.
+
+        On a GPU it waits for the last phase to end: the one read of an iteration.
+        """
+        if self._events:
+            self._events[-1][2].synchronize()
+        for name, start, end in self._events:
+            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+        seconds, self._seconds, self._events = self._seconds, {}, []
+        now = time.perf_counter()
+        total, self._since = now - self._since, now
+        return {**seconds, "other": max(0.0, total - sum(seconds.values())), "total": total}
+
+
+def peak_memory_bytes() -> int:
+    """The most memory ever allocated: on the current GPU where there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Progress:
+    """One live line on a terminal (iteration, reward, seconds an iteration, time left); else a line every 10 s."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, total: int, start: int = 0, enabled: bool = True) -> None:
+        self._total, self._done, self._start, self._enabled = total, start, start, enabled
+        self._begin = self._spoke = time.perf_counter()
+        self._bar: Any = None
+        if not enabled:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        self._console = Console(stderr=True)
+        if self._console.is_terminal:
+            columns = (TextColumn("iteration"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[state]}"))
+            self._bar = RichProgress(*columns, console=self._console)
+            self._task = self._bar.add_task("train", total=total, completed=start, state="starting")
+            self._bar.start()
+
+    def update(self, done: int, reward: float) -> None:
+        """`done` iterations are behind us, the last with this mean reward."""
+        if not self._enabled:
+            return
+        now = time.perf_counter()
+        self._done = done
+        pace = (now - self._begin) / max(1, done - self._start)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - done)))
+        state = f"reward {reward:.3f} · {pace:.2f} s/iteration · {left} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, state=state)
+        elif now - self._spoke >= self.SECONDS_BETWEEN_LINES or done == self._total:
+            self._spoke = now
+            print(f"iteration {done}/{self._total} · {state}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif self._enabled:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,18 @@
+"""Which tests run where: `gpu` needs CUDA; `full` takes minutes and runs only when asked for by `-m`."""
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two cores are shared by the test processes that some tests start.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.getoption("markexpr") or ""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if "full" in item.keywords and "full" not in asked:
+            item.add_marker(pytest.mark.skip(reason="minutes long: pytest -m full, or make test-full"))

@@ -1,0 +1,175 @@
+"""Metrics on disk, rewinding them on resume, phase times, the live line."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastgrpo.config import Config, validate
+from fastgrpo.errors import UserError
+from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry, peak_memory_bytes, read_metrics
+
+
+def make_config(**telemetry) -> Config:
+    return validate(
+        {
+            "model": {"family": "flux", "path": "shapes:flux"},
+            "prompts": {"train": "shapes:train", "heldout": "shapes:heldout"},
+            "rewards": [{"name": "shapes"}],
+            "telemetry": telemetry,
+        }
+    )
+
+
+def test_each_iteration_is_one_line_on_disk_at_once(tmp_path):
+    telemetry = Telemetry(tmp_path, make_config())
+    telemetry.log(0, {"reward/mean": 0.5, "lr": 1e-5})
+    telemetry.log(1, {"reward/mean": float("nan")})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"iteration": 0, "reward/mean": 0.5, "lr": 1e-5},
+        {"iteration": 1, "reward/mean": None},
+    ]
+    telemetry.close()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    telemetry = Telemetry(tmp_path / "run", make_config(tensorboard=True), main=False)
+    telemetry.log(0, {"reward/mean": 0.5})
+    telemetry.images(0, "heldout", tmp_path / "none.png", [])
+    telemetry.rewind(0)
+    telemetry.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_leaves_the_file_of_one_never_stopped(tmp_path):
+    def run(folder, *spans):
+        for start, stop in spans:
+            telemetry = Telemetry(folder, make_config())
+            telemetry.rewind(start)
+            for i in range(start, stop):
+                telemetry.log(i, {"reward/mean": i / 7})
+            telemetry.close()
+        return (folder / "metrics.jsonl").read_bytes()
+
+    assert run(tmp_path / "stopped", (0, 7), (5, 10)) == run(tmp_path / "whole", (0, 10))
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped_and_any_other_bad_line_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0, "lr": 1.0}\n{"iteration": 1, "l')
+    assert read_metrics(tmp_path) == [{"iteration": 0, "lr": 1.0}]
+    telemetry = Telemetry(tmp_path, make_config())
+    telemetry.rewind(1)
+    telemetry.log(1, {"lr": 2.0})
+    telemetry.close()
+    assert read_metrics(tmp_path) == [{"iteration": 0, "lr": 1.0}, {"iteration": 1, "lr": 2.0}]
+    path.write_text('{"iteration": 0}\nnonsense\n{"iteration": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a line of metrics"):
+        read_metrics(tmp_path)
+
+
+def test_no_run_has_no_metrics(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_tensorboard_gets_scalars_images_and_drops_what_is_rewound(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from PIL import Image
+
+    Image.new("RGB", (8, 4), (255, 0, 0)).save(tmp_path / "grid.png")
+    for start, stop, value in ((0, 4, 0.25), (2, 5, 0.75)):
+        telemetry = Telemetry(tmp_path, make_config(tensorboard=True))
+        if start:
+            telemetry.rewind(start)
+        for i in range(start, stop):
+            telemetry.log(i, {"reward/mean": value})
+        telemetry.images(stop, "heldout", tmp_path / "grid.png", ["a red circle"])
+        telemetry.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [
+        (0, 0.25),
+        (1, 0.25),
+        (2, 0.75),
+        (3, 0.75),
+        (4, 0.75),
+    ]
+    assert events.Images("heldout")[-1].width == 8
+
+
+@pytest.mark.parametrize(
+    "setting, package", [({"tensorboard": True}, "tensorboard"), ({"wandb_project": "demo"}, "wandb")]
+)
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, setting, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        Telemetry(tmp_path, make_config(**setting))
+    message = str(caught.value)
+    assert f"telemetry.{next(iter(setting))}" in message
+    assert "fastgrpo[logging]" in message
+    assert "\n" not in message
+
+
+def test_phase_times_add_up_and_start_anew():
+    timer = PhaseTimer("cpu")
+    for _ in range(2):
+        with timer.phase("rollout"):
+            time.sleep(0.02)
+    with timer.phase("update"):
+        time.sleep(0.01)
+    time.sleep(0.03)
+    seconds = timer.read()
+    assert 0.04 <= seconds["rollout"] < 0.4
+    assert seconds["update"] >= 0.01
+    assert seconds["other"] >= 0.03
+    assert sum(v for k, v in seconds.items() if k != "total") == pytest.approx(seconds["total"], abs=1e-9)
+    assert set(timer.read()) == {"other", "total"}
+
+
+def test_a_phase_that_raises_is_timed():
+    timer = PhaseTimer("cpu")
+    with pytest.raises(KeyError), timer.phase("reward"):
+        raise KeyError
+    assert "reward" in timer.read()
+
+
+@pytest.mark.gpu
+def test_phase_times_on_a_gpu_are_those_of_the_stream():
+    import torch
+
+    timer = PhaseTimer("cuda")
+    with timer.phase("update"):
+        torch.cuda._sleep(200_000_000)
+    assert timer.read()["update"] > 0.02
+
+
+def test_peak_memory_is_of_this_process():
+    code = (
+        "import numpy; from fastgrpo.telemetry import peak_memory_bytes as peak; before = peak(); "
+        "block = numpy.ones(2**26); del block; print(peak() - before)"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 2**28 < grown < 2**30
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    with Progress(total=10, start=2) as progress:
+        for i in range(2, 10):
+            progress.update(i + 1, reward=0.5)
+        progress.note("stopped")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" · ")[0] for line in lines[:-1]] == ["iteration 5/10", "iteration 8/10", "iteration 10/10"]
+    assert "reward 0.500 · 4.00 s/iteration · 00:00:20 left" in lines[0]
+    assert lines[-1] == "stopped"
+
+
+def test_progress_can_be_silent(capsys):
+    with Progress(total=1, enabled=False) as progress:
+        progress.update(1, reward=0.5)
+    assert capsys.readouterr() == ("", "")
