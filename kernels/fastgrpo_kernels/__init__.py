@@ -1,1 +1,35 @@
 """Fused maths of visual GRPO: Gaussian steps, shift moments and their gradients. Needs torch; triton on GPUs."""
+
+from . import transitions
+from .gaussian_step import gaussian_step
+from .noise import (
+    NOISE_V1,
+    STREAM_INITIAL,
+    STREAM_SDE,
+    STREAM_SUBSET,
+    STREAM_VAE,
+    NoiseKey,
+    noise_key,
+    normal,
+    random_words,
+    uniform,
+)
+from .shift_moments import shift_moments
+from .transitions import Transition
+
+__all__ = [
+    "NOISE_V1",
+    "STREAM_INITIAL",
+    "STREAM_SDE",
+    "STREAM_SUBSET",
+    "STREAM_VAE",
+    "NoiseKey",
+    "Transition",
+    "gaussian_step",
+    "noise_key",
+    "normal",
+    "random_words",
+    "shift_moments",
+    "transitions",
+    "uniform",
+]

@@ -1,0 +1,89 @@
+"""Argument checks shared by the operations: each failure is one line that names the argument and the remedy."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether an operation may run its body directly: real tensors, and not being traced by torch.compile."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+
+
+def is_host_readable(tensor: Tensor) -> bool:
+    """Whether reading the values costs no device-to-host copy."""
+    return tensor.device.type == "cpu" and is_eager(tensor)
+
+
+def check_latents(name: str, value: object, *, like: Tensor | None = None, same_dtype: bool = False) -> None:
+    """Refuse anything but non-empty [B, ...] latents of 2 to 5 dimensions, of the shape and device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in LATENT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {value.dtype}")
+    if like is None:
+        if not 2 <= value.ndim <= 5:
+            raise ValueError(f"{name}: expected [B, ...] latents of 2 to 5 dimensions, got shape {list(value.shape)}")
+        if value.numel() == 0:
+            raise ValueError(f"{name}: has no elements, shape {list(value.shape)}")
+        return
+    if value.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: is on {value.device}, the other latents on {like.device}; move it there")
+    if same_dtype and value.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype} as the other model output has, got {value.dtype}")
+
+
+def check_no_grad(**tensors: object) -> None:
+    """Refuse a tensor that asks for a gradient that does not exist."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name}: requires a gradient, but none flows into it; pass {name}.detach()")
+
+
+def per_sample(name: str, value: object, like: Tensor, *, positive: bool = False) -> float | Tensor:
+    """A coefficient as a float, or as a float32/float64 [B] tensor on the device of `like`.
+
+    Values are checked where that needs no device-to-host copy.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_values(name, value, math.isfinite(value), not positive or value > 0)
+        return float(value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a float or a [B] tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float64 or float32, got {value.dtype}")
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != like.shape[0]):
+        raise ValueError(f"{name}: expected a scalar or shape [{like.shape[0]}], got {list(value.shape)}")
+    if is_host_readable(value):
+        finite = bool(torch.isfinite(value).all())
+        _check_values(name, value, finite, not positive or bool((value > 0).all()))
+    if like.device.type != "cpu":
+        value = value.to(device=like.device, dtype=torch.float32, non_blocking=True)
+    elif value.device.type != "cpu":
+        raise ValueError(f"{name}: is on {value.device}, the latents on cpu; move it there")
+    return value.expand(like.shape[0])
+
+
+def _check_values(name: str, value: object, finite: bool, in_range: bool) -> None:
+    if not finite:
+        raise ValueError(f"{name}: must be finite, got {value}")
+    if not in_range:
+        raise ValueError(f"{name}: must be positive for the step to have a density, got {value}")
+
+
+def as_rows(coefficients: Sequence[float | Tensor], like: Tensor) -> list[Tensor]:
+    """Coefficients as [B] tensors, for the custom operators, whose schema has no union of float and tensor."""
+    batch, device = like.shape[0], like.device
+    # Floats stay float64 on the CPU; kernels read float32.
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    return [c if isinstance(c, Tensor) else torch.full((batch,), c, dtype=dtype, device=device) for c in coefficients]
