@@ -82,9 +82,9 @@ def _shapes(part: str) -> list[Prompt]:
 
     parts = dict(zip(("train", "heldout"), world.split(), strict=True))
     if part not in parts:
-        raise ConfigError(
-            f"shapes:{part}: unknown prompts; {nearest(part, parts)}(one of: shapes:train, shapes:heldout)"
-        )
+        names = [f"shapes:{name}" for name in parts]
+        hint = nearest(f"shapes:{part}", names)
+        raise ConfigError(f"shapes:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
     return [Prompt(p.text, metadata={"category": p.category}) for p in parts[part]]
 
 
@@ -163,6 +163,7 @@ def _json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
 
 def _csv_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    line = 1
     try:
         columns = reader.fieldnames or []
         if "prompt" not in columns:
@@ -177,7 +178,7 @@ def _csv_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
             yield line, {k: v or None if k in ("negative_prompt", "image") else v for k, v in record.items()}
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ConfigError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+        raise ConfigError(f"{path}:{line}: not valid CSV: {error}") from None
 
 
 def _prompt(record: dict, where: str, folder: Path | None) -> Prompt:

@@ -1,0 +1,57 @@
+# make demo: train, evaluate and report on this machine.  make test: the tests.  Both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup compiler demo lint test test-full check clean
+
+help:
+	@echo "make setup      .venv with everything the demo and the tests need"
+	@echo "make demo       train the embedded FLUX, evaluate before and after, report in $(RUN) (ARGS='key=value …')"
+	@echo "make test       the tests that need no GPU"
+	@echo "make test-full  the minutes-long ones too"
+	@echo "make check      linters, types, tests: what CI runs"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fastgrpo needs Python 3.11 or newer, and '$(PYTHON)' is not: install one (Debian 12: sudo apt-get install" \
+	       "python3 python3-venv), or name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot create a virtual environment: sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV) (the first time downloads PyTorch; some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+# torch.compile, and Triton on a GPU, compile with it; nothing in the demo does.
+compiler:
+	@command -v cc >/dev/null || { echo "the tests need a C compiler: sudo apt-get install build-essential" >&2; exit 1; }
+
+demo: setup
+	@$(BIN)/fastgrpo train configs/shapes-flux.yaml run.dir=$(RUN) run.resume=auto $(ARGS)
+	@$(BIN)/fastgrpo eval $(RUN)
+	@$(BIN)/fastgrpo report $(RUN)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: setup compiler
+	$(BIN)/python -m pytest -m "not full and not gpu" $(ARGS)
+
+test-full: setup compiler
+	$(BIN)/python -m pytest -m "full or not full" $(ARGS)
+
+check: lint
+	@$(MAKE) test
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
