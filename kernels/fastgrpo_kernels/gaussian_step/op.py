@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import LATENT_DTYPES, as_rows, check_latents, check_no_grad, is_eager, per_sample
+from .._checks import LATENT_DTYPES, as_rows, check_latents, check_no_grad, is_eager, is_host_readable, per_sample
 from .._launch import kernel_scalar, launch, rows
 from .._noise_args import Noise, noise_cpu, split_noise
 from ..noise import split_seed
@@ -35,8 +35,8 @@ def gaussian_step(
     check_latents("v", v, like=x)
     a, b, s = per_sample("a", a, x), per_sample("b", b, x), per_sample("s", s, x)
     check_no_grad(a=a, b=b, s=s)
-    if noise is None and isinstance(s, float) and s != 0.0:
-        raise ValueError(f"noise: s = {s} needs noise; pass a NoiseKey or a tensor")
+    if noise is None:
+        _check_noiseless(s)
     eps, words, seed = split_noise(noise, x)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if out_dtype not in LATENT_DTYPES:
@@ -46,6 +46,13 @@ def gaussian_step(
     if torch.is_grad_enabled() and (x.requires_grad or v.requires_grad):
         return _GaussianStep.apply(x, v, a, b, s, eps, words, seed, out_dtype)  # pyright: ignore[reportReturnType]
     return _forward(x, v, a, b, s, eps, words, seed, out_dtype)
+
+
+def _check_noiseless(s: Coefficient) -> None:
+    if isinstance(s, float) and s != 0.0:
+        raise ValueError(f"noise: s = {s} needs noise; pass a NoiseKey or a tensor")
+    if isinstance(s, Tensor) and is_host_readable(s) and bool(s.any()):
+        raise ValueError("noise: s is not 0, so the step needs noise; pass a NoiseKey or a tensor")
 
 
 def _forward(x, v, a, b, s, eps, words, seed, out_dtype) -> Tensor:

@@ -1,0 +1,166 @@
+"""gaussian_step: CPU path and Triton kernel against the float64 oracle, gradient, registration, refusals."""
+
+import pytest
+import torch
+from kernel_cases import DTYPES, KERNEL_DEVICE, SHAPES, ULP, assert_within, make_case
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastgrpo_kernels import NoiseKey, gaussian_step
+from fastgrpo_kernels.gaussian_step import op
+from fastgrpo_kernels.gaussian_step.reference import gaussian_step_reference
+
+# Three float32 products and sums of terms no larger than the largest value; coefficients rounded to float32.
+FLOAT32 = 4e-7
+
+
+def kernel_arguments(case, eps, words, out_dtype):
+    def move(t):
+        return None if t is None else t.to(KERNEL_DEVICE)
+
+    coefficients = (move(c) for c in (case.a, case.b, case.s))
+    return move(case.x), move(case.v), *coefficients, move(eps), move(words), case.key.seed, out_dtype
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_cpu_path_and_kernel_match_the_oracle(shape, dtype, explicit):
+    case = make_case(shape, dtype)
+    expected = gaussian_step_reference(case.x, case.v, case.a, case.b, case.s, case.eps)
+    noise = case.eps if explicit else case.key
+    y = gaussian_step(case.x, case.v, case.a, case.b, case.s, noise)
+    assert y.dtype == torch.float32
+    assert_within(y, expected, relative=0, of_largest=FLOAT32)
+    eps, words = (case.eps, None) if explicit else (None, case.key.words)
+    kernel = op.launch_gaussian_step(*kernel_arguments(case, eps, words, torch.float32))
+    assert_within(kernel, expected, relative=0, of_largest=FLOAT32 + 1e-6 * (not explicit))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stores_in_the_dtype_of_x_or_the_one_asked_for(dtype):
+    case = make_case((2, 3, 50), torch.float32)
+    x = case.x.to(dtype)
+    y = gaussian_step(x, case.v, case.a, case.b, case.s, case.key)
+    assert y.dtype == dtype
+    expected = gaussian_step_reference(x, case.v, case.a, case.b, case.s, case.eps)
+    assert_within(y, expected, relative=ULP[dtype], of_largest=FLOAT32)
+    asked = gaussian_step(x, case.v, case.a, case.b, case.s, case.key, out_dtype=torch.bfloat16)
+    assert asked.dtype == torch.bfloat16
+    kernel = op.launch_gaussian_step(*kernel_arguments(case, None, case.key.words, torch.bfloat16))
+    assert_within(
+        kernel, gaussian_step_reference(*case[:2], *case[3:6], case.eps), relative=ULP[torch.bfloat16], of_largest=1e-6
+    )
+
+
+def test_floats_none_and_strided_inputs():
+    case = make_case((3, 6, 40), torch.float32)
+    y = gaussian_step(case.x, case.v, 1.0, -0.1, 0.0, None)
+    assert_within(y, case.x.double() - 0.1 * case.v.double(), relative=0, of_largest=FLOAT32)
+    kernel = op.launch_gaussian_step(
+        case.x.to(KERNEL_DEVICE), case.v.to(KERNEL_DEVICE), 1.0, -0.1, 0.0, None, None, 0, torch.float32
+    )
+    assert_within(kernel, y, relative=0, of_largest=FLOAT32)
+    dense = gaussian_step(case.x, case.v, case.a, case.b, case.s, case.key)
+    # A batch slice of a larger output, and a transposed layout.
+    wide = torch.cat([case.v, case.v], dim=1)[:, :6]
+    turned = case.x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(gaussian_step(turned, wide, case.a, case.b, case.s, case.key), dense)
+    strided = op.launch_gaussian_step(
+        *(t.to(KERNEL_DEVICE) for t in (turned, wide, case.a, case.b, case.s)),
+        None, case.key.words.to(KERNEL_DEVICE), case.key.seed, torch.float32,
+    )  # fmt: skip
+    assert_within(strided, dense, relative=0, of_largest=1e-6)
+
+
+def test_row_bits_do_not_depend_on_the_batch():
+    case = make_case((64, 2, 2049), torch.bfloat16)
+    full = gaussian_step(case.x, case.v, case.a, case.b, case.s, case.key)
+    assert torch.equal(gaussian_step(case.x, case.v, case.a, case.b, case.s, case.key), full)
+    row = slice(41, 42)
+    key = NoiseKey(case.key.seed, case.key.words[row])
+    alone = gaussian_step(case.x[row], case.v[row], case.a[row], case.b[row], case.s[row], key)
+    assert torch.equal(alone, full[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_is_the_coefficient(dtype, compiled):
+    case = make_case((3, 5, 20), dtype)
+    x, v = case.x.clone().requires_grad_(), case.v.clone().requires_grad_()
+    weight = torch.randn(case.x.shape)
+
+    def loss(x, v):
+        return (gaussian_step(x, v, case.a, case.b, case.s, case.key) * weight).sum()
+
+    (torch.compile(loss, fullgraph=True) if compiled else loss)(x, v).backward()
+    column = (-1, 1, 1)
+    assert v.grad.dtype == dtype
+    assert_within(x.grad, case.a.view(column) * weight, relative=0, of_largest=FLOAT32)
+    assert_within(v.grad, case.b.view(column) * weight, relative=ULP[dtype], of_largest=FLOAT32)
+
+
+def test_registration():
+    case = make_case((2, 3, 20), torch.bfloat16)
+    x, v = case.x.clone().requires_grad_(), case.v.clone().requires_grad_()
+    coefficients = (case.a, case.b, case.s)
+    operator = torch.ops.fastgrpo_kernels.gaussian_step.default
+    torch.library.opcheck(operator, (x, v, *coefficients, None, case.key.words, 5, torch.bfloat16))
+    torch.library.opcheck(operator, (case.x, case.v, *coefficients, case.eps, None, 0, torch.float32))
+
+
+def test_runs_under_fake_tensors():
+    with FakeTensorMode():
+        x, v, row = torch.randn(4, 3, 8), torch.randn(4, 3, 8, dtype=torch.bfloat16), torch.rand(4)
+        key = NoiseKey(3, torch.zeros(4, 3, dtype=torch.int32))
+        y = gaussian_step(x, v, row, row, row, key)
+        assert (y.shape, y.dtype) == (x.shape, torch.float32)
+        assert gaussian_step(x, v, 1.0, -0.1, 0.0, None, out_dtype=torch.bfloat16).dtype == torch.bfloat16
+        # The ATen body itself reads no value either.
+        body = op.gaussian_step_cpu(x, v, row, row, row, None, key.words, 3, torch.float32)
+        assert body.shape == x.shape
+
+
+def refusals():
+    case = make_case((2, 3, 20), torch.float32)
+    x, v, key, abs_ = case.x, case.v, case.key, (case.a, case.b, case.s)
+    return [
+        (TypeError, lambda: gaussian_step([1.0], v, *abs_, key), "x: expected a tensor"),
+        (TypeError, lambda: gaussian_step(x.double(), v, *abs_, key), "x: expected float32"),
+        (ValueError, lambda: gaussian_step(x[:, 0, 0], v, *abs_, key), "x: expected .* 2 to 5 dimensions"),
+        (ValueError, lambda: gaussian_step(x[:0], v[:0], *abs_, key), "x: has no elements"),
+        (ValueError, lambda: gaussian_step(x, v[:, :2], *abs_, key), r"v: expected shape \[2, 3, 20\]"),
+        (ValueError, lambda: gaussian_step(x, v, case.a[:1], case.b, case.s, key), "a: expected a scalar or shape"),
+        (TypeError, lambda: gaussian_step(x, v, case.a.half(), case.b, case.s, key), "a: expected float64 or float32"),
+        (TypeError, lambda: gaussian_step(x, v, None, case.b, case.s, key), "a: expected a float or a"),
+        (ValueError, lambda: gaussian_step(x, v, 1.0, float("nan"), 0.1, key), "b: must be finite"),
+        (ValueError, lambda: gaussian_step(x, v, 1.0, 1.0, case.s * float("inf"), key), "s: must be finite"),
+        (ValueError, lambda: gaussian_step(x, v, 1.0, 1.0, 0.1, None), "noise: s = 0.1 needs noise"),
+        (ValueError, lambda: gaussian_step(x, v, *abs_, case.eps[:1]), "noise: expected shape"),
+        (ValueError, lambda: gaussian_step(x, v, *abs_, NoiseKey(0, key.words[:1])), "noise: key has 1 rows"),
+        (TypeError, lambda: gaussian_step(x, v, *abs_, 3), "noise: expected a tensor"),
+        (TypeError, lambda: gaussian_step(x, v, *abs_, key, out_dtype=torch.int8), "out_dtype: expected"),
+        (ValueError, lambda: gaussian_step(x, v, case.a.clone().requires_grad_(), 1.0, 0.1, key), "a: requires a grad"),
+    ]
+
+
+@pytest.mark.parametrize("index", range(len(refusals())))
+def test_refuses(index):
+    error, call, message = refusals()[index]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_refuses_a_tensor_s_without_noise():
+    case = make_case((2, 3, 20), torch.float32)
+    with pytest.raises(ValueError, match="noise: s is not 0"):
+        gaussian_step(case.x, case.v, case.a, case.b, case.s, None)
+    zero = torch.zeros_like(case.s)
+    assert gaussian_step(case.x, case.v, case.a, case.b, zero, None).shape == case.x.shape
+
+
+def test_refuses_double_backward():
+    case = make_case((2, 3, 20), torch.float32)
+    v = case.v.clone().requires_grad_()
+    y = gaussian_step(case.x, v, case.a, case.b, case.s, case.key)
+    with pytest.raises(ValueError, match="no double backward"):
+        torch.autograd.grad(y.square().sum(), v, create_graph=True)
