@@ -1,0 +1,56 @@
+"""Rewards -> advantages, on the host in float64: per prompt's group, per reward.
+
+A = (r − mean) / (std + 1e-8) in the group, unbiased std (DanceGRPO, arXiv 2505.07818). A group whose rewards are all
+equal carries no gradient; a sample without a valid reward is masked and counted, never given a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastgrpo.config import Advantage
+
+EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """values: float64 [N], 0 where a sample is not trained. valid: bool [N]. zero_spread: bool [groups]."""
+
+    values: np.ndarray
+    valid: np.ndarray
+    zero_spread: np.ndarray
+
+
+def compute_advantages(
+    rewards: np.ndarray, valid: np.ndarray, group_size: int, weights: np.ndarray, config: Advantage
+) -> Advantages:
+    """Advantages of N samples laid out group after group.
+
+    rewards: float64 [R, N], one row a reward; valid: bool [R, N]; weights: [R]. A sample counts only if every
+    reward with a weight is valid for it. Groups with fewer than two valid samples get no advantage.
+    """
+    if rewards.shape[1] % group_size:
+        raise ValueError(f"rewards: {rewards.shape[1]} samples are not whole groups of {group_size}")
+    used = weights != 0
+    rewards, weights = np.asarray(rewards, dtype=np.float64)[used], np.asarray(weights, dtype=np.float64)[used]
+    ok = (np.asarray(valid)[used] & np.isfinite(rewards)).all(axis=0).reshape(-1, group_size)
+    groups = np.where(ok, rewards.reshape(len(rewards), -1, group_size), 0.0)
+    if config.combine == "reward":
+        groups, weights = np.tensordot(weights, groups, axes=1)[None], np.ones(1)
+
+    count = ok.sum(axis=1)
+    enough = count >= 2
+    mean = groups.sum(axis=2, keepdims=True) / np.maximum(count, 1)[None, :, None]
+    centred = np.where(ok, groups - mean, 0.0)
+    variance = (centred**2).sum(axis=2) / np.maximum(count - 1, 1)
+    low = np.where(ok, groups, np.inf).min(axis=2)
+    high = np.where(ok, groups, -np.inf).max(axis=2)
+    flat = (low == high) | ~enough
+    scale = np.sqrt(variance) + EPSILON if config.normalize == "std" else np.ones_like(variance)
+    normalised = np.where(flat[..., None], 0.0, centred / scale[..., None])
+    total = np.clip(np.tensordot(weights, normalised, axes=1), -config.clip, config.clip)
+    trainable = ok & enough[:, None]
+    return Advantages(np.where(trainable, total, 0.0).reshape(-1), trainable.reshape(-1), flat.all(axis=0) & enough)

@@ -1,0 +1,100 @@
+"""AdamW on the trained weights, gradient clipping, the learning-rate schedule and the EMA, without a host read.
+
+A gradient that is not finite skips the step on every rank alike (fused AdamW's found_inf) and is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fastgrpo.config import Update
+
+
+class OptimizerState:
+    """The optimizer of a run. `steps` counts optimizer steps; `total_steps` is where a cosine schedule ends."""
+
+    def __init__(self, transformer: nn.Module, config: Update, total_steps: int) -> None:
+        self.config, self.total_steps, self.steps = config, total_steps, 0
+        self.names = [name for name, p in transformer.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in transformer.parameters() if p.requires_grad]
+        opt = config.optimizer
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=opt.lr,
+            betas=(opt.beta1, opt.beta2),
+            eps=opt.eps,
+            weight_decay=opt.weight_decay,
+            fused=True,
+        )
+        for p in self.parameters:
+            # Made now, not at the first step, so that a checkpoint can be loaded into it.
+            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
+        decay = config.ema_decay
+        self.ema = None if decay is None else [p.detach().clone() for p in self.parameters]
+
+    def learning_rate(self, step: int) -> float:
+        """At a 0-based optimizer step: linear warm-up, then constant or a half cosine to zero."""
+        opt = self.config.optimizer
+        if step < opt.warmup:
+            return opt.lr * (step + 1) / opt.warmup
+        if opt.schedule == "constant":
+            return opt.lr
+        progress = (step - opt.warmup) / max(self.total_steps - opt.warmup, 1)
+        return opt.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the accumulated gradients: (gradient norm before clipping, 1.0 if it was skipped).
+
+        Both are float32 scalars on the device.
+        """
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        skipped = (~torch.isfinite(norm)).float()
+        torch._foreach_mul_(_local(grads), (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for group in self.adamw.param_groups:
+            group["lr"] = self.learning_rate(self.steps)
+        # The fused kernel leaves weights, moments and step counts as they are where found_inf is 1.
+        self.adamw.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.steps += 1
+        if self.ema is not None:
+            torch._foreach_lerp_(_local(self.ema), _local(self.parameters), 1 - self._ema_decay())
+        return norm, skipped
+
+    def _ema_decay(self) -> float:
+        """The decay, lower in the first steps so that the EMA is not held at the start weights."""
+        assert self.config.ema_decay is not None
+        return min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps))
+
+    @contextmanager
+    def averaged(self, use: bool = True) -> Iterator[None]:
+        """The EMA weights in place of the trained ones (which come back); nothing changes without an EMA."""
+        if self.ema is None or not use:
+            yield
+            return
+        _swap(self.parameters, self.ema)
+        try:
+            yield
+        finally:
+            _swap(self.parameters, self.ema)
+
+
+def _local(tensors: list) -> list[Tensor]:
+    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+
+
+@torch.no_grad()
+def _swap(left: list, right: list) -> None:
+    for a, b in zip(_local(left), _local(right), strict=True):
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
