@@ -91,6 +91,9 @@ def _cross(dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 # Signed distance in pixels, negative inside, of (dx, dy, radius), in the order of SHAPES; dx and dy broadcast.
 DISTANCES = (_circle, _square, _triangle, _cross)
+# Area, and the centroid's distance below the centre, at radius 1.
+AREAS = (np.pi, 1.76**2, 1.88**2 * 0.498 / 0.867, 8 * 1.05 * 0.36 - 4 * 0.36**2)
+CENTROIDS = (0.0, 0.0, 0.94 / 3, 0.0)
 
 
 def draw(scenes: Scenes, rng: np.random.Generator, size: int = 32) -> np.ndarray:
