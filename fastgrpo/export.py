@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +30,9 @@ def export_run(run_dir: str | Path, out_dir: str | Path, checkpoint: str = "late
         save_lora(family, out_dir)
     else:
         if config.model.lora:
-            family.transformer.fuse_lora()  # pyright: ignore[reportCallIssue]
-            family.transformer.unload_lora()  # pyright: ignore[reportCallIssue]
+            transformer: Any = family.transformer
+            transformer.fuse_lora()
+            transformer.unload_lora()
         family.transformer.to(family.dtype)
         family.pipeline.save_pretrained(out_dir, safe_serialization=True)
     (out_dir / "README.md").write_text(model_card(config, iteration, merge), encoding="utf-8")
@@ -38,13 +40,15 @@ def export_run(run_dir: str | Path, out_dir: str | Path, checkpoint: str = "late
 
 
 def save_lora(family: ModelFamily, out_dir: Path) -> None:
-    """The LoRA in diffusers' format, which the pipeline's own `load_lora_weights` reads."""
+    """The LoRA in diffusers' format, with its rank and alpha, which the pipeline's own `load_lora_weights` reads."""
     from peft import get_peft_model_state_dict
 
-    layers = get_peft_model_state_dict(family.transformer)  # pyright: ignore[reportArgumentType]
-    metadata = {"transformer": family.transformer.peft_config["default"]}  # pyright: ignore[reportIndexIssue]
+    transformer: Any = family.transformer
+    adapter = transformer.peft_config["default"].to_dict()
     family.pipeline.save_lora_weights(
-        out_dir, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata["transformer"].to_dict()
+        out_dir,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=adapter,
     )
 
 
@@ -67,7 +71,8 @@ tags: [fastgrpo, grpo, {"lora" if lora else "full-fine-tuning"}]
 # {config.model.family} aligned by GRPO
 
 Trained with fastgrpo from `{config.model.path}`: {iteration} iterations of
-{config.rollout.prompts_per_iteration} prompts × {config.rollout.group_size} samples, sampler {config.rollout.sampler} (η = {config.rollout.eta:g}), rewards: {rewards}.
+{config.rollout.prompts_per_iteration} prompts × {config.rollout.group_size} samples,
+sampler {config.rollout.sampler} (η = {config.rollout.eta:g}), rewards: {rewards}.
 
 ```python
 from diffusers import DiffusionPipeline

@@ -75,9 +75,8 @@ def start_world(config: Config) -> World:
         return World(rank, size, device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        store = dist.HashStore() if size == 1 else None
-        ranks = {"rank": 0, "world_size": 1} if size == 1 else {}
-        dist.init_process_group(backend, store=store, timeout=timedelta(minutes=30), **ranks)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
     return World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("shard",)))
 
 

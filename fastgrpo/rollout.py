@@ -146,7 +146,7 @@ def rollout(
         if s == 0:
             x = gaussian_step(x, v, a, b, s, None)
             continue
-        key = noise.noise_key(seed, layout.samples, step, iteration, noise.STREAM_SDE, device)
+        key = noise.noise_key(seed, to_device(layout.samples, device), step, iteration, noise.STREAM_SDE, device)
         pairs = layout.pairs_of(step)
         if noise_kept is None or pairs.stop == pairs.start:
             x = gaussian_step(x, v, a, b, s, key)
@@ -171,7 +171,9 @@ def initial_noise(
     With shared_noise the key names the prompt's slot, else the sample.
     """
     owner = layout.prompts if config.shared_noise else layout.samples
-    drawn = noise.normal(noise.noise_key(seed, owner, 0, iteration, noise.STREAM_INITIAL, device), shape)
+    drawn = noise.normal(
+        noise.noise_key(seed, to_device(owner, device), 0, iteration, noise.STREAM_INITIAL, device), shape
+    )
     return drawn.index_select(0, to_device(layout.sample_prompt, device)) if config.shared_noise and parted else drawn
 
 

@@ -87,18 +87,20 @@ def plan_rollout(
     """
     steps = len(sigmas) - 1
     if deterministic:
-        stochastic, trained = np.zeros(steps, dtype=bool), np.zeros((steps, samples), dtype=bool)
+        trained = np.zeros((steps, samples), dtype=bool)
     else:
         trained = trained_steps(rollout, samples, iteration, seed)
-        # A subset's untrained transitions are stochastic too; the last one, to σ = 0, never is.
-        stochastic = np.arange(steps) < steps - 1 if isinstance(rollout.trained, SubsetSteps) else trained.any(axis=1)
+    stochastic = [bool(row.any()) for row in trained]
+    if not deterministic and isinstance(rollout.trained, SubsetSteps):
+        # Untrained transitions are stochastic too; the last one, to σ = 0, never is.
+        stochastic = [True] * (steps - 1) + [False]
     moves = tuple(
         stochastic_transition(rollout.sampler, sigmas[t], sigmas[t + 1], rollout.eta, sigmas[1])
         if stochastic[t]
         else transitions.ode(sigmas[t], sigmas[t + 1])
         for t in range(steps)
     )
-    first = int(np.argmax(stochastic)) if stochastic.any() else steps
+    first = stochastic.index(True) if any(stochastic) else steps
     return RolloutPlan(tuple(sigmas), moves, trained, first)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -175,19 +176,34 @@ class PhaseTimer:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
 
-    def read(self) -> dict[str, float]:
-        """Seconds by phase since the last read, with `total` (of the clock) and `other` (in no phase). Starts anew.
-
-        On a GPU it waits for the last phase to end: the one read of an iteration.
-        """
-        if self._events:
-            self._events[-1][2].synchronize()
-        for name, start, end in self._events:
-            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
-        seconds, self._seconds, self._events = self._seconds, {}, []
+    def lap(self) -> Lap:
+        """What passed since the last lap. Reading nothing, it waits for nothing; a new lap begins."""
         now = time.perf_counter()
-        total, self._since = now - self._since, now
-        return {**seconds, "other": max(0.0, total - sum(seconds.values())), "total": total}
+        lap = Lap(now - self._since, self._seconds, self._events)
+        self._seconds, self._events, self._since = {}, [], now
+        return lap
+
+    def read(self) -> dict[str, float]:
+        """The seconds of a lap that ends now; see `Lap.read`."""
+        return self.lap().read()
+
+
+@dataclasses.dataclass
+class Lap:
+    """A stretch of a run: seconds of the clock, and by phase."""
+
+    total: float
+    seconds: dict[str, float]
+    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase, with `total` (of the clock) and `other` (in no phase). On a GPU it waits for its end."""
+        seconds = dict(self.seconds)
+        if self.events:
+            self.events[-1][2].synchronize()
+        for name, start, end in self.events:
+            seconds[name] = seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+        return {**seconds, "other": max(0.0, self.total - sum(seconds.values())), "total": self.total}
 
 
 def peak_memory_bytes() -> int:

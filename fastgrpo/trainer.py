@@ -32,7 +32,7 @@ from fastgrpo.prompts import Prompt, PromptSampler, load_prompts
 from fastgrpo.rewards import Scores, load_reward
 from fastgrpo.rollout import Layout, decode, lay_out, rank_samples, rollout
 from fastgrpo.schedule import plan_rollout
-from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry, peak_memory_bytes
+from fastgrpo.telemetry import Lap, PhaseTimer, Progress, Telemetry, peak_memory_bytes
 from fastgrpo.update import Updater, UpdateResult
 
 # A checkpoint of another value of these does not continue the same run.
@@ -70,7 +70,8 @@ class Trainer:
         self.iteration, self.train_seconds = 0, 0.0
         self.best: tuple[int | None, float] = (None, -np.inf)
         self.stopping = False
-        self._pending: tuple[int, dict[str, float], Tensor] | None = None
+        self._pending: tuple[int, dict[str, float], Tensor, Lap] | None = None
+        self._apart: dict[str, float] = {}
         if start is not None:
             self._restore(start)
 
@@ -109,6 +110,7 @@ class Trainer:
     def iterate(self) -> None:
         """One iteration: the prompts' groups are rolled out, decoded, scored, and the weights updated."""
         config, iteration = self.config, self.iteration
+        self.timer.lap()
         chosen = [self.prompts[i] for i in self.sampler.at(iteration)]
         plan = plan_rollout(config.rollout, self.levels, self.samples, iteration, config.run.seed)
         layout = lay_out(plan, config.rollout, self.mine)
@@ -132,7 +134,7 @@ class Trainer:
             )
         self.iteration += 1
         metrics = self._metrics(rewards, valid, components, advantages)
-        self._pending = (iteration, metrics, _packed(result))
+        self._pending = (iteration, metrics, _packed(result), self.timer.lap())
 
     def _worth(self, advantages: Advantages) -> np.ndarray:
         """Samples of groups that are trained: all of them with a KL term, else those with any spread."""
@@ -198,12 +200,13 @@ class Trainer:
         """Reads the statistics of the last update, if they are not read yet, and logs its iteration."""
         if self._pending is None:
             return
-        iteration, metrics, packed = self._pending
+        iteration, metrics, packed, lap = self._pending
         self._pending = None
         vectors = self.world.gather(packed.cpu().numpy())
         metrics |= _unpacked(vectors)
-        seconds = self.timer.read()
-        metrics |= {f"time/{phase}": value for phase, value in seconds.items()}
+        seconds = lap.read()
+        metrics |= {f"time/{phase}": value for phase, value in (seconds | self._apart).items()}
+        self._apart = {}
         metrics["samples_per_second"] = self.samples / seconds["total"]
         metrics["memory/peak_bytes"] = float(peak_memory_bytes())
         self.telemetry.log(iteration, metrics)
@@ -211,7 +214,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._flush()
-        with self.timer.phase("eval"), self.optimizer.averaged(self.config.eval.ema):
+        with self._aside("eval"), self.optimizer.averaged(self.config.eval.ema):
             result = evaluate(self.family, self.rewards, self.heldout, self.config, self.world)
         summary = result.summary()
         score = sum(spec.weight * summary["rewards"][spec.name] for spec in self.config.rewards)
@@ -229,7 +232,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._flush()
-        with self.timer.phase("checkpoint"):
+        with self._aside("checkpoint"):
             state = {
                 "iteration": self.iteration,
                 "optimizer_steps": self.optimizer.steps,
@@ -239,6 +242,13 @@ class Trainer:
             }
             self.store.save(self.iteration, training_tensors(self.optimizer), state)
             self.store.prune(self.config.checkpoint.keep, self.best[0])
+
+    @contextmanager
+    def _aside(self, name: str) -> Iterator[None]:
+        """Times what is not part of an iteration; logged with the next one, outside its total."""
+        begin = time.perf_counter()
+        yield
+        self._apart[name] = self._apart.get(name, 0.0) + time.perf_counter() - begin
 
     def _restore(self, iteration: int) -> None:
         state = self.store.state(iteration)

@@ -155,7 +155,8 @@ class Updater:
         device, layout, pairs = self.family.device, trajectory.layout, micro.pairs.reshape(-1)
         if trajectory.noise is not None:
             return trajectory.noise.index_select(0, to_device(pairs, device))
-        samples, steps = layout.samples[layout.pair_sample[pairs]], layout.row_step[layout.pair_row[pairs]]
+        samples = to_device(layout.samples[layout.pair_sample[pairs]], device)
+        steps = to_device(layout.row_step[layout.pair_row[pairs]], device)
         return noise.noise_key(self.config.run.seed, samples, steps, iteration, noise.STREAM_SDE, device)
 
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,9 @@ class ModelFamily(abc.ABC):
         assert lora is not None
         targets = list(lora.targets or self.lora_targets)
         try:
-            self.transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
+            # PEFT's alpha may be any number, whatever its annotation says.
+            adapter = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets)
+            self.pipeline.transformer.add_adapter(adapter)
         except ValueError:
             names = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in self.transformer.named_modules() if isinstance(m, nn.Linear)}
