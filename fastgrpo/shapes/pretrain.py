@@ -12,26 +12,25 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import diffusers.utils.logging
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
+import transformers.utils.logging
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
+from fastgrpo.errors import UserError
+from fastgrpo.settings import Section, dump_settings, load_settings
 from fastgrpo.shapes import render, verifier, world
 from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
 
-_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-
-class AutoencoderConfig(BaseModel):
+class AutoencoderConfig(Section):
     """The first stage: mean absolute error plus a small KL term, on fresh renders."""
-
-    model_config = _STRICT
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
@@ -41,10 +40,8 @@ class AutoencoderConfig(BaseModel):
     bfloat16: bool
 
 
-class FlowConfig(BaseModel):
+class FlowConfig(Section):
     """The second stage: transformer and text encoders jointly, on a pool of encoded renders."""
-
-    model_config = _STRICT
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
@@ -57,10 +54,8 @@ class FlowConfig(BaseModel):
     guidance: float = Field(ge=0)
 
 
-class EvalConfig(BaseModel):
+class EvalConfig(Section):
     """Deterministic sampling of held-out prompts, every so many steps of the second stage and at its end."""
-
-    model_config = _STRICT
 
     every: int = Field(ge=1)
     images: int = Field(ge=1)
@@ -68,10 +63,8 @@ class EvalConfig(BaseModel):
     steps: int = Field(ge=1)
 
 
-class PretrainConfig(BaseModel):
+class PretrainConfig(Section):
     """Every setting of a pretraining run."""
-
-    model_config = _STRICT
 
     seed: int
     threads: int = Field(ge=1)
@@ -81,34 +74,6 @@ class PretrainConfig(BaseModel):
     autoencoder: AutoencoderConfig
     flow: FlowConfig
     eval: EvalConfig
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """The config of a YAML file with `key.sub=value` overrides; raises ValueError, one line, naming the setting."""
-    tree = yaml.safe_load(Path(path).read_text())
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"{override}: an override is written key=value, as in flow.steps=1000")
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = _scalar(text)
-    try:
-        return PretrainConfig.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _scalar(text: str) -> object:
-    # YAML 1.1 reads 1e-3 as a string.
-    value = yaml.safe_load(text)
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def images_to_tensor(images: np.ndarray) -> Tensor:
@@ -247,7 +212,8 @@ def train_flow(pipeline: FluxPipeline, config: PretrainConfig) -> None:
     pool = latent_pool(pipeline, config, generator)
     ema = Policy(pipeline, stage.guidance).requires_grad_(False)
     policy = copy.deepcopy(ema).requires_grad_(True)
-    parameters, averages = list(policy.parameters()), list(ema.parameters())
+    parameters: list[Tensor] = [*policy.parameters()]
+    averages: list[Tensor] = [*ema.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=stage.weight_decay, fused=True
     )
@@ -336,11 +302,13 @@ def checkpoint(pipeline: FluxPipeline, config: PretrainConfig, step: int, n: int
 
 def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Runs the recipe of a YAML file; returns the directory of the finished pipeline."""
-    config = load_config(config_path, overrides)
+    config = load_settings(PretrainConfig, config_path, overrides)
     torch.set_num_threads(config.threads)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+    (out / "config.yaml").write_text(dump_settings(config))
     pipeline = build_pipeline(world.vocabulary(), config.sizes, config.seed)
     if config.init is not None:
         vae = AutoencoderKL.from_pretrained(config.init, subfolder="vae", torch_dtype=torch.float32)
@@ -358,6 +326,6 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
 if __name__ == "__main__":
     try:
         print(main(sys.argv[1], sys.argv[2:]))
-    except (ValueError, OSError) as problem:
+    except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -8,32 +8,44 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from fastgrpo.errors import ConfigError
+from fastgrpo.settings import Section
 
 # The end-of-text id must not be 2: CLIPTextModel then takes a legacy branch that pools at the largest token id.
 SPECIAL_TOKENS = ("<pad>", "<s>", "<unk>", "</s>")
 PAD, START, UNKNOWN, END = range(4)
 
 
-class TinyFluxSizes(BaseModel):
+class TinyFluxSizes(Section):
     """Sizes of the tiny FLUX; the defaults are those of the shipped weights."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     image_size: int = 32
     text_length: int = 10
     latent_channels: int = 3
-    vae_channels: list[int] = [16, 32, 48]
+    vae_channels: list[int] = Field(default_factory=lambda: [16, 32, 48])
     attention_heads: int = 4
     attention_head_dim: int = 24
-    rope_axes: list[int] = [4, 10, 10]
+    rope_axes: list[int] = Field(default_factory=lambda: [4, 10, 10])
     double_layers: int = 1
     single_layers: int = 4
     text_width: int = 64
     text_layers: int = 2
     shift: float = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "TinyFluxSizes":
+        if sum(self.rope_axes) != self.attention_head_dim:
+            raise ConfigError(
+                f"sizes.rope_axes: {self.rope_axes} sums to {sum(self.rope_axes)}; "
+                f"it must sum to sizes.attention_head_dim, {self.attention_head_dim}"
+            )
+        if self.text_width % 16:
+            raise ConfigError(f"sizes.text_width: {self.text_width} is not a multiple of 16, the width of a head")
+        return self
 
 
 def build_tokenizer(words: tuple[str, ...], length: int, start: bool) -> PreTrainedTokenizerFast:
@@ -61,9 +73,9 @@ def build_autoencoder(sizes: TinyFluxSizes) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(sizes.vae_channels),
+        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        block_out_channels=tuple(sizes.vae_channels),  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=sizes.latent_channels,
         norm_num_groups=8,
@@ -106,15 +118,7 @@ def _text_encoders(sizes: TinyFluxSizes, vocabulary: int) -> tuple[CLIPTextModel
 
 
 def build_pipeline(words: tuple[str, ...], sizes: TinyFluxSizes, seed: int) -> FluxPipeline:
-    """An untrained FluxPipeline in float32 whose tokenizers know `words`.
-
-    Raises ValueError where `rope_axes` does not sum to `attention_head_dim`.
-    """
-    if sum(sizes.rope_axes) != sizes.attention_head_dim:
-        raise ValueError(
-            f"sizes.rope_axes: {sizes.rope_axes} sums to {sum(sizes.rope_axes)}; "
-            f"it must sum to sizes.attention_head_dim = {sizes.attention_head_dim}"
-        )
+    """An untrained FluxPipeline in float32 whose tokenizers know `words`; resets torch's global seed."""
     torch.manual_seed(seed)
     clip, t5 = _text_encoders(sizes, len(SPECIAL_TOKENS) + len(words))
     vae = build_autoencoder(sizes)
