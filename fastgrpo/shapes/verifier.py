@@ -30,7 +30,7 @@ _OBJECT_AREA = 12.0
 # A larger component is a backdrop: it has no shape.
 _LARGEST_AREA = 320.0
 # Overlap (intersection over union) with the named shape that the strict test asks for.
-_OVERLAP = 0.75
+_OVERLAP = 0.78
 # Margins over the best wrong shape (overlap), wrong colour (cosine) and wrong axis (pixels) that earn full credit.
 _SHAPE_MARGIN, _COLOR_MARGIN, _AXIS_MARGIN = 0.08, 0.15, 4.0
 # Components whose shape is read, the largest first; all are counted.
@@ -73,7 +73,7 @@ class _Reading(NamedTuple):
 def verify(images: np.ndarray | torch.Tensor, prompts: Sequence[ShapesPrompt]) -> VerifierResult:
     """Grades `images` [B, 3, S, S], values in [0, 1] (others are clipped), against one prompt each.
 
-    The partial credit of an image is its `objects`, or 0.7 `objects` + 0.3 `relation` where the prompt names a relation.
+    Partial credit is `objects`, or 0.7 `objects` + 0.3 `relation` where the prompt names a relation.
     An object earns 0.2 for being a shape at all, 0.4 for the right one and 0.4 for the right colour, in steps made
     smooth; the sum is divided by the number of objects asked for or found, whichever is larger.
     Raises ValueError on another layout or number.
