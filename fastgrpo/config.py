@@ -1,31 +1,19 @@
 """Every setting of a run, typed and documented: YAML in, resolved YAML out.
 
-Strict: an unknown key, a wrong type or an impossible combination raises `ConfigError`, one line that names the
-key, the value, what is allowed and the nearest match.
+Strict: an unknown key, a wrong type or an impossible combination raises `ConfigError` (see fastgrpo/settings.py).
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-import types
-import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from fastgrpo.errors import ConfigError
+from fastgrpo.settings import Section, dump_settings, load_settings, validate_settings
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -258,6 +246,9 @@ class Config(Section):
             )
         if self.eval.every and self.prompts.heldout is None:
             raise ValueError("eval.every: needs prompts.heldout; give held-out prompts, or set eval.every to 0")
+        names = [reward.name for reward in self.rewards]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"rewards: '{twice}' is named twice; give its weights as one")
         if sum(abs(r.weight) for r in self.rewards) == 0:
             raise ValueError("rewards: every weight is 0, so nothing would be learned; give one a weight")
         if self.model.dtype == "bfloat16" and self.parallel.fsdp == "off":
@@ -265,167 +256,16 @@ class Config(Section):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: `1e-5` is a number, as everyone writes it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise ConfigError(f"{key.value}: given twice (line {key.start_mark.line + 1})")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises ConfigError, naming `where` and the line."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0] or type(error).__name__
-        raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
-
-
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved config of a YAML file and `key.sub=value` overrides. Raises ConfigError."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean '{path.with_name(near[0])}'?" if near else ""
-        raise ConfigError(f"{path}: cannot read the config: {error.strerror or error}{hint}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: cannot read the config: not UTF-8 text") from None
-    data = parse_yaml(text, str(path))
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a config is a mapping of sections, not {_kind(data)}")
-    for item in overrides:
-        _override(data, item)
-    return validate(data)
+    return load_settings(Config, path, overrides)
 
 
-def validate(data: dict) -> Config:
-    """A Config from plain data. Raises ConfigError: one line for the first of its errors."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+def validate(data: dict[str, Any]) -> Config:
+    """A Config from plain data. Raises ConfigError."""
+    return validate_settings(Config, data)
 
 
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load_config` reads it back to an equal Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _override(data: dict, item: str) -> None:
-    key, equals, value = item.partition("=")
-    keys = key.split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"'{item}': an override is written key.sub=value, e.g. train.iterations=10")
-    node = data
-    for part in keys[:-1]:
-        if isinstance(node, list):
-            node = _item(node, part, key)
-            continue
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"{key}: '{part}' is {_kind(node)}, not a section")
-    parsed = parse_yaml(value, key)
-    if isinstance(node, list):
-        _item(node, keys[-1], key)
-        node[int(keys[-1])] = parsed
-    else:
-        node[keys[-1]] = parsed
-
-
-def _item(node: list, part: str, key: str) -> Any:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"{key}: '{part}' is not an index of a list of {len(node)}")
-    return node[int(part)]
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a section", list: "a list", str: "text", type(None): "empty", bool: "true/false"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    known = [part for part in first["loc"] if not _is_union_tag(part)]
-    key = ".".join(str(part) for part in known)
-    kind, given = first["type"], first.get("input")
-    if kind == "value_error":
-        return str(first.get("ctx", {}).get("error"))
-    if kind == "missing":
-        return f"{key}: this setting is required"
-    if kind == "extra_forbidden":
-        names = _siblings(known)
-        near = difflib.get_close_matches(str(known[-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        return f"{key}: unknown setting; {hint}(one of: {', '.join(names)})"
-    union = [e for e in error.errors() if _same_place(e["loc"], known)]
-    wants = list(dict.fromkeys(_wish(e) for e in union)) or [_wish(first)]
-    near = ""
-    if isinstance(given, str):
-        options = [o for e in union for o in re.findall(r"'([^']+)'", str(e.get("ctx", {}).get("expected", "")))]
-        match = difflib.get_close_matches(given, options, n=1)
-        near = f"did you mean '{match[0]}'? " if match else ""
-    return f"{key}: {_shown(given)} is not valid; {near}it should be {', or '.join(wants)}"
-
-
-def _wish(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-    return message[:1].lower() + message[1:]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _is_union_tag(part: Any) -> bool:
-    """Pydantic adds the union member's name to a location; settings are lower-case identifiers or indices."""
-    if isinstance(part, int):
-        return False
-    return part in {"window", "subset", "int", "bool", "float", "str"} or bool(re.search(r"[\[\(]|^[A-Z]", part))
-
-
-def _same_place(loc: tuple, known: list) -> bool:
-    return [part for part in loc if not _is_union_tag(part)] == known
-
-
-def _siblings(known: list) -> list[str]:
-    """The settings of the section that an unknown key was written in."""
-    models: list[type[BaseModel]] = [Config]
-    for part in known[:-1]:
-        if isinstance(part, int):
-            continue
-        found = []
-        for model in models:
-            field = model.model_fields.get(part)
-            if field is not None:
-                found += _models_in(field.annotation)
-        models = found or models
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (Union, types.UnionType, list, Annotated):
-        return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
-    return []
+    return dump_settings(config)

@@ -1,0 +1,213 @@
+"""The command line: `fastgrpo --help`. Modules that import torch are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastgrpo.errors import ConfigError, UserError
+
+app = typer.Typer(
+    help="GRPO for visual generators: diffusion models and rectified flows, images and video.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as those of configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE…", help="Settings of the config, such as run.dir=runs/mine.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Checkpoint = Annotated[str, typer.Option(help="latest, best, or an iteration.")]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the config and print its arithmetic.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to assume in --check.")] = 1,
+) -> None:
+    """Train from a config. Ctrl-C leaves a checkpoint that run.resume=true continues."""
+    from fastgrpo.config import load_config
+
+    resolved = load_config(config, overrides or ())
+    if check:
+        _check(resolved, ranks)
+        return
+    from fastgrpo.trainer import train as run
+
+    run(resolved)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunDir,
+    images: Annotated[int, typer.Option(min=2, help="Held-out images of each model.")] = 480,
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """Compare a run with its base model on held-out prompts: same prompts, same initial noise, no sampling noise."""
+    from fastgrpo.evaluate import evaluate_run
+
+    _print_comparison(evaluate_run(run, images=images, checkpoint=checkpoint), run)
+
+
+@app.command()
+def sample(
+    run: RunDir,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="Prompts, or one file of them.")],
+    out: Annotated[Path, typer.Option(help="Directory of the images.")] = Path("samples"),
+    count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the initial noise; else the run's.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="latest, best, an iteration, or base.")] = "latest",
+) -> None:
+    """Draw images with a run's weights, or with its base model's."""
+    from fastgrpo.sample import sample_run
+
+    for path in sample_run(run, prompts, out, count=count, seed=seed, checkpoint=checkpoint):
+        typer.echo(path)
+
+
+@app.command()
+def export(
+    run: RunDir,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    checkpoint: Checkpoint = "latest",
+    merge: Annotated[bool, typer.Option("--merge", help="A LoRA run: write the whole pipeline, merged.")] = False,
+) -> None:
+    """Write what diffusers loads: a LoRA or a pipeline directory, with a model card."""
+    from fastgrpo.export import export_run
+
+    typer.echo(export_run(run, out, checkpoint=checkpoint, merge=merge))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories; several are compared.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; else report.html in the first run.")] = None,
+) -> None:
+    """Write a self-contained HTML report: curves, time by phase, images before and after, the config."""
+    from fastgrpo.report import write_report
+
+    typer.echo(write_report(runs, out))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="Also test this config on policy.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what this machine has and can do; with a config, whether its rollout and update agree."""
+    from fastgrpo.doctor import examine
+
+    examine(config, overrides or ())
+
+
+@app.command()
+def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train an embedded pipeline of fastgrpo/shapes from scratch, as its shipped weights were."""
+    from fastgrpo.shapes.pretrain import main as run
+
+    typer.echo(run(config, overrides or ()))
+
+
+@functools.cache
+def _command() -> Any:
+    return typer.main.get_command(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (`sys.argv` by default); gives the exit code: 2 for what the user can mend."""
+    try:
+        _command()(args=None if arguments is None else list(arguments), prog_name="fastgrpo")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except UserError as error:
+        # Every rank reads the same config: one of them says so. What else fails may fail on one rank only.
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, ConfigError):
+            _complain(str(error), rank)
+        return 2
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        _complain(
+            f"{error.filename}: {error.strerror}" if error.filename else error.strerror, os.environ.get("RANK", "0")
+        )
+        return 2
+    return 0
+
+
+def _complain(message: str, rank: str) -> None:
+    where = f" (rank {rank})" if rank != "0" else ""
+    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _check(config: Any, ranks: int) -> None:
+    """What a run would find out before its weights load: names, prompts, numbers that do not divide."""
+    from fastgrpo.arithmetic import arithmetic
+    from fastgrpo.models import family_class
+    from fastgrpo.prompts import load_prompts
+    from fastgrpo.rewards import load_reward
+
+    family_class(config.model.family)
+    for spec in config.rewards:
+        load_reward(spec)
+    for source in filter(None, (config.prompts.train, config.prompts.heldout)):
+        typer.echo(f"{source}: {len(load_prompts(source))} prompts")
+    typer.echo(arithmetic(config, ranks))
+
+
+def _print_comparison(summary: dict[str, Any], run: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    base, tuned = summary["base"], summary["tuned"]
+    table = Table(title=f"{base['images']} held-out images, iteration {summary['iteration']}", title_justify="left")
+    for column in ("", "base", "tuned", "difference", "95% interval"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, difference in summary["difference"].items():
+        low, high = difference["interval95"]
+        table.add_row(
+            name,
+            f"{base['rewards'][name]:.3f}",
+            f"{tuned['rewards'][name]:.3f}",
+            f"{difference['mean']:+.3f}",
+            f"{low:+.3f} … {high:+.3f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"trained for {summary['train_seconds']:.0f} s; written to {run / 'summary.json'}", highlight=False)
+
+
+def _mount_benchmarks() -> None:
+    """`fastgrpo bench …`, in a checkout that has it."""
+    import importlib.util
+
+    if importlib.util.find_spec("fastgrpo.bench_cli") is None:
+        return
+
+    @app.command(
+        "bench",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+        add_help_option=False,
+    )
+    def bench(context: typer.Context) -> None:
+        """Time the kernels, and read what the compiler made of them."""
+        from fastgrpo.bench_cli import app as benchmarks  # pyright: ignore[reportMissingImports]
+
+        benchmarks(args=context.args, prog_name="fastgrpo bench")
+
+
+_mount_benchmarks()
+
+if __name__ == "__main__":
+    sys.exit(main())
