@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.errors import EXTRAS, ConfigError, UserError, missing
 
 app = typer.Typer(
     help="GRPO for visual generators: diffusion models and rectified flows, images and video.",
@@ -131,24 +131,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except UserError as error:
-        # Every rank reads the same config: one of them says so. What else fails may fail on one rank only.
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, ConfigError):
-            _complain(str(error), rank)
-        return 2
+        _complain(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _complain(missing(package))
     except OSError as error:
         if error.strerror is None:
             raise
-        _complain(
-            f"{error.filename}: {error.strerror}" if error.filename else error.strerror, os.environ.get("RANK", "0")
-        )
-        return 2
-    return 0
+        _complain(UserError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror))
+    else:
+        return 0
+    return 2
 
 
-def _complain(message: str, rank: str) -> None:
-    where = f" (rank {rank})" if rank != "0" else ""
-    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr)
+def _complain(error: UserError) -> None:
+    """One line on stderr. All ranks read the same config, and one says so; what else fails may fail on one only."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not isinstance(error, ConfigError):
+        where = f" (rank {rank})" if rank != "0" else ""
+        print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _check(config: Any, ranks: int) -> None:

@@ -14,10 +14,29 @@ class ConfigError(UserError, ValueError):
     """A setting, or a file that a setting names, that cannot be used."""
 
 
-def require(module: str, extra: str, needed_by: str) -> None:
+# The extra of pyproject.toml that brings each optional package, by its import name.
+EXTRAS = {
+    **dict.fromkeys(("diffusers", "transformers", "peft", "safetensors", "accelerate", "PIL", "scipy"), "train"),
+    **dict.fromkeys(("matplotlib", "psutil"), "train"),
+    **dict.fromkeys(("fastapi", "uvicorn"), "serve"),
+    **dict.fromkeys(("tensorboard", "wandb"), "logging"),
+    "datasets": "datasets",
+    **dict.fromkeys(("bitsandbytes", "pynvml", "kernels"), "gpu"),
+    "flash_attn": "flash-attn",
+    "xformers": "xformers",
+}
+
+
+def missing(module: str, needed_by: str = "") -> UserError:
+    """The error for an optional package that is not installed."""
+    subject = f"{needed_by}: needs" if needed_by else "this needs"
+    return UserError(f"{subject} the package '{module}'; install it with: pip install 'fastgrpo[{EXTRAS[module]}]'")
+
+
+def require(module: str, needed_by: str) -> None:
     """Raises UserError, naming the extra to install, unless `module` is installed. Imports nothing."""
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{needed_by}: needs the package '{module}'; install it with: pip install 'fastgrpo[{extra}]'")
+        raise missing(module, needed_by)
 
 
 def nearest(word: str, options: Iterable[str], cutoff: float = 0.5) -> str:

@@ -89,7 +89,7 @@ def _shapes(part: str) -> list[Prompt]:
 
 
 def _hub(spec: str) -> list[Prompt]:
-    require("datasets", "datasets", f"hf:{spec}")
+    require("datasets", f"hf:{spec}")
     import datasets
 
     name, split, column = (*spec.split(":"), "", "")[:3]

@@ -36,9 +36,9 @@ class Telemetry:
         self._dir.mkdir(parents=True, exist_ok=True)
         self._config = config
         if config.telemetry.tensorboard:
-            require("tensorboard", "logging", "telemetry.tensorboard")
+            require("tensorboard", "telemetry.tensorboard")
         if config.telemetry.wandb_project is not None:
-            require("wandb", "logging", "telemetry.wandb_project")
+            require("wandb", "telemetry.wandb_project")
         self._file = (self._dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._purge_step: int | None = None
         self._board_: Any = None

@@ -1,0 +1,105 @@
+"""The house: imports run downhill, the kernels stand alone, nothing is unpickled."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE, KERNELS = ROOT / "fastgrpo", ROOT / "kernels" / "fastgrpo_kernels"
+
+# A room imports from those above it in this table, and from itself.
+ROOMS = [
+    {"fastgrpo_kernels", "fastgrpo", "errors"},
+    {"settings"},
+    {"config", "shapes"},
+    {"schedule", "objective", "advantages", "optimizer", "arithmetic"},
+    {"prompts", "telemetry", "checkpoint", "compat"},
+    {"models", "rewards"},
+    {"parallel"},
+    {"rollout"},
+    {"update", "evaluate"},
+    {"trainer", "export", "sample", "report"},
+    {"doctor", "bench_cli"},
+    {"cli"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def room_of(module: str) -> str:
+    """`fastgrpo.models.flux` is in the room `models`."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "fastgrpo" and len(parts) > 1 else parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it, lazily too; relative imports are of its own package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            is_package = node.module == "fastgrpo"
+            found |= names if is_package else {node.module}
+    return found
+
+
+FILES = sorted(p for folder in (PACKAGE, KERNELS) for p in folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_downhill(path):
+    relative = path.relative_to(PACKAGE).with_suffix("").parts
+    room = relative[0] if relative[0] != "__init__" else "fastgrpo"
+    assert room in LEVEL, f"give {room} a place in ROOMS"
+    for module in imports_of(path):
+        if module.split(".")[0] not in ("fastgrpo", "fastgrpo_kernels"):
+            continue
+        other = room_of(module)
+        other = "fastgrpo" if other.startswith("__") else other
+        assert other == room or LEVEL[other] < LEVEL[room], f"{room} imports {module}, which is not below it"
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: str(p.relative_to(KERNELS)))
+def test_the_kernels_import_torch_triton_and_the_standard_library_only(path):
+    allowed = {"torch", "triton", "fastgrpo_kernels"} | set(sys.stdlib_module_names)
+    if path.stem.startswith("reference") or path.stem.endswith("reference"):
+        allowed.add("numpy")
+    assert {module.split(".")[0] for module in imports_of(path)} <= allowed
+
+
+def test_no_folder_shadows_the_package_kernels():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_pickled(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save"), ("np", "load")}, path
+    assert not {"pickle", "dill", "joblib", "cloudpickle"} & {m.split(".")[0] for m in imports_of(path)}
+
+
+BLOCKED = (
+    "import sys\n"
+    "for name in ('triton', 'diffusers', 'transformers'): sys.modules[name] = None\n"
+    "import {module}\n"
+    "for name in getattr({module}, '__all__', ()): getattr({module}, name)\n"
+    "{check}"
+)
+STANDALONE = "assert not [name for name in sys.modules if name == 'fastgrpo' or name.startswith('fastgrpo.')]\n"
+
+
+ALONE = [("fastgrpo_kernels", STANDALONE)]
+if (PACKAGE / "compat").exists():
+    ALONE.append(("fastgrpo.compat", ""))
+
+
+@pytest.mark.parametrize("module, check", ALONE)
+def test_other_trainers_need_no_triton_diffusers_or_transformers(module, check):
+    code = BLOCKED.format(module=module, check=check)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
