@@ -16,3 +16,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if "full" in item.keywords and "full" not in asked:
             item.add_marker(pytest.mark.skip(reason="minutes long: pytest -m full, or make test-full"))
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory):
+    """A pipeline directory of the shipped sizes with random weights whose output is not nearly zero."""
+    from fastgrpo.shapes import world
+    from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
+
+    path = tmp_path_factory.mktemp("tiny_flux")
+    build_pipeline(world.vocabulary(), TinyFluxSizes(), seed=0).save_pretrained(path)
+    return path

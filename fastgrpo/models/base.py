@@ -78,7 +78,7 @@ class ModelFamily(abc.ABC):
         dtypes = {"transformer": compute if config.lora else torch.float32, "default": compute}
         path = resolve_path(config.path)
         try:
-            pipeline = getattr(diffusers, cls.pipeline_class).from_pretrained(path, torch_dtype=dtypes)
+            pipeline = getattr(diffusers, cls.pipeline_class).from_pretrained(path, dtype=dtypes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(

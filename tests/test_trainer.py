@@ -1,0 +1,244 @@
+"""The loop: resume is bit-identical, failures are named, nothing written is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_config
+
+from fastgrpo.checkpoint import CheckpointStore, training_tensors
+from fastgrpo.errors import UserError
+from fastgrpo.rewards import Scores
+from fastgrpo.trainer import Trainer, train
+
+TIMES = ("time/", "samples_per_second", "memory/")
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        f"{kind}.{name}": tensor.detach().clone()
+        for kind, tensors in training_tensors(trainer.optimizer).items()
+        for name, tensor in tensors.items()
+    }
+
+
+def finished(config) -> Trainer:
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer
+
+
+class HalfFails:
+    """Scores half of the samples, by their mean."""
+
+    def score(self, samples, prompts):
+        values = samples.mean(dim=(1, 2, 3)).double().numpy()
+        return Scores(values, np.arange(len(values)) % 2 == 0)
+
+
+class Raises:
+    def score(self, samples, prompts):
+        raise RuntimeError("the reward server is on fire")
+
+
+@pytest.mark.parametrize("variant", ["full", "lora_kl", "subset_two_steps"])
+def test_resumed_is_bit_identical_to_uninterrupted(tiny_flux, tmp_path, variant):
+    sections = {
+        "full": {"update": {"ema_decay": 0.9}, "eval": {"every": 2, "images": 6}},
+        "lora_kl": {"model": {"lora": {"rank": 4}}, "objective": {"kl_weight": 0.1}},
+        "subset_two_steps": {"rollout": {"trained": {"kind": "subset"}}, "update": {"optimizer_steps": 2}},
+    }[variant]
+    straight = finished(tiny_config(tiny_flux, tmp_path / "a", train={"iterations": 4}, **sections))
+    for stop in (1, 3):
+        part = tmp_path / f"b{stop}"
+        finished(tiny_config(tiny_flux, part, train={"iterations": stop}, **sections))
+        again = finished(
+            tiny_config(
+                tiny_flux, part, train={"iterations": 4}, run={"dir": str(part), "seed": 7, "resume": True}, **sections
+            )
+        )
+        for (name, ours), theirs in zip(weights(again).items(), weights(straight).values(), strict=True):
+            assert torch.equal(ours, theirs), name
+        assert metrics(part) == metrics(tmp_path / "a")
+
+
+def test_training_changes_the_weights_and_the_ratio_starts_at_one(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, update={"optimizer_steps": 2})
+    trainer = Trainer(config)
+    before = weights(trainer)
+    trainer.run()
+    assert any(not torch.equal(before[k], v) for k, v in weights(trainer).items() if k.startswith("model."))
+    lines = metrics(tmp_path / "run")
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert all(line["ratio/first_max_deviation"] == 0 for line in lines)
+    assert any(line["ratio/max_deviation"] > 0 for line in lines)
+
+
+def test_float32_statistics_in_bfloat16(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", model={"dtype": "bfloat16"})
+    trainer = finished(config)
+    assert all(line["ratio/first_max_deviation"] == 0 for line in metrics(tmp_path / "run"))
+    assert all(p.dtype == torch.float32 for p in trainer.optimizer.parameters)
+
+
+def test_activation_checkpointing_changes_no_bit(tiny_flux, tmp_path):
+    runs = [
+        finished(tiny_config(tiny_flux, tmp_path / str(k), model={"activation_checkpointing": k}))
+        for k in ("none", "all", 2)
+    ]
+    for other in runs[1:]:
+        for a, b in zip(weights(runs[0]).values(), weights(other).values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_failed_samples_are_masked_and_counted(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", rewards=[{"name": "test_trainer:HalfFails"}])
+    finished(config)
+    assert [line["samples/failed"] for line in metrics(tmp_path / "run")] == [3, 3]
+
+
+def test_a_reward_that_always_fails_ends_the_run_in_one_line(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", rewards=[{"name": "test_trainer:Raises"}])
+    with pytest.raises(UserError, match="no sample of iteration 0 could be scored"):
+        train(config)
+
+
+def test_an_interrupt_leaves_a_checkpoint_that_continues(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3})
+    trainer = Trainer(config)
+    original = trainer.iterate
+
+    def iterate():
+        original()
+        if trainer.iteration == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.iterate = iterate
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert CheckpointStore.of_run(tmp_path / "run").iterations() == [2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finished(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
+    straight = finished(tiny_config(tiny_flux, tmp_path / "straight", train={"iterations": 3}))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    assert straight.iteration == 3
+
+
+def test_a_used_directory_is_not_overwritten(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1})
+    finished(config)
+    with pytest.raises(UserError, match=r"already holds a run; continue it with run\.resume=true"):
+        Trainer(config)
+
+
+def test_resume_without_a_checkpoint(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", run={"dir": str(tmp_path / "none"), "resume": True})
+    with pytest.raises(UserError, match="holds no checkpoint to continue"):
+        Trainer(config)
+
+
+def test_resume_with_another_config_names_the_setting(tiny_flux, tmp_path):
+    finished(tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1}))
+    other = tiny_config(
+        tiny_flux, tmp_path / "run", run={"dir": str(tmp_path / "run"), "seed": 7, "resume": True}, rollout={"eta": 0.4}
+    )
+    with pytest.raises(UserError, match=r"rollout differs .*eta: 0\.3 then, 0\.4 now"):
+        Trainer(other)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("suffix", [".distcp", ".metadata", "state.json"])
+def test_a_damaged_checkpoint_is_never_loaded(tiny_flux, tmp_path, damage, suffix):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1})
+    finished(config)
+    store = CheckpointStore.of_run(tmp_path / "run")
+    [file] = [p for p in store.path(1).iterdir() if p.name.endswith(suffix)]
+    data = file.read_bytes()
+    if damage == "remove":
+        file.unlink()
+    else:
+        middle = len(data) // 2
+        file.write_bytes(
+            data[:middle] if damage == "truncate" else data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        )
+    with pytest.raises(UserError, match=r"damaged|not a readable checkpoint"):
+        Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": True})}))
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, tmp_path, monkeypatch):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, checkpoint={"every": 1})
+    trainer = Trainer(config)
+    import fastgrpo.checkpoint as module
+
+    save, count = module.dcp.save, []
+
+    def full(*args, **kwargs):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(module.dcp, "save", full)
+    with pytest.raises(UserError, match="No space left on device; the checkpoint of iteration 1 is intact"):
+        trainer.run()
+    assert [p.name for p in trainer.store.directory.iterdir()] == ["000001"]
+
+
+def test_the_latest_and_the_best_checkpoints_stay(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 5}, checkpoint={"every": 1, "keep": 2})
+    trainer = Trainer(config)
+    trainer.best = (2, 1e9)
+    trainer.run()
+    assert trainer.store.iterations() == [2, 4, 5]
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, "tests")
+from tiny import tiny_config
+from fastgrpo.trainer import Trainer
+torch.set_num_threads(1)
+path, run_dir = sys.argv[1:3]
+t = Trainer(tiny_config(path, run_dir, train={"iterations": 2}, rollout={"group_size": 4}, eval={"every": 2, "images": 5},
+            update={"optimizer_steps": 2, "grad_sync": sys.argv[3]}))
+t.run()
+full = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in t.family.transformer.named_parameters()}
+from safetensors.torch import save_file
+if t.world.main: save_file({n: p.contiguous() for n, p in full.items()}, run_dir + "/weights.safetensors")
+"""
+
+
+@pytest.mark.parametrize("grad_sync", ["once", "per_micro_batch"])
+def test_two_ranks_are_one_rank(tiny_flux, tmp_path, grad_sync):
+    from safetensors.torch import load_file
+
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    for ranks in ("1", "2"):
+        port = ["--master-port", str(29500 + os.getpid() % 1000)]
+        arguments = [str(tmp_path / "script.py"), str(tiny_flux), str(tmp_path / ranks), grad_sync]
+        done = subprocess.run([*command, ranks, *port, *arguments], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / ranks / "weights.safetensors") for ranks in ("1", "2"))
+    start = load_file(next(Path(tiny_flux).glob("transformer/*.safetensors")))
+    moved = torch.stack([(one[n] - start[n]).norm() for n in one]).norm()
+    apart = torch.stack([(one[n] - two[n]).norm() for n in one]).norm()
+    # Adam divides by √v: where a gradient is nearly 0, its rounding decides the sign of a step.
+    assert apart / moved < 1e-2
+    for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        assert a["reward/mean"] == pytest.approx(b["reward/mean"], abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["ratio/first_max_deviation"] == b["ratio/first_max_deviation"] == 0
+    first = [json.loads((tmp_path / r / "eval" / "000000.json").read_text())["rewards"] for r in ("1", "2")]
+    assert first[0] == first[1]
