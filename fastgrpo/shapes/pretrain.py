@@ -9,8 +9,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import diffusers.utils.logging
 import numpy as np
@@ -20,10 +21,10 @@ import transformers.utils.logging
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fastgrpo.errors import UserError
+from fastgrpo.errors import ConfigError, UserError, nearest
 from fastgrpo.settings import Section, dump_settings, load_settings
 from fastgrpo.shapes import render, verifier, world
 from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
@@ -52,6 +53,18 @@ class FlowConfig(Section):
     ema_decay: float = Field(ge=0, lt=1)
     pool: int = Field(ge=1)
     guidance: float = Field(ge=0)
+    # How often a category is drawn, relative to the others; 1 where none is given.
+    shares: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> "FlowConfig":
+        for name in self.shares:
+            if name not in world.CATEGORIES:
+                raise ConfigError(
+                    f"flow.shares.{name}: unknown category; {nearest(name, world.CATEGORIES)}"
+                    f"(one of: {', '.join(world.CATEGORIES)})"
+                )
+        return self
 
 
 class EvalConfig(Section):
@@ -104,11 +117,14 @@ class Progress:
         print(f"{self.stage} {step}/{self.steps}  {now - self.start:.0f} s  {text}", flush=True)
 
 
-def balanced(prompts: Sequence[world.ShapesPrompt], n: int, rng: np.random.Generator) -> list[world.ShapesPrompt]:
-    """`n` random prompts, every category equally likely."""
+def draw_prompts(
+    prompts: Sequence[world.ShapesPrompt], n: int, rng: np.random.Generator, shares: Mapping[str, float] | None = None
+) -> list[world.ShapesPrompt]:
+    """`n` random prompts: a category as often as its share of all shares (1 unless given), its prompts evenly."""
     members = [[p for p in prompts if p.category == c] for c in world.CATEGORIES]
-    members = [m for m in members if m]
-    return [members[c][int(rng.integers(len(members[c])))] for c in rng.integers(len(members), size=n)]
+    weights = np.array([(shares or {}).get(c, 1.0) for c in world.CATEGORIES])
+    categories = rng.choice(len(members), size=n, p=weights / weights.sum())
+    return [members[c][int(rng.integers(len(members[c])))] for c in categories]
 
 
 def train_autoencoder(vae: AutoencoderKL, config: PretrainConfig) -> None:
@@ -120,7 +136,7 @@ def train_autoencoder(vae: AutoencoderKL, config: PretrainConfig) -> None:
     progress = Progress("autoencoder", stage.steps)
     for step in range(stage.steps):
         optimizer.param_groups[0]["lr"] = cosine_lr(step, stage.steps, stage.lr, stage.warmup)
-        batch = balanced(prompts, stage.batch, rng)
+        batch = draw_prompts(prompts, stage.batch, rng)
         pixels = images_to_tensor(render.render_batch(batch, rng, config.sizes.image_size))
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
             posterior = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
@@ -132,7 +148,7 @@ def train_autoencoder(vae: AutoencoderKL, config: PretrainConfig) -> None:
         optimizer.step()
         optimizer.zero_grad()
         progress(step + 1, error=error.detach(), kl=kl.detach())
-    batch = balanced(prompts, 4096, rng)
+    batch = draw_prompts(prompts, 4096, rng)
     latents = encode(vae, render.render_batch(batch, rng, config.sizes.image_size), generator)
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
 
@@ -152,7 +168,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray, generator: torch.Generator) -
 def reconstruction_strict(vae: AutoencoderKL, config: PretrainConfig, n: int) -> float:
     """Strict pass rate of `n` renders of held-out prompts after encoding and decoding."""
     rng, generator = np.random.default_rng((config.seed, 2)), torch.Generator().manual_seed(config.seed)
-    prompts = balanced(world.split()[1], n, rng)
+    prompts = draw_prompts(world.split()[1], n, rng)
     latents = encode(vae, render.render_batch(prompts, rng, config.sizes.image_size), generator)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor  # pyright: ignore
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(256)])  # pyright: ignore
@@ -185,7 +201,7 @@ class Policy(nn.Module):
 def latent_pool(pipeline: FluxPipeline, config: PretrainConfig, generator: torch.Generator) -> dict[str, Tensor]:
     """Packed latents and token ids of `flow.pool` renders of training prompts."""
     rng = np.random.default_rng((config.seed, 1))
-    prompts = balanced(world.split()[0], config.flow.pool, rng)
+    prompts = draw_prompts(world.split()[0], config.flow.pool, rng, config.flow.shares)
     progress, latents = Progress("encoding", len(prompts)), []
     for start in range(0, len(prompts), 1024):
         images = render.render_batch(prompts[start : start + 1024], rng, config.sizes.image_size)

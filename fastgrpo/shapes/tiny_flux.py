@@ -34,7 +34,7 @@ class TinyFluxSizes(Section):
     single_layers: int = 4
     text_width: int = 64
     text_layers: int = 2
-    shift: float = 1.0
+    shift: float = 3.0
 
     @model_validator(mode="after")
     def _check(self) -> "TinyFluxSizes":

@@ -113,8 +113,9 @@ def test_pool_holds_training_prompts_of_every_category_only(untrained, recipe):
     texts = untrained.tokenizer_2.batch_decode(pool["t5_ids"], skip_special_tokens=True)
     train, _ = world.split()
     assert set(texts) <= {p.text for p in train}
-    shares = [sum(world.parse(t).category == c for t in texts) / len(texts) for c in world.CATEGORIES]
-    assert max(abs(share - 1 / 6) for share in shares) < 0.03
+    assert recipe.flow.shares == {"position": 2.0, "color_attribution": 2.0}
+    drawn = [sum(world.parse(t).category == c for t in texts) / len(texts) for c in world.CATEGORIES]
+    assert drawn == pytest.approx([1 / 8, 1 / 8, 1 / 8, 1 / 8, 2 / 8, 2 / 8], abs=0.03)
     assert texts == untrained.tokenizer.batch_decode(pool["clip_ids"], skip_special_tokens=True)
     assert pool["x0"].shape == (3000, 16, 12)
 
@@ -135,6 +136,11 @@ def test_learning_rate_warms_up_and_decays():
 def test_impossible_sizes_are_refused(sizes, message):
     with pytest.raises(ConfigError, match=message):
         validate_settings(TinyFluxSizes, sizes)
+
+
+def test_unknown_category_is_refused():
+    with pytest.raises(ConfigError, match="flow.shares.colours: unknown category; did you mean 'colors'"):
+        load_settings(pretrain.PretrainConfig, CONFIG, ["flow.shares.colours=2.0"])
 
 
 def test_recipe_is_reproducible_and_continues_from_an_autoencoder(tmp_path):
