@@ -234,6 +234,15 @@ def test_the_score_moves_smoothly_between_colours_shapes_and_places(red_square):
         assert np.logical_and(credit > credit[0] + 0.02, credit < credit[-1] - 0.02).sum() >= 3
 
 
+def test_touching_objects_of_two_colours_are_two(red_square):
+    y, x = np.mgrid[:32, :32] + 0.5
+    circle = np.clip(5.5 - np.hypot(x - 13, y - 23), 0, 1)
+    image = red_square + circle * (np.array(COLORS["cyan"])[:, None, None] / 255 - red_square)
+    result = verify(image[None].astype(np.float32), [parse("a cyan circle and a red square")])
+    assert result.found[0] == 2
+    assert result.strict[0]
+
+
 def test_relations_need_a_leading_axis(red_square):
     texts = [f"a green square {r} a red square" for r in ("left of", "right of", "above", "below")]
     images = np.stack([paint(red_square, np.s_[14:22, 2:10], (0.16, 0.8, 0.2))] * 4)
