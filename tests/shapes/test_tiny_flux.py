@@ -139,7 +139,7 @@ def test_impossible_sizes_are_refused(sizes, message):
 
 
 def test_unknown_category_is_refused():
-    with pytest.raises(ConfigError, match="flow.shares.colours: unknown category; did you mean 'colors'"):
+    with pytest.raises(ConfigError, match=r"flow\.shares\.colours: unknown category; did you mean 'colors'"):
         load_settings(pretrain.PretrainConfig, CONFIG, ["flow.shares.colours=2.0"])
 
 
