@@ -65,7 +65,10 @@ class ModelFamily(abc.ABC):
         self.check_size()
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
-                module.requires_grad_(False).eval().to(device)
+                module.requires_grad_(False).eval()
+                # Not where it is there already: fake tensors cannot be moved onto themselves.
+                if any(p.device != device for p in module.parameters()):
+                    module.to(device)
         self._embeddings: OrderedDict[tuple[str, str | None], dict[str, Tensor]] = OrderedDict()
 
     @classmethod
