@@ -78,6 +78,10 @@ class PromptSampler:
 
 
 def _shapes(part: str) -> list[Prompt]:
+    """A split of the shapes world with its six categories in equal numbers, as GenEval weighs them.
+
+    Position has hundreds of times the prompts of single objects: the large categories are sampled, the small repeat.
+    """
     from fastgrpo.shapes import world
 
     parts = dict(zip(("train", "heldout"), world.split(), strict=True))
@@ -85,7 +89,8 @@ def _shapes(part: str) -> list[Prompt]:
         names = [f"shapes:{name}" for name in parts]
         hint = nearest(f"shapes:{part}", names)
         raise ConfigError(f"shapes:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
-    return [Prompt(p.text, metadata={"category": p.category}) for p in parts[part]]
+    balanced = world.eval_set(parts[part], 160 * len(world.CATEGORIES), seed=0)
+    return [Prompt(p.text, metadata={"category": p.category}) for p in balanced]
 
 
 def _hub(spec: str) -> list[Prompt]:
