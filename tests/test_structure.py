@@ -18,7 +18,7 @@ ROOMS = [
     {"schedule", "objective", "advantages", "optimizer", "arithmetic"},
     {"prompts", "telemetry", "checkpoint", "compat"},
     {"models", "rewards"},
-    {"parallel"},
+    {"parallel", "charts"},
     {"rollout"},
     {"update", "evaluate"},
     {"trainer", "export", "sample", "report"},

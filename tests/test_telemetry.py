@@ -4,23 +4,18 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from tiny import tiny_config
 
-from fastgrpo.config import Config, validate
+from fastgrpo.config import Config
 from fastgrpo.errors import UserError
-from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry, peak_memory_bytes, read_metrics
+from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry, read_metrics
 
 
 def make_config(**telemetry) -> Config:
-    return validate(
-        {
-            "model": {"family": "flux", "path": "shapes:flux"},
-            "prompts": {"train": "shapes:train", "heldout": "shapes:heldout"},
-            "rewards": [{"name": "shapes"}],
-            "telemetry": telemetry,
-        }
-    )
+    return tiny_config(Path("none"), telemetry=telemetry)
 
 
 def test_each_iteration_is_one_line_on_disk_at_once(tmp_path):
