@@ -1,0 +1,64 @@
+"""Where an iteration's time goes: the share outside transformer, VAE and reward.
+
+python bench/iteration_share.py configs/shapes-flux.yaml [key.sub=value …]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastgrpo.config import load_config
+from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry
+from fastgrpo.trainer import Trainer
+
+WARM_UP, COUNTED = 3, 20
+
+
+def main(path: str, overrides: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as run_dir:
+        quiet = ["telemetry.progress=false", "eval.every=0", f"run.dir={run_dir}/run"]
+        trainer = Trainer(load_config(path, [*overrides, *quiet]))
+        trainer.telemetry = Telemetry(trainer.dir, trainer.config)
+        trainer.timer, trainer.progress = PhaseTimer(trainer.world.device), Progress(1, enabled=False)
+        spent: dict[str, float] = {}
+        family = trainer.family
+        # Frozen evaluations and those with gradients; the backward of a loss is the transformer's, but for the loss.
+        timed(family, "predict", "transformer forward", spent)
+        timed(family, "decode", "VAE decode", spent)
+        timed(torch.Tensor, "backward", "backward", spent)
+        for reward in trainer.rewards.values():
+            timed(reward, "score", "reward", spent)
+        for _ in range(WARM_UP):
+            trainer.iterate()
+        spent.clear()
+        begin = time.perf_counter()
+        for _ in range(COUNTED):
+            trainer.iterate()
+        total = time.perf_counter() - begin
+    for name, seconds in [*spent.items(), ("everything else", total - sum(spent.values()))]:
+        print(f"{name:<20} {seconds / COUNTED:8.4f} s  {seconds / total:6.1%}")
+    print(f"{'iteration':<20} {total / COUNTED:8.4f} s")
+
+
+def timed(owner: Any, method: str, name: str, spent: dict[str, float]) -> None:
+    """Adds the time of every call of owner.method to spent[name]."""
+    call: Callable = getattr(owner, method)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - begin
+
+    setattr(owner, method, wrapped)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
