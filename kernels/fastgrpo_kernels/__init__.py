@@ -2,6 +2,7 @@
 
 from . import transitions
 from .gaussian_step import gaussian_step
+from .log_prob import log_prob
 from .noise import (
     NOISE_V1,
     STREAM_INITIAL,
@@ -26,6 +27,7 @@ __all__ = [
     "NoiseKey",
     "Transition",
     "gaussian_step",
+    "log_prob",
     "noise_key",
     "normal",
     "random_words",

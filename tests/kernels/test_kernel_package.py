@@ -14,7 +14,8 @@ key = fk.noise_key(1, [0, 1], 0, 0, fk.STREAM_SDE, "cpu")
 w = v.clone().requires_grad_()
 p, q = fk.shift_moments(w, v + 0.1, -0.1, 0.2, key)
 (p + q).sum().backward()
-assert fk.gaussian_step(v, v, 1.0, -0.1, 0.2, key).isfinite().all() and w.grad.any()
+y = fk.gaussian_step(v, v, 1.0, -0.1, 0.2, key)
+assert y.isfinite().all() and w.grad.any() and fk.log_prob(v, v, y, 1.0, -0.1, 0.2).isfinite().all()
 assert "fastgrpo" not in sys.modules
 """
 

@@ -1,0 +1,111 @@
+"""Triton kernels of the log-probability.
+
+With z = (y - a·x - b·v)/s. Forward: each program reduces one block of one row to a partial sum of z² in its own slot; a
+second launch adds a row's partials in fixed order. Gradient: one launch, one read of x, v, y, one write of it.
+"""
+
+import triton
+import triton.language as tl
+
+from ..gaussian_step.kernel import load_scalar
+
+
+@triton.jit
+def standard_residual(x_ptr, v_ptr, y_ptr, a, b, inverse_s, mask):
+    """(y - a·x - b·v)/s of one block in float32; zero beyond the row."""
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr, mask=mask, other=0.0).to(tl.float32)
+    return (y - a * x - b * v) * inverse_s
+
+
+@triton.jit
+def _log_prob_fwd_kernel(
+    partials_ptr,
+    x_ptr,
+    v_ptr,
+    y_ptr,
+    a,
+    b,
+    s,
+    x_stride,
+    v_stride,
+    y_stride,
+    elements,
+    blocks,
+    A_PER_ROW: tl.constexpr,
+    B_PER_ROW: tl.constexpr,
+    S_PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    start = (pid % blocks).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    a, b = load_scalar(a, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
+    inverse_s = tl.div_rn(1.0, load_scalar(s, row, S_PER_ROW))
+    z = standard_residual(
+        x_ptr + row * x_stride + start + offsets,
+        v_ptr + row * v_stride + start + offsets,
+        y_ptr + row * y_stride + start + offsets,
+        a,
+        b,
+        inverse_s,
+        offsets < elements - start,
+    )
+    tl.store(partials_ptr + pid, tl.sum(z * z))
+
+
+@triton.jit
+def _log_prob_sum_kernel(log_prob_ptr, partials_ptr, s, elements, blocks, S_PER_ROW: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.float32)
+    for start in range(0, blocks, TILE):
+        mask = start + offsets < blocks
+        total += tl.load(partials_ptr + row * blocks + start + offsets, mask=mask, other=0.0)
+    square = tl.div_rn(tl.sum(total), tl.cast(elements, tl.float32))
+    # ½·log 2π
+    log_prob = -0.5 * square - tl.log(load_scalar(s, row, S_PER_ROW)) - 0.9189385332046727
+    tl.store(log_prob_ptr + row, log_prob)
+
+
+@triton.jit
+def _log_prob_bwd_kernel(
+    grad_v_ptr,
+    grad_ptr,
+    x_ptr,
+    v_ptr,
+    y_ptr,
+    a,
+    b,
+    s,
+    x_stride,
+    v_stride,
+    y_stride,
+    elements,
+    blocks,
+    A_PER_ROW: tl.constexpr,
+    B_PER_ROW: tl.constexpr,
+    S_PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    start = (pid % blocks).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < elements - start
+    a, b = load_scalar(a, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
+    inverse_s = tl.div_rn(1.0, load_scalar(s, row, S_PER_ROW))
+    factor = tl.load(grad_ptr + row) * tl.div_rn(b * inverse_s, tl.cast(elements, tl.float32))
+    z = standard_residual(
+        x_ptr + row * x_stride + start + offsets,
+        v_ptr + row * v_stride + start + offsets,
+        y_ptr + row * y_stride + start + offsets,
+        a,
+        b,
+        inverse_s,
+        mask,
+    )
+    out = grad_v_ptr + row * elements + start + offsets
+    tl.store(out, (factor * z).to(grad_v_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,163 @@
+"""Public log-probability: checks, CPU path, Triton launches, custom operators and gradient."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._checks import as_rows, check_latents, check_no_grad, is_eager, per_sample, refuse_double_backward
+from .._cpu import column, quotient, residual, sum_blocks
+from .._launch import kernel_scalar, launch, rows
+
+Coefficient = float | Tensor
+
+
+def log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
+    """log N(y; a·x + b·v, s²) as the mean over each sample's elements, float32 [B].
+
+    mean(-(y - a·x - b·v)²/(2s²)) - log s - ½·log 2π; trainers that sum over elements have D times it. `x` (before the
+    step), `v` (the model output) and `y` (after the step, as stored) are [B, ...] of 2 to 5 dimensions in float32,
+    bfloat16 or float16 (each its own), any strides; `a`, `b` and `s` > 0 are floats or [B] float64/float32 (see
+    `transitions`). Everything is computed in float32.
+
+    Differentiable once, in `v` alone: b·(y - a·x - b·v)/(s²·D), in v's dtype. For the ratio of two policies use
+    `shift_moments`: a difference of two log-probabilities loses the digits that a clip range of 1e-4 needs.
+    Raises ValueError or TypeError for mismatched shapes, dtypes or devices, s <= 0 or coefficients that are not
+    finite (checked where reading them costs no device-to-host copy), a gradient asked of anything but `v`, and a
+    double backward.
+    """
+    check_latents("x", x)
+    check_latents("v", v, like=x)
+    check_latents("y", y, like=x)
+    a, b, s = per_sample("a", a, x), per_sample("b", b, x), per_sample("s", s, x, positive=True)
+    check_no_grad(x=x, y=y, a=a, b=b, s=s)
+    if not is_eager(x, v, y):
+        return _log_prob_op(x, v, y, *as_rows((a, b, s), x))
+    if torch.is_grad_enabled() and v.requires_grad:
+        return _LogProb.apply(x, v, y, a, b, s)  # pyright: ignore[reportReturnType]
+    return _forward(x, v, y, a, b, s)
+
+
+def _forward(x, v, y, a, b, s) -> Tensor:
+    body = log_prob_cpu if x.device.type == "cpu" else launch_log_prob
+    return body(x, v, y, a, b, s)
+
+
+def _backward(grad, x, v, y, a, b, s) -> Tensor:
+    body = log_prob_backward_cpu if x.device.type == "cpu" else launch_log_prob_backward
+    return body(grad, x, v, y, a, b, s)
+
+
+def log_prob_cpu(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
+    """The ATen path: one buffer, float32 sums in blocks, scaled once per sample in float64."""
+    z = residual(y, x, v, a, b).mul_(column(quotient(1.0, s), x)).flatten(1)
+    log_s = s.double().log() if isinstance(s, Tensor) else math.log(s)
+    mean_square = sum_blocks(z.square_()) / z.shape[1]
+    return (-0.5 * mean_square - log_s - 0.5 * math.log(2.0 * math.pi)).to(torch.float32)
+
+
+def log_prob_backward_cpu(
+    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient
+) -> Tensor:
+    """Gradient of v in ATen: one buffer, one pass for each term."""
+    factor = grad.double() * quotient(quotient(b, s), s) / v[0].numel()
+    return residual(y, x, v, a, b).mul_(column(factor, x)).to(v.dtype)
+
+
+def launch_log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
+    """The Triton path: partial sums to their own slots, then one program to a row adds them in fixed order."""
+    from ..noise_kernel import BLOCK, NUM_WARPS
+    from .kernel import _log_prob_fwd_kernel, _log_prob_sum_kernel
+
+    inputs, shape, constants = _kernel_arguments(x, v, y, a, b, s)
+    batch, elements, blocks = shape
+    partials = torch.empty((batch, blocks), dtype=torch.float32, device=x.device)
+    out = torch.empty(batch, dtype=torch.float32, device=x.device)
+    launch(_log_prob_fwd_kernel, batch * blocks, partials, *inputs, elements, blocks, **constants, BLOCK=BLOCK)
+    launch(
+        _log_prob_sum_kernel,
+        batch,
+        out,
+        partials,
+        inputs[5],
+        elements,
+        blocks,
+        S_PER_ROW=isinstance(s, Tensor),
+        TILE=1024,
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+def launch_log_prob_backward(
+    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient
+) -> Tensor:
+    """Gradient of v by Triton: one launch."""
+    from ..noise_kernel import BLOCK
+    from .kernel import _log_prob_bwd_kernel
+
+    grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    inputs, shape, constants = _kernel_arguments(x, v, y, a, b, s)
+    batch, elements, blocks = shape
+    arguments = grad_v, grad.contiguous(), *inputs, elements, blocks
+    launch(_log_prob_bwd_kernel, batch * blocks, *arguments, **constants, BLOCK=BLOCK)
+    return grad_v
+
+
+def _kernel_arguments(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient):
+    """(pointers, coefficients and strides), (B, D, blocks of a row), and the constants of both kernels over latents."""
+    from ..noise_kernel import BLOCK, NUM_WARPS
+
+    x, v, y = rows(x), rows(v), rows(y)
+    a, b, s = kernel_scalar(a), kernel_scalar(b), kernel_scalar(s)
+    constants = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("ABS", (a, b, s), strict=True)}
+    inputs = x, v, y, a, b, s, x.stride(0), v.stride(0), y.stride(0)
+    return inputs, (*x.shape, -(-x.shape[1] // BLOCK)), {**constants, "num_warps": NUM_WARPS}
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, v, y, a, b, s):
+        tensors = [t if isinstance(t, Tensor) else None for t in (a, b, s)]
+        ctx.save_for_backward(x, v, y, *tensors)
+        ctx.floats = [None if isinstance(c, Tensor) else c for c in (a, b, s)]
+        return _forward(x, v, y, a, b, s)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        refuse_double_backward("log_prob")
+        x, v, y, *tensors = ctx.saved_tensors
+        coefficients = [t if f is None else f for t, f in zip(tensors, ctx.floats, strict=True)]
+        return None, _backward(grads[0], x, v, y, *coefficients), *[None] * 4
+
+
+@torch.library.custom_op("fastgrpo_kernels::log_prob", mutates_args=())
+def _log_prob_op(x: Tensor, v: Tensor, y: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    return _forward(x, v, y, a, b, s)
+
+
+@_log_prob_op.register_fake
+def _(x, v, y, a, b, s):
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastgrpo_kernels::log_prob_backward", mutates_args=())
+def _log_prob_backward_op(grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    return _backward(grad, x, v, y, a, b, s)
+
+
+@_log_prob_backward_op.register_fake
+def _(grad, x, v, y, a, b, s):
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _op_backward(ctx, grad):
+    refuse_double_backward("log_prob")
+    return None, _log_prob_backward_op(grad, *ctx.saved_tensors), *[None] * 4
+
+
+_log_prob_op.register_autograd(_op_backward, setup_context=_setup_context)
