@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,7 +109,8 @@ def doctor(
     """Say what this machine has and can do; with a config, whether its rollout and update agree."""
     from fastgrpo.doctor import examine
 
-    examine(config, overrides or ())
+    if not examine(config, overrides or ()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -124,8 +126,18 @@ def _command() -> Any:
     return typer.main.get_command(app)
 
 
+def _quiet() -> None:
+    """Other libraries' chatter would bury the one line that matters."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # What checkpointing on one rank is told, at each of them.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (`sys.argv` by default); gives the exit code: 2 for what the user can mend."""
+    _quiet()
     try:
         _command()(args=None if arguments is None else list(arguments), prog_name="fastgrpo")
     except SystemExit as end:
