@@ -15,6 +15,7 @@ from .noise import (
     random_words,
     uniform,
 )
+from .on_policy_gradient import on_policy_backward, on_policy_gradient
 from .shift_moments import shift_moments
 from .transitions import Transition
 
@@ -30,6 +31,8 @@ __all__ = [
     "log_prob",
     "noise_key",
     "normal",
+    "on_policy_backward",
+    "on_policy_gradient",
     "random_words",
     "shift_moments",
     "transitions",

@@ -12,7 +12,7 @@ from ..noise_kernel import normal_block
 
 
 @triton.jit
-def _load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK: tl.constexpr):
+def load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK: tl.constexpr):
     if words_ptr is not None:
         return normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK)
     else:
@@ -45,7 +45,7 @@ def _shift_moments_fwd_kernel(
     v = tl.load(v_ptr + row * v_stride + start + offsets, mask=mask, other=0.0).to(tl.float32)
     v_old = tl.load(v_old_ptr + row * v_old_stride + start + offsets, mask=mask, other=0.0).to(tl.float32)
     shift = v - v_old
-    eps = _load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
+    eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
     # Beyond the row both operands are zero.
     tl.store(partials_ptr + pid.to(tl.int64) * 2, tl.sum(shift * eps))
     tl.store(partials_ptr + pid.to(tl.int64) * 2 + 1, tl.sum(shift * shift))
@@ -113,6 +113,6 @@ def _shift_moments_bwd_kernel(
     factor_shift = 2.0 * tl.load(grad_q_ptr + row) * scale * per_element
     v = tl.load(v_ptr + row * v_stride + start + offsets, mask=mask, other=0.0).to(tl.float32)
     v_old = tl.load(v_old_ptr + row * v_old_stride + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    eps = _load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
+    eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
     grad = factor_eps * eps + factor_shift * (v - v_old)
     tl.store(grad_v_ptr + row * elements + start + offsets, grad.to(grad_v_ptr.dtype.element_ty), mask=mask)
