@@ -223,6 +223,3 @@ def _mount_benchmarks() -> None:
 
 
 _mount_benchmarks()
-
-if __name__ == "__main__":
-    sys.exit(main())

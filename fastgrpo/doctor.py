@@ -174,7 +174,7 @@ def _torch() -> Iterator[tuple[str, str, str]]:
         )
         if there
     ]
-    yield "several ranks", ", ".join(backends) or "none", "torchrun --nproc-per-node N -m fastgrpo.cli train …"
+    yield "several ranks", ", ".join(backends) or "none", "torchrun --nproc-per-node N -m fastgrpo train …"
 
 
 def _attention() -> Iterator[tuple[str, str, str]]:

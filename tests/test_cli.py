@@ -46,7 +46,7 @@ def test_help_names_every_command_and_imports_no_torch():
 def test_help_answers_in_under_a_second():
     # Processor time: on a machine that does nothing else it is the time that a person waits.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "fastgrpo.cli", "--help"]
+    command = [sys.executable, "-m", "fastgrpo", "--help"]
     assert subprocess.run(command, capture_output=True).returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
@@ -170,7 +170,7 @@ def test_a_directory_without_a_run_is_refused(command, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(recipe, tmp_path):
-    command = [sys.executable, "-m", "fastgrpo.cli", "train", str(recipe), "train.iterations=1000", "eval.every=0"]
+    command = [sys.executable, "-m", "fastgrpo", "train", str(recipe), "train.iterations=1000", "eval.every=0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120

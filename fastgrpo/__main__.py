@@ -1,0 +1,7 @@
+"""`python -m fastgrpo`, as `torchrun -m fastgrpo train …` starts it on every rank."""
+
+import sys
+
+from fastgrpo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,178 @@
+"""Every command and snippet of the documents runs, in a folder where the documents' paths hold.
+
+A comment above a block changes how it is run:
+
+    <!-- test: args="train.iterations=2" -->            appended to each fastgrpo, torchrun or make command of the block
+    <!-- test: full -->                                 only in make test-full
+    <!-- test: skip reason="needs a GPU" -->            not run; only for a reason of SKIPS
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").glob("*.md")])
+LANGUAGES = {"bash", "python"}
+# Fenced text that nobody is meant to run.
+SHOWN = {"", "text", "yaml", "json"}
+# Why a block may be skipped. What installs packages is tested in test_packaging; the suite itself is running now.
+SKIPS = {"needs a GPU", "needs the hub", "installs packages", "runs this suite"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. line: of its first line of code, in its document."""
+
+    language: str
+    line: int
+    code: str
+    args: str = ""
+    full: bool = False
+    skip: str | None = None
+
+    def commands(self) -> list[str]:
+        """The commands of a bash block, each with the block's extra arguments."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        commands = [shlex.join(shlex.split(line, comments=True)) if "|" not in line else line for line in lines]
+        return [f"{c} {self.args}".strip() if re.match(r"fastgrpo|torchrun|make", c) else c for c in commands if c]
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The fenced blocks of a Markdown text in one of LANGUAGES, with the marker above each."""
+    found, lines, marker, number = [], text.split("\n"), {}, 0
+    while number < len(lines):
+        line = lines[number].strip()
+        if match := re.fullmatch(r"<!-- test: (.*) -->", line):
+            marker = dict(_marks(match[1]))
+        elif line.startswith("```"):
+            language, start = line[3:].strip(), number + 1
+            number = start
+            while not lines[number].strip().startswith("```"):
+                number += 1
+            assert language in LANGUAGES | SHOWN, f"line {start}: a block in an unknown language, {language!r}"
+            if language in LANGUAGES:
+                found.append(Block(language, start + 1, "\n".join(lines[start:number]), **marker))
+            marker = {}
+        elif line:
+            assert not marker, f"line {number + 1}: a test marker stands above no block"
+        number += 1
+    return found
+
+
+def _marks(text: str):
+    """`full`, `args="…"`, `skip reason="…"` as keyword arguments of Block."""
+    words = shlex.split(text)
+    if words[0] == "skip":
+        (reason,) = words[1:]
+        assert reason.removeprefix("reason=") in SKIPS, f"not a reason to skip: {reason}"
+        yield "skip", reason.removeprefix("reason=")
+        return
+    for word in words:
+        name, _, value = word.partition("=")
+        assert name in ("full", "args"), f"unknown marker {name!r}"
+        yield name, value if name == "args" else True
+
+
+def documents(full: bool) -> list:
+    """Those with a block that runs."""
+    return [
+        pytest.param(path, id=str(path.relative_to(ROOT)))
+        for path in DOCUMENTS
+        if any(b.full == full and not b.skip for b in blocks_of(path.read_text(encoding="utf-8")))
+    ]
+
+
+def run_document(path: Path, folder: Path, full: bool) -> None:
+    """Runs a document's blocks in their order; a full block only where `full`, the others before it too."""
+    for name in ("configs", "docs", "bench", "kernels", "Makefile", "constraints.txt", "pyproject.toml", "fastgrpo"):
+        if (ROOT / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    namespace: dict = {"__name__": "__main__"}
+    for block in blocks_of(path.read_text(encoding="utf-8")):
+        if block.skip or (block.full and not full):
+            continue
+        where = f"{path.relative_to(ROOT)}:{block.line}"
+        if block.language == "python":
+            exec(compile("\n" * (block.line - 1) + block.code, str(path), "exec"), namespace)
+            continue
+        for command in block.commands():
+            run_command(command, folder, where)
+
+
+def run_command(command: str, folder: Path, where: str) -> None:
+    """A shell command. `fastgrpo` itself runs in this process, which has imported what takes seconds."""
+    if re.match(r"fastgrpo(?! doctor)[^|&;<>$`]*$", command):
+        from fastgrpo.cli import main
+
+        assert main(shlex.split(command)[1:]) == 0, f"{where}: {command}"
+        return
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if command.startswith("make "):
+        # This environment, as it is: its set-up would be that of another folder.
+        venv = Path(sys.executable).parents[1]
+        command += f" VENV={venv} -o {venv}/.setup-done"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{where}: {command}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("path", documents(full=False))
+def test_the_commands_and_snippets_of_a_document_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_document(path, tmp_path, full=False)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", documents(full=True))
+def test_the_long_commands_of_a_document_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_document(path, tmp_path, full=True)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_within_the_repository_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}, which does not exist"
+
+
+def test_blocks_and_their_markers_are_read():
+    text = (
+        'before\n<!-- test: args="train.iterations=2 a=b" -->\n```bash\nfastgrpo train x \\\n  y=1  # why\nls\n```\n'
+        "```text\nnothing\n```\n<!-- test: full -->\n\n```python\nx = 1\n```\n"
+        '<!-- test: skip reason="needs a GPU" -->\n```bash\nnvidia-smi\n```\n'
+    )
+    first, second, third = blocks_of(text)
+    assert first.commands() == ["fastgrpo train x y=1 train.iterations=2 a=b", "ls"]
+    assert first.line == 4
+    assert (second.language, second.full, second.skip) == ("python", True, None)
+    assert third.skip == "needs a GPU"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('<!-- test: skip reason="too slow" -->\n```bash\nls\n```', "not a reason to skip"),
+        ("<!-- test: fulll -->\n```bash\nls\n```", "unknown marker"),
+        ("<!-- test: full -->\nprose\n```bash\nls\n```", "above no block"),
+        ("```sh\nls\n```", "unknown language"),
+    ],
+)
+def test_a_block_cannot_slip_out_by_a_typo(text, words):
+    with pytest.raises(AssertionError, match=words):
+        blocks_of(text)
+
+
+def test_a_failing_command_fails(tmp_path):
+    with pytest.raises(AssertionError, match=r"README\.md:3: false"):
+        run_command("false", tmp_path, "README.md:3")
+    with pytest.raises(AssertionError):
+        run_command("fastgrpo train none.yaml", tmp_path, "README.md:3")
