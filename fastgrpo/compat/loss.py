@@ -1,0 +1,82 @@
+"""GRPO's loss as a module: hyper-parameters when it is built, tensors when it is called, (loss, metrics) back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.config import ObjectiveConfig
+from fastgrpo.objective import SUMMED, policy_loss
+from fastgrpo_kernels import NoiseKey, shift_moments
+
+
+class GRPOLoss(nn.Module):
+    """The clipped objective of visual GRPO, from model outputs instead of log-probabilities.
+
+    `epsilon_low` and `epsilon_high` bound the ratio (1e-4 suits means over elements), `beta` weighs the Gaussian KL to
+    a reference model, `delta` > 1 bounds the loss of negative advantages (dual clip), `dppo_threshold` masks by
+    KL (Flow-DPPO), `advantage_clip` bounds |A|. `ratio`: gaussian, unit (Flow-CPS) or ratio_norm (GRPO-Guard).
+    Raises ValueError for a value out of range. fastgrpo.objective holds the formulas.
+    """
+
+    def __init__(
+        self,
+        *,
+        epsilon_low: float = 1e-4,
+        epsilon_high: float = 1e-4,
+        beta: float = 0.0,
+        delta: float | None = None,
+        dppo_threshold: float | None = None,
+        advantage_clip: float = 5.0,
+        ratio: str = "gaussian",
+    ) -> None:
+        super().__init__()
+        self.config = ObjectiveConfig(
+            clip_low=epsilon_low,
+            clip_high=epsilon_high,
+            kl_weight=beta,
+            dual_clip=delta,
+            dppo_threshold=dppo_threshold,
+            ratio=ratio,  # pyright: ignore[reportArgumentType]
+        )
+        self.advantage_clip = advantage_clip
+
+    def forward(
+        self,
+        model_output: Tensor,
+        old_model_output: Tensor,
+        b: float | Tensor,
+        s: float | Tensor,
+        noise: NoiseKey | Tensor,
+        advantages: Tensor,
+        ref_model_output: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss over samples, a scalar differentiable in `model_output`, and metrics, left on the device.
+
+        Model outputs are [B, ...] of one dtype; `b` and `s` are the step's coefficients (fastgrpo_kernels.transitions),
+        floats or [B]; `noise` is the step's key or its ε; `advantages` are [B]. `ref_model_output` is needed for
+        beta > 0 and refused for beta = 0, which would ignore it. Metrics: ratio, clip_ratio, kl, dropped (means over
+        samples) and max_deviation of the ratio from 1, float64.
+        """
+        if (ref_model_output is None) != (self.config.kl_weight == 0):
+            needed = "needs the reference model's output" if ref_model_output is None else "ignores it; pass None"
+            raise ValueError(f"ref_model_output: beta = {self.config.kl_weight} {needed}")
+        batch = model_output.shape[0]
+        if advantages.shape != (batch,):
+            raise ValueError(f"advantages: expected shape [{batch}], got {list(advantages.shape)}")
+        p, q = shift_moments(model_output, old_model_output, b, s, noise)
+        q_reference = None
+        if ref_model_output is not None:
+            _, q_reference = shift_moments(model_output, ref_model_output, b, s, noise)
+        scale = s.to(p) if isinstance(s, Tensor) else torch.full_like(p, s)
+        weight = torch.full_like(p, 1.0 / batch)
+        advantages = advantages.to(p).clamp(-self.advantage_clip, self.advantage_clip)
+        loss, statistics = policy_loss(p, q, scale, advantages, weight, self.config, q_reference)
+        sums = dict(zip(SUMMED, statistics.sums.unbind(), strict=True))
+        return loss, {
+            "ratio": sums["ratio"],
+            "clip_ratio": sums["clipped"],
+            "kl": sums["kl"],
+            "dropped": sums["dropped"],
+            "max_deviation": statistics.max_deviation,
+        }

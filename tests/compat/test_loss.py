@@ -1,0 +1,95 @@
+"""GRPOLoss against the objective written out over float64 log-densities."""
+
+import math
+
+import pytest
+import torch
+
+from fastgrpo.compat import GRPOLoss
+from fastgrpo_kernels import STREAM_SDE, noise_key, normal, transitions
+
+B, S = transitions.dance_sde(torch.tensor([0.9, 0.6, 0.4]), torch.tensor([0.8, 0.5, 0.3]), 0.3)[1:]
+ADVANTAGES = torch.tensor([1.5, -0.7, -9.0])
+
+
+def inputs(shift=0.02):
+    generator = torch.Generator().manual_seed(0)
+    v, delta, ref = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(3))
+    key = noise_key(5, [0, 1, 2], 3, 0, STREAM_SDE, "cpu")
+    return v.requires_grad_(), (v + shift * delta).detach(), v.detach() + 0.05 * ref, key
+
+
+def written_out(v, v_old, ref, eps, low, high, beta):
+    v = v.detach().double().requires_grad_()
+    b, s = (c.view(-1, 1, 1, 1) for c in (B, S))
+
+    def log_density(mean):
+        # y = mean_old + s·ε, so that only differences of means count.
+        z = eps.double() + b * (v_old.double() - mean) / s
+        return (-(z**2) / 2).flatten(1).mean(1)
+
+    ratio = (log_density(v) - log_density(v_old.double())).exp()
+    advantages = ADVANTAGES.double().clamp(-5, 5)
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
+    kl = ((b * (v - ref.double()) / s) ** 2).flatten(1).mean(1) / 2
+    loss = (loss + beta * kl).mean()
+    return loss, torch.autograd.grad(loss, v)[0], ratio, kl
+
+
+@pytest.mark.parametrize("low, high, beta", [(1e-4, 1e-4, 0.0), (0.2, 0.3, 0.0), (0.2, 0.3, 0.04)])
+@pytest.mark.parametrize("stored", [True, False])
+def test_loss_and_gradient(low, high, beta, stored):
+    v, v_old, ref, key = inputs()
+    eps = normal(key, v.shape[1:])
+    loss, metrics = GRPOLoss(epsilon_low=low, epsilon_high=high, beta=beta)(
+        v, v_old, B, S, eps if stored else key, ADVANTAGES, ref if beta else None
+    )
+    (grad,) = torch.autograd.grad(loss, v)
+    expected, expected_grad, ratio, kl = written_out(v, v_old, ref, eps, low, high, beta)
+    assert abs(float(loss.detach()) - float(expected.detach())) <= 1e-6 * abs(float(expected.detach()))
+    assert (grad - expected_grad).abs().max() <= 1e-6 * expected_grad.abs().max()
+    assert abs(float(metrics["ratio"]) - float(ratio.mean())) <= 1e-6
+    if beta:
+        assert abs(float(metrics["kl"]) - float(kl.mean())) <= 1e-6 * float(kl.mean())
+
+
+def test_on_policy_the_ratio_is_exactly_one():
+    v, _, _, key = inputs()
+    loss, metrics = GRPOLoss()(v, v.detach().clone(), B, S, key, ADVANTAGES)
+    assert float(metrics["max_deviation"]) == 0
+    assert float(loss.detach()) == pytest.approx(-float(ADVANTAGES.clamp(-5, 5).mean()), rel=1e-6)
+    assert torch.autograd.grad(loss, v)[0].any()
+
+
+def test_floats_are_coefficients_too():
+    v, v_old, _, key = inputs()
+    one = GRPOLoss(epsilon_low=0.2, epsilon_high=0.2)(v, v_old, -0.1, 0.09, key, ADVANTAGES)[0]
+    rows = torch.full((3,), 1.0, dtype=torch.float64)
+    each = GRPOLoss(epsilon_low=0.2, epsilon_high=0.2)(v, v_old, -0.1 * rows, 0.09 * rows, key, ADVANTAGES)[0]
+    assert float(one.detach()) == pytest.approx(float(each.detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, ref, advantages, message",
+    [
+        ({"beta": 0.1}, False, ADVANTAGES, r"ref_model_output: beta = 0.1 needs"),
+        ({}, True, ADVANTAGES, r"ref_model_output: beta = 0.0 ignores it"),
+        ({}, False, ADVANTAGES[:2], r"advantages: expected shape \[3\], got \[2\]"),
+    ],
+)
+def test_bad_calls(settings, ref, advantages, message):
+    v, v_old, reference, key = inputs()
+    with pytest.raises(ValueError, match=message):
+        GRPOLoss(**settings)(v, v_old, B, S, key, advantages, reference if ref else None)
+
+
+@pytest.mark.parametrize("settings", [{"epsilon_low": 0.0}, {"delta": 0.5}, {"ratio": "other"}, {"beta": -1.0}])
+def test_bad_settings(settings):
+    with pytest.raises(ValueError):
+        GRPOLoss(**settings)
+
+
+def test_it_is_a_module():
+    module = GRPOLoss()
+    assert list(module.parameters()) == []
+    assert math.isclose(module.config.clip_low, 1e-4)
