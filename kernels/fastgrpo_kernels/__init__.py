@@ -1,6 +1,7 @@
 """Fused maths of visual GRPO: Gaussian steps, shift moments and their gradients. Needs torch; triton on GPUs."""
 
 from . import transitions
+from .clipped_loss import LossStatistics, clipped_loss
 from .gaussian_step import gaussian_step
 from .log_prob import log_prob
 from .noise import (
@@ -25,8 +26,10 @@ __all__ = [
     "STREAM_SDE",
     "STREAM_SUBSET",
     "STREAM_VAE",
+    "LossStatistics",
     "NoiseKey",
     "Transition",
+    "clipped_loss",
     "gaussian_step",
     "log_prob",
     "noise_key",
