@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastgrpo.errors import EXTRAS, ConfigError, UserError, missing
+from fastgrpo.errors import EXTRAS, ConfigError, UserError, missing, require_extra
 
 app = typer.Typer(
     help="GRPO for visual generators: diffusion models and rectified flows, images and video.",
@@ -38,6 +38,7 @@ def train(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to assume in --check.")] = 1,
 ) -> None:
     """Train from a config. Ctrl-C leaves a checkpoint that run.resume=true continues."""
+    require_extra("train", "fastgrpo train")
     from fastgrpo.config import load_config
 
     resolved = load_config(config, overrides or ())
@@ -56,6 +57,7 @@ def evaluate(
     checkpoint: Checkpoint = "latest",
 ) -> None:
     """Compare a run with its base model on held-out prompts: same prompts, same initial noise, no sampling noise."""
+    require_extra("train", "fastgrpo eval")
     from fastgrpo.evaluate import evaluate_run
 
     _print_comparison(evaluate_run(run, images=images, checkpoint=checkpoint), run)
@@ -71,6 +73,7 @@ def sample(
     checkpoint: Annotated[str, typer.Option(help="latest, best, an iteration, or base.")] = "latest",
 ) -> None:
     """Draw images with a run's weights, or with its base model's."""
+    require_extra("train", "fastgrpo sample")
     from fastgrpo.sample import sample_run
 
     for path in sample_run(run, prompts, out, count=count, seed=seed, checkpoint=checkpoint):
@@ -85,6 +88,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="A LoRA run: write the whole pipeline, merged.")] = False,
 ) -> None:
     """Write what diffusers loads: a LoRA or a pipeline directory, with a model card."""
+    require_extra("train", "fastgrpo export")
     from fastgrpo.export import export_run
 
     typer.echo(export_run(run, out, checkpoint=checkpoint, merge=merge))
@@ -96,6 +100,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The HTML file; else report.html in the first run.")] = None,
 ) -> None:
     """Write a self-contained HTML report: curves, time by phase, images before and after, the config."""
+    require_extra("train", "fastgrpo report")
     from fastgrpo.report import write_report
 
     typer.echo(write_report(runs, out))
@@ -109,6 +114,8 @@ def doctor(
     """Say what this machine has and can do; with a config, whether its rollout and update agree."""
     from fastgrpo.doctor import examine
 
+    if config is not None:
+        require_extra("train", "fastgrpo doctor CONFIG")
     if not examine(config, overrides or ()):
         raise typer.Exit(1)
 
@@ -116,6 +123,7 @@ def doctor(
 @app.command()
 def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train an embedded pipeline of fastgrpo/shapes from scratch, as its shipped weights were."""
+    require_extra("train", "fastgrpo pretrain")
     from fastgrpo.shapes.pretrain import main as run
 
     typer.echo(run(config, overrides or ()))

@@ -45,3 +45,9 @@ def nearest(word: str, options: Iterable[str], cutoff: float = 0.5) -> str:
 
     match = difflib.get_close_matches(word, list(options), n=1, cutoff=cutoff)
     return f"did you mean '{match[0]}'? " if match else ""
+
+
+def require_extra(extra: str, needed_by: str) -> None:
+    """Raises UserError unless every package of an extra is installed."""
+    for module in (module for module, of in EXTRAS.items() if of == extra):
+        require(module, needed_by)
