@@ -122,8 +122,11 @@ def draw_prompts(
 ) -> list[world.ShapesPrompt]:
     """`n` random prompts: a category as often as its share of all shares (1 unless given), its prompts evenly."""
     members = [[p for p in prompts if p.category == c] for c in world.CATEGORIES]
-    weights = np.array([(shares or {}).get(c, 1.0) for c in world.CATEGORIES])
-    categories = rng.choice(len(members), size=n, p=weights / weights.sum())
+    if shares is None:
+        categories = rng.integers(len(members), size=n)
+    else:
+        weights = np.array([shares.get(c, 1.0) for c in world.CATEGORIES])
+        categories = rng.choice(len(members), size=n, p=weights / weights.sum())
     return [members[c][int(rng.integers(len(members[c])))] for c in categories]
 
 
@@ -328,7 +331,9 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     pipeline = build_pipeline(world.vocabulary(), config.sizes, config.seed)
     if config.init is not None:
         vae = AutoencoderKL.from_pretrained(config.init, subfolder="vae", torch_dtype=torch.float32)
-        pipeline.register_modules(vae=vae.eval())
+        pipeline.vae.load_state_dict(vae.state_dict())
+        factors = {name: vae.config[name] for name in ("scaling_factor", "shift_factor")}
+        pipeline.vae.register_to_config(**factors)
     else:
         train_autoencoder(pipeline.vae, config)
         # The second stage learns the latents of the weights that are shipped.
