@@ -1,6 +1,7 @@
 """Fused maths of visual GRPO: Gaussian steps, shift moments and their gradients. Needs torch; triton on GPUs."""
 
 from . import transitions
+from ._noise_args import StoredStep
 from .clipped_loss import LossStatistics, clipped_loss
 from .gaussian_step import gaussian_step
 from .log_prob import log_prob
@@ -28,6 +29,7 @@ __all__ = [
     "STREAM_VAE",
     "LossStatistics",
     "NoiseKey",
+    "StoredStep",
     "Transition",
     "clipped_loss",
     "gaussian_step",

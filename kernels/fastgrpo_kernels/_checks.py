@@ -50,12 +50,6 @@ def check_no_grad(**tensors: object) -> None:
             raise ValueError(f"{name}: requires a gradient, but none flows into it; pass {name}.detach()")
 
 
-def refuse_double_backward(operation: str) -> None:
-    """Refuse a backward that is itself recorded: the second derivative does not exist."""
-    if torch.is_grad_enabled():
-        raise ValueError(f"{operation}: has no double backward; call backward without create_graph=True")
-
-
 def per_sample(name: str, value: object, like: Tensor, *, positive: bool = False) -> float | Tensor:
     """A coefficient as a float, or as a float32/float64 [B] tensor on the device of `like`.
 

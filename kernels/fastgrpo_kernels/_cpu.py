@@ -53,3 +53,9 @@ def sum_blocks(values: Tensor) -> Tensor:
     if whole:
         total += values[:, :whole].unflatten(1, (-1, _BLOCK)).sum(2).sum(1, dtype=torch.float64)
     return total
+
+
+def guide(v: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """v_uncond + scale·(v - v_uncond) in float32, rounded to v's dtype."""
+    out = difference(v, v_uncond).mul_(column(scale, v))
+    return out.add_(v_uncond).to(v.dtype)

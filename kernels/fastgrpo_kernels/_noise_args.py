@@ -1,4 +1,6 @@
-"""How operations take noise: as a key, as a tensor, or not at all."""
+"""How operations take noise: as a key, as a tensor, as the stored step that it made, or not at all."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -7,6 +9,14 @@ from ._checks import check_latents, check_no_grad
 from .noise import NoiseKey, check_key, normal_cpu
 
 Noise = NoiseKey | Tensor | None
+
+
+class StoredStep(NamedTuple):
+    """Latents before and after a step as stored, [B, ...] each, and the step's `a`: ε = (y - a·x - b·v_old)/s."""
+
+    x: Tensor
+    y: Tensor
+    a: float | Tensor
 
 
 def split_noise(noise: Noise, like: Tensor) -> tuple[Tensor | None, Tensor | None, int]:

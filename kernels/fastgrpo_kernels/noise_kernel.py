@@ -6,6 +6,8 @@ import triton.language as tl
 # Constants of the numerics: reductions over a block depend on them. Never tuned at run time.
 BLOCK = 2048
 NUM_WARPS = 4
+# Of kernels that read all they need: 8 elements a thread, one 128-bit load of bfloat16, and at most 40 registers.
+READ_WARPS = 8
 
 
 @triton.jit

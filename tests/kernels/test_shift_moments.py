@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels import NoiseKey, shift_moments
 from fastgrpo_kernels.shift_moments import op
+from fastgrpo_kernels.shift_moments.inputs import Shift
 from fastgrpo_kernels.shift_moments.reference import shift_moments_reference
 
 # Sums are float32; P's terms cancel, so its error is measured against mean|d·ε|.
@@ -63,11 +64,11 @@ def test_kernels_match_the_oracle(shape, dtype, explicit):
     case = make_case(shape, dtype)
     v, v_old, b, s = (t.to(KERNEL_DEVICE) for t in (case.v, case.v_old, case.b, case.s))
     eps, words = (case.eps.to(KERNEL_DEVICE), None) if explicit else (None, case.key.words.to(KERNEL_DEVICE))
-    p, q = op.launch_shift_moments(v, v_old, b, s, eps, words, case.key.seed)
+    p, q = op.launch_shift_moments(Shift(v, v_old, b, s, eps, words, case.key.seed))
     for terms in ("P", "Q", "PQ"):
         grad_p, grad_q = weights(shape[0], terms)
         grads = grad_p.to(KERNEL_DEVICE), grad_q.to(KERNEL_DEVICE)
-        grad_v = op.launch_shift_moments_backward(*grads, v, v_old, b, s, eps, words, case.key.seed)
+        grad_v, _ = op.launch_shift_moments_backward(*grads, Shift(v, v_old, b, s, eps, words, case.key.seed))
         check(case, p, q, grad_v, grad_p, grad_q)
 
 
@@ -84,7 +85,7 @@ def test_log_ratio_accuracy_at_a_million_elements(shift, path):
         p, q = shift_moments(case.v, v_old, b, s, case.eps)
     else:
         inputs = (t.to(KERNEL_DEVICE) for t in (case.v, v_old, b, s, case.eps))
-        p, q = op.launch_shift_moments(*inputs, None, 0)
+        p, q = op.launch_shift_moments(Shift(*inputs))
     error = ((p - q / 2).cpu().double() - (expected_p - expected_q / 2)).abs().item()
     half = (expected_q / 2).float()
     ulp = (torch.nextafter(half, half + 1) - half).item()
@@ -96,10 +97,10 @@ def test_on_policy_moments_are_exactly_zero(dtype):
     case = make_case((3, 5, 1001), dtype)
     for p, q in (
         shift_moments(case.v, case.v.clone(), case.b, case.s, case.key),
-        op.launch_shift_moments(
+        op.launch_shift_moments(Shift(
             *(t.to(KERNEL_DEVICE) for t in (case.v, case.v.clone(), case.b, case.s)),
             None, case.key.words.to(KERNEL_DEVICE), case.key.seed,
-        ),
+        )),
     ):  # fmt: skip
         assert torch.count_nonzero(p) == torch.count_nonzero(q) == 0
 
@@ -130,9 +131,9 @@ def test_row_bits_depend_on_neither_batch_nor_threads(batch, elements):
 def test_kernel_row_bits_do_not_depend_on_the_batch():
     case = make_case((5, 1, 4100), torch.bfloat16)
     v, v_old, b, s, words = (t.to(KERNEL_DEVICE) for t in (case.v, case.v_old, case.b, case.s, case.key.words))
-    p, q = op.launch_shift_moments(v, v_old, b, s, None, words, 3)
+    p, q = op.launch_shift_moments(Shift(v, v_old, b, s, None, words, 3))
     row = slice(2, 3)
-    alone = op.launch_shift_moments(v[row], v_old[row], b[row], s[row], None, words[row], 3)
+    alone = op.launch_shift_moments(Shift(v[row], v_old[row], b[row], s[row], None, words[row], 3))
     assert torch.equal(alone[0], p[row])
     assert torch.equal(alone[1], q[row])
 
@@ -143,10 +144,10 @@ def test_strided_outputs_and_float_coefficients():
     dense = shift_moments(case.v, case.v_old, -0.1, 0.2, case.key)
     strided = shift_moments(wide[:, :6], case.v_old.transpose(1, 2).contiguous().transpose(1, 2), -0.1, 0.2, case.key)
     assert all(torch.equal(x, y) for x, y in zip(dense, strided, strict=True))
-    kernel = op.launch_shift_moments(
+    kernel = op.launch_shift_moments(Shift(
         wide.to(KERNEL_DEVICE)[:, :6], case.v_old.to(KERNEL_DEVICE), -0.1, 0.2,
         None, case.key.words.to(KERNEL_DEVICE), case.key.seed,
-    )  # fmt: skip
+    ))  # fmt: skip
     torch.testing.assert_close(kernel[0].cpu(), dense[0], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(kernel[1].cpu(), dense[1], rtol=1e-6, atol=0)
 
@@ -185,8 +186,8 @@ def test_runs_under_fake_tensors_with_gradient():
         assert v.grad.shape == v.shape
         assert v.grad.dtype == torch.bfloat16
         # The ATen bodies themselves read no value either.
-        p, q = op.shift_moments_cpu(v.detach(), v_old, row, row, None, key.words, 3)
-        grad = op.shift_moments_backward_cpu(p, q, v.detach(), v_old, row, row, None, key.words, 3)
+        shift = Shift(v.detach(), v_old, row, row, None, key.words, 3)
+        grad, _ = op.shift_moments_backward_cpu(*op.shift_moments_cpu(shift), shift)
         assert grad.shape == v.shape
 
 

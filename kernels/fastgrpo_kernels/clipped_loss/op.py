@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .._checks import as_rows, check_no_grad, is_eager, per_sample, refuse_double_backward
+from .._autograd import refuse_double_backward
+from .._checks import as_rows, check_no_grad, is_eager, per_sample
 from .._launch import kernel_scalar, launch
 
 Coefficient = float | Tensor

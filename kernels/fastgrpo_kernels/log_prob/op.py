@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import as_rows, check_latents, check_no_grad, is_eager, per_sample, refuse_double_backward
+from .._autograd import refuse_double_backward, save_arguments, saved_arguments
+from .._checks import as_rows, check_latents, check_no_grad, is_eager, per_sample
 from .._cpu import column, quotient, residual, sum_blocks
 from .._launch import kernel_scalar, launch, rows
 
@@ -66,7 +67,7 @@ def log_prob_backward_cpu(
 
 def launch_log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
     """The Triton path: partial sums to their own slots, then one program to a row adds them in fixed order."""
-    from ..noise_kernel import BLOCK, NUM_WARPS
+    from ..noise_kernel import BLOCK, READ_WARPS
     from .kernel import _log_prob_fwd_kernel, _log_prob_sum_kernel
 
     inputs, shape, constants = _kernel_arguments(x, v, y, a, b, s)
@@ -84,7 +85,7 @@ def launch_log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coeffici
         blocks,
         S_PER_ROW=isinstance(s, Tensor),
         TILE=1024,
-        num_warps=NUM_WARPS,
+        num_warps=READ_WARPS,
     )
     return out
 
@@ -106,29 +107,25 @@ def launch_log_prob_backward(
 
 def _kernel_arguments(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient):
     """(pointers, coefficients and strides), (B, D, blocks of a row), and the constants of both kernels over latents."""
-    from ..noise_kernel import BLOCK, NUM_WARPS
+    from ..noise_kernel import BLOCK, READ_WARPS
 
     x, v, y = rows(x), rows(v), rows(y)
     a, b, s = kernel_scalar(a), kernel_scalar(b), kernel_scalar(s)
     constants = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("ABS", (a, b, s), strict=True)}
     inputs = x, v, y, a, b, s, x.stride(0), v.stride(0), y.stride(0)
-    return inputs, (*x.shape, -(-x.shape[1] // BLOCK)), {**constants, "num_warps": NUM_WARPS}
+    return inputs, (*x.shape, -(-x.shape[1] // BLOCK)), {**constants, "num_warps": READ_WARPS}
 
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, v, y, a, b, s):
-        tensors = [t if isinstance(t, Tensor) else None for t in (a, b, s)]
-        ctx.save_for_backward(x, v, y, *tensors)
-        ctx.floats = [None if isinstance(c, Tensor) else c for c in (a, b, s)]
+        save_arguments(ctx, (x, v, y, a, b, s))
         return _forward(x, v, y, a, b, s)
 
     @staticmethod
     def backward(ctx, *grads):
         refuse_double_backward("log_prob")
-        x, v, y, *tensors = ctx.saved_tensors
-        coefficients = [t if f is None else f for t, f in zip(tensors, ctx.floats, strict=True)]
-        return None, _backward(grads[0], x, v, y, *coefficients), *[None] * 4
+        return None, _backward(grads[0], *saved_arguments(ctx)), *[None] * 4
 
 
 @torch.library.custom_op("fastgrpo_kernels::log_prob", mutates_args=())

@@ -1,0 +1,146 @@
+"""Checked arguments of the shift moments, and how each of the two paths prepares them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import as_rows, check_latents, check_no_grad, per_sample
+from .._cpu import column, guide, quotient, residual
+from .._launch import kernel_scalar, rows
+from .._noise_args import Noise, StoredStep, noise_cpu, split_noise
+from ..noise import split_seed
+
+Coefficient = float | Tensor
+
+
+class Shift(NamedTuple):
+    """Tensors and coefficients of one call; ε comes from `eps`, from (`words`, `seed`), or from (`x`, `y`, `a`)."""
+
+    v: Tensor
+    v_old: Tensor
+    b: Coefficient
+    s: Coefficient
+    eps: Tensor | None = None
+    words: Tensor | None = None
+    seed: int = 0
+    x: Tensor | None = None
+    y: Tensor | None = None
+    a: Coefficient | None = None
+    v_uncond: Tensor | None = None
+    guidance: Coefficient | None = None
+    v_reference: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """Latents and key, whose kind decides which path runs."""
+        return [self.v, self.v_old, self.eps, self.words, self.x, self.y, self.v_uncond, self.v_reference]
+
+
+def check_shift(
+    v: Tensor,
+    v_old: Tensor,
+    b: Coefficient,
+    s: Coefficient,
+    noise: Noise | StoredStep,
+    v_uncond: Tensor | None,
+    guidance_scale: Coefficient | None,
+    v_reference: Tensor | None = None,
+) -> Shift:
+    """The arguments of a call, or one line that names the one that is wrong."""
+    check_latents("v", v)
+    check_latents("v_old", v_old, like=v, same_dtype=True)
+    if v_reference is not None:
+        check_latents("v_reference", v_reference, like=v, same_dtype=True)
+    b, s = per_sample("b", b, v), per_sample("s", s, v, positive=True)
+    check_no_grad(v_old=v_old, b=b, s=s, v_reference=v_reference)
+    shift = Shift(v, v_old, b, s, v_reference=v_reference)
+    shift = shift._replace(**check_guidance(v, v_uncond, guidance_scale))
+    if isinstance(noise, StoredStep):
+        check_latents("noise.x", noise.x, like=v)
+        check_latents("noise.y", noise.y, like=v)
+        a = per_sample("noise.a", noise.a, v)
+        check_no_grad(**{"noise.x": noise.x, "noise.y": noise.y, "noise.a": a})
+        return shift._replace(x=noise.x, y=noise.y, a=a)
+    if noise is None:
+        raise TypeError("noise: expected the step's NoiseKey, its noise tensor or its StoredStep, got None")
+    eps, words, seed = split_noise(noise, v)
+    return shift._replace(eps=eps, words=words, seed=seed)
+
+
+def check_guidance(v: Tensor, v_uncond: Tensor | None, guidance_scale: Coefficient | None) -> dict[str, Any]:
+    """Checked unconditional output and scale, both or neither."""
+    if v_uncond is None and guidance_scale is None:
+        return {}
+    if v_uncond is None:
+        raise ValueError("v_uncond: guidance_scale needs the unconditional output; or pass guided v alone")
+    if guidance_scale is None:
+        raise ValueError("guidance_scale: v_uncond needs a scale; v is then the conditional output")
+    check_latents("v_uncond", v_uncond, like=v, same_dtype=True)
+    guidance = per_sample("guidance_scale", guidance_scale, v)
+    check_no_grad(guidance_scale=guidance)
+    return {"v_uncond": v_uncond, "guidance": guidance}
+
+
+def with_rows(shift: Shift) -> Shift:
+    """Coefficients as [B] tensors, for the custom operators."""
+    names = [n for n in ("b", "s", "a", "guidance") if getattr(shift, n) is not None]
+    values = as_rows([getattr(shift, n) for n in names], shift.v)
+    return shift._replace(**dict(zip(names, values, strict=True)))
+
+
+def with_noise(shift: Shift) -> Shift:
+    """The same with ε as a float32 tensor: what the CPU keeps, since making it again costs more than reading it."""
+    if shift.eps is not None:
+        return shift
+    if shift.words is not None:
+        return shift._replace(eps=noise_cpu(None, shift.words, shift.seed, shift.v), words=None)
+    assert shift.x is not None
+    assert shift.y is not None
+    assert shift.a is not None
+    eps = residual(shift.y, shift.x, shift.v_old, shift.a, shift.b).mul_(column(quotient(1.0, shift.s), shift.v))
+    return shift._replace(eps=eps, x=None, y=None, a=None)
+
+
+def guided(shift: Shift) -> Tensor:
+    """The model output that the step used."""
+    if shift.v_uncond is None or shift.guidance is None:
+        return shift.v
+    return guide(shift.v, shift.v_uncond, shift.guidance)
+
+
+def kernel_arguments(shift: Shift) -> tuple[list[object], dict[str, object], int]:
+    """Arguments of both latent-sized kernels after their outputs, their constants, and the number of programs."""
+    from ..noise_kernel import BLOCK
+
+    latents = (shift.v, shift.v_old, shift.v_uncond, shift.v_reference, shift.eps, shift.x, shift.y)
+    flat = [None if t is None else rows(t) for t in latents]
+    words = None if shift.words is None else shift.words.contiguous()
+    values = (0.0 if shift.a is None else shift.a, shift.b, shift.s, 1.0 if shift.guidance is None else shift.guidance)
+    coefficients = [kernel_scalar(c) for c in values]
+    strides = [0 if t is None else t.stride(0) for t in flat]
+    batch, elements = shift.v.shape[0], shift.v[0].numel()
+    blocks = -(-elements // BLOCK)
+    constants: dict[str, object] = {
+        f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("ABSG", coefficients, strict=True)
+    }
+    constants |= {"BLOCK": BLOCK, "num_warps": _warps(shift)}
+    arguments = [*flat, words, *split_seed(shift.seed), *coefficients, *strides, elements, blocks]
+    return arguments, constants, batch * blocks
+
+
+def _warps(shift: Shift) -> int:
+    """Warps to a block: fewer elements a thread where more latents are in flight, so that registers stay few."""
+    from ..noise_kernel import NUM_WARPS, READ_WARPS
+
+    if shift.words is not None:
+        return NUM_WARPS if shift.v_uncond is None and shift.v_reference is None else READ_WARPS
+    # Four elements are a 128-bit load of float32.
+    return READ_WARPS if shift.v.dtype != torch.float32 or shift.x is None else 2 * READ_WARPS
+
+
+def empty_gradients(shift: Shift) -> tuple[Tensor, Tensor]:
+    """Contiguous buffers for the gradients of v and v_uncond; the latter is empty without guidance."""
+    v = shift.v
+    shape = v.shape if shift.v_uncond is not None else (0,)
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty(shape, dtype=v.dtype, device=v.device)
