@@ -1,0 +1,80 @@
+"""The one table of what the static check compiles: a line is a call of the package on tensors without storage.
+
+The kernels, their arguments and the number of launches are recorded from the call itself, so a new kernel needs one
+line in CASES and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastgrpo_kernels as fk
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Inputs:
+    """Latents and coefficients on the meta device: x, y, eps and coefficients in float32, model outputs in `dtype`."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape = shape
+        self.x = torch.empty(shape, device="meta")
+        self.y, self.eps = torch.empty_like(self.x), torch.empty_like(self.x)
+        self.v = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        self.v_old = torch.empty(shape, dtype=dtype, device="meta")
+        self.a, self.b, self.s, self.advantage, self.weight = torch.empty(5, shape[0], device="meta").unbind(0)
+        self.p, self.q = torch.empty(2, shape[0], device="meta").unbind(0)
+        ids = torch.arange(shape[0])
+        self.key = fk.noise_key(2**40 + 1, ids, 0, 0, fk.STREAM_SDE, "meta")
+        self.noise: dict[str, Any] = {"key": self.key, "stored": self.eps}
+
+    def bytes_of(self, names: str) -> int:
+        """Bytes an element of the named latents, such as "x v y"."""
+        tensors = {"grad": self.v, "noise": self.x}
+        return sum((tensors.get(n) if n in tensors else getattr(self, n)).element_size() for n in names.split())
+
+
+class Case(NamedTuple):
+    """A call to compile, once for each dtype of the model output if `by_dtype`.
+
+    `forward` and `backward` name the latents that each direction cannot do without moving.
+    """
+
+    call: Callable[[Inputs], Any]
+    forward: str
+    backward: str = ""
+    makes_noise: bool = False
+    by_dtype: bool = True
+
+
+def _step(noise: str) -> Callable[[Inputs], Tensor]:
+    return lambda i: fk.gaussian_step(i.x, i.v.detach(), i.a, i.b, i.s, i.noise[noise])
+
+
+def _moments(noise: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+    return lambda i: fk.shift_moments(i.v, i.v_old, i.b, i.s, i.noise[noise])
+
+
+def _on_policy(noise: str) -> Callable[[Inputs], Tensor]:
+    return lambda i: fk.on_policy_gradient(i.weight, i.b, i.s, i.noise[noise], i.shape, i.v.dtype)
+
+
+def _clipped(i: Inputs) -> Tensor:
+    return fk.clipped_loss(i.p, i.q, i.s, i.advantage, i.weight, clip_low=1e-4, clip_high=1e-4)[0]
+
+
+CASES = {
+    "normal": Case(lambda i: fk.normal(i.key, i.shape[1:]), "noise", makes_noise=True, by_dtype=False),
+    "gaussian_step/key": Case(_step("key"), "x v y", makes_noise=True),
+    "gaussian_step/stored": Case(_step("stored"), "x v eps y"),
+    "shift_moments/key": Case(_moments("key"), "v v_old", "v v_old grad", makes_noise=True),
+    "shift_moments/stored": Case(_moments("stored"), "v v_old eps", "v v_old eps grad"),
+    "log_prob": Case(lambda i: fk.log_prob(i.x, i.v, i.y, i.a, i.b, i.s), "x v y", "x v y grad"),
+    "on_policy_gradient/key": Case(_on_policy("key"), "grad", makes_noise=True),
+    "on_policy_gradient/stored": Case(_on_policy("stored"), "eps grad"),
+    "clipped_loss": Case(_clipped, "", by_dtype=False),
+}

@@ -1,0 +1,61 @@
+"""`fastgrpo bench …`: the command line of the checkout's bench/ folder, which no wheel carries."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from fastgrpo.errors import UserError
+
+FOLDER = Path(__file__).resolve().parents[1] / "bench"
+_PACKAGE = "fastgrpo_bench"
+
+app = typer.Typer(
+    help="What the compiler made of the kernels, and how fast they are here.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def benchmarks() -> None:
+    """What the compiler made of the kernels, and how fast they are here."""
+
+
+def load(module: str) -> ModuleType:
+    """A module of the checkout's bench/ folder, as fastgrpo_bench.<module>: the folder never lands on sys.path."""
+    if _PACKAGE not in sys.modules:
+        init = FOLDER / "__init__.py"
+        if not init.exists():
+            raise UserError(
+                "fastgrpo bench: no wheel carries it; clone the repository and pip install -e '.[dev]' there"
+            )
+        spec = importlib.util.spec_from_file_location(_PACKAGE, init, submodule_search_locations=[str(FOLDER)])
+        assert spec is not None
+        assert spec.loader is not None
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[_PACKAGE] = package
+        spec.loader.exec_module(package)
+    return importlib.import_module(f"{_PACKAGE}.{module}")
+
+
+@app.command()
+def static(
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, sm_120 or gfx942; else all.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="A case of bench/static_cases.py; else all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; else all.")] = None,
+    write: Annotated[bool, typer.Option(help="Put the rows into bench/data/static.csv.")] = True,
+) -> None:
+    """Compile every kernel ahead of time, without a GPU: registers, spills, widths, bytes, roofline."""
+    load("static").run(target, case, dtype, write=write)
+
+
+if __name__ == "__main__":
+    app(prog_name="fastgrpo bench")

@@ -1,0 +1,116 @@
+"""What the compiler makes of every kernel: within the limits, and no worse than the committed table."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastgrpo.bench_cli import load
+
+static = load("static")
+TABLE = {tuple(row[k] for k in static.KEY): row for row in static.read_table()}
+NONE_OF = ("stack_bytes", "fp64", "local")
+REGISTERS, REGISTERS_WITH_NOISE = 40, 80
+# Still above 40. Work of one program only, or, compiled for eight warps instead of four, at most 40.
+ABOVE = {"clipped_loss": 80, "gaussian_step/stored": 48, "log_prob": 48, "shift_moments/stored": 44}
+
+# One target and dtype for each kernel; `make test-full` compiles the whole matrix.
+SMALL = (["sm_90"], None, ["bfloat16"])
+
+# Every kernel of the package, by name; in a process of its own, for the interpreter replaces them.
+KERNELS = """
+import importlib, pkgutil, fastgrpo_kernels as package
+from triton.runtime.jit import JITFunction
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    for name, value in vars(importlib.import_module(module.name)).items():
+        if name.endswith("_kernel") and isinstance(value, JITFunction):
+            print(name)
+"""
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return static.compile_rows(*SMALL)
+
+
+def check(row):
+    makes_noise = load("static_cases").CASES[row["case"]].makes_noise
+    limit = ABOVE.get(row["case"], REGISTERS_WITH_NOISE if makes_noise else REGISTERS)
+    assert row["registers"] <= limit, row
+    assert all(row[column] == 0 for column in NONE_OF), row
+    if row["bytes_per_element"] == "":
+        return
+    assert {row["load_bits"], row["store_bits"]} <= {128, ""}, row
+    assert row["bytes_per_element"] <= 1.01 * row["least_bytes_per_element"], row
+
+
+def check_against_table(rows):
+    for row in rows:
+        committed = TABLE.get(tuple(row[k] for k in static.KEY))
+        assert committed, (
+            f"{row['case']} has no row for {row['target']}: run fastgrpo bench static --case {row['case']}"
+        )
+        if row["triton"] == committed["triton"]:
+            assert not static.worse(row, committed), row
+
+
+def test_every_kernel_is_within_the_limits(rows):
+    for row in rows:
+        check(row)
+
+
+def test_no_kernel_got_worse_than_the_table(rows):
+    check_against_table(rows)
+
+
+def test_every_kernel_of_the_package_is_in_the_table(rows):
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS], capture_output=True, text=True, env=static.compiler_environment(), check=True
+    )
+    kernels = set(done.stdout.split())
+    assert len(kernels) >= 5
+    assert kernels == {row["kernel"] for row in rows}
+    assert {row["target"] for row in TABLE.values()} == set(static.DEVICES)
+    assert kernels == {row["kernel"] for row in TABLE.values()}
+
+
+def test_the_committed_table_is_within_the_limits():
+    for row in TABLE.values():
+        check(row)
+    most = {case: max(row["registers"] for row in TABLE.values() if row["case"] == case) for case in ABOVE}
+    assert most == ABOVE, "a kernel improved: lower its entry"
+
+
+def test_a_worse_row_is_noticed():
+    row = next(r for r in TABLE.values() if r["load_bits"] == 128)
+    assert static.worse(row, row) == []
+    for column in (*static.COSTS, *static.WIDTHS):
+        if row[column] != "":
+            step = -64 if column in static.WIDTHS else 1
+            assert static.worse(row | {column: row[column] + step}, row) == [
+                f"{column}: {row[column]} -> {row[column] + step}"
+            ]
+
+
+def test_launches_of_a_training_loss(rows):
+    launches = {(r["case"], r["pass"]): r["launches"] for r in rows}
+    for noise in ("key", "stored"):
+        assert launches[f"gaussian_step/{noise}", "forward"] == 1
+        assert launches[f"shift_moments/{noise}", "forward"] == 2
+        assert launches[f"shift_moments/{noise}", "backward"] == 1
+
+
+def test_an_unknown_name_is_one_line_with_the_nearest():
+    from fastgrpo.errors import UserError
+
+    with pytest.raises(UserError, match=r"^bench static: unknown target 'sm_91'; did you mean 'sm_9?0'"):
+        static.compile_rows(["sm_91"])
+
+
+@pytest.mark.full
+def test_the_whole_matrix():
+    rows = static.compile_rows()
+    assert {tuple(row[k] for k in static.KEY) for row in rows} == set(TABLE)
+    for row in rows:
+        check(row)
+    check_against_table(rows)
