@@ -2,7 +2,7 @@
 
 from . import transitions
 from ._noise_args import StoredStep
-from .clipped_loss import LossStatistics, clipped_loss
+from .clipped_loss import LossStatistics, clipped_loss, grpo_loss
 from .gaussian_step import gaussian_step
 from .log_prob import log_prob
 from .noise import (
@@ -33,6 +33,7 @@ __all__ = [
     "Transition",
     "clipped_loss",
     "gaussian_step",
+    "grpo_loss",
     "log_prob",
     "noise_key",
     "normal",

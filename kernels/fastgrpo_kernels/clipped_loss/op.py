@@ -208,7 +208,7 @@ def launch_clipped_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton path from moments: one launch."""
     moments = P.contiguous(), Q.contiguous(), None if Q_reference is None else Q_reference.contiguous(), None
-    return launch_epilogue(moments, 1.0, s, advantage, weight, objective, Q_reference is not None, ROWS=512, TILE=1)
+    return launch_epilogue(moments, 1.0, s, advantage, weight, objective, Q_reference is not None, ROWS=128, TILE=1)
 
 
 def launch_epilogue(
