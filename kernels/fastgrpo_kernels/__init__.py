@@ -3,7 +3,7 @@
 from . import transitions
 from ._noise_args import StoredStep
 from .clipped_loss import LossStatistics, clipped_loss, grpo_loss
-from .gaussian_step import gaussian_step
+from .gaussian_step import GaussianStep, gaussian_step
 from .log_prob import log_prob
 from .noise import (
     NOISE_V1,
@@ -27,6 +27,7 @@ __all__ = [
     "STREAM_SDE",
     "STREAM_SUBSET",
     "STREAM_VAE",
+    "GaussianStep",
     "LossStatistics",
     "NoiseKey",
     "StoredStep",

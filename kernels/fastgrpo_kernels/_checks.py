@@ -81,6 +81,19 @@ def _check_values(name: str, value: object, finite: bool, in_range: bool) -> Non
         raise ValueError(f"{name}: must be positive for the step to have a density, got {value}")
 
 
+def check_guidance(v: Tensor, v_uncond: object, guidance_scale: object) -> float | Tensor | None:
+    """The guidance scale, checked together with the unconditional output: both or neither."""
+    if v_uncond is None and guidance_scale is None:
+        return None
+    if v_uncond is None:
+        raise ValueError("v_uncond: guidance_scale needs the unconditional output; or pass guided v alone")
+    if guidance_scale is None:
+        raise ValueError("guidance_scale: v_uncond needs a scale; v is then the conditional output")
+    check_latents("v_uncond", v_uncond, like=v, same_dtype=True)
+    check_no_grad(guidance_scale=guidance_scale)
+    return per_sample("guidance_scale", guidance_scale, v)
+
+
 def as_rows(coefficients: Sequence[float | Tensor], like: Tensor) -> list[Tensor]:
     """Coefficients as [B] tensors, for the custom operators, whose schema has no union of float and tensor."""
     batch, device = like.shape[0], like.device

@@ -6,7 +6,7 @@ from kernel_cases import DTYPES, KERNEL_DEVICE, SHAPES, ULP, assert_within, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels import NoiseKey, gaussian_step
-from fastgrpo_kernels.gaussian_step import op
+from fastgrpo_kernels.gaussian_step import paths
 from fastgrpo_kernels.gaussian_step.reference import gaussian_step_reference
 
 # Three float32 products and sums of terms no larger than the largest value; coefficients rounded to float32.
@@ -18,7 +18,7 @@ def kernel_arguments(case, eps, words, out_dtype):
         return None if t is None else t.to(KERNEL_DEVICE)
 
     coefficients = (move(c) for c in (case.a, case.b, case.s))
-    return move(case.x), move(case.v), *coefficients, move(eps), move(words), case.key.seed, out_dtype
+    return paths.Step(move(case.x), move(case.v), *coefficients, move(eps), move(words), case.key.seed, out_dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -32,7 +32,7 @@ def test_cpu_path_and_kernel_match_the_oracle(shape, dtype, explicit):
     assert y.dtype == torch.float32
     assert_within(y, expected, relative=0, of_largest=FLOAT32)
     eps, words = (case.eps, None) if explicit else (None, case.key.words)
-    kernel = op.launch_gaussian_step(*kernel_arguments(case, eps, words, torch.float32))
+    kernel, *_ = paths.launch_gaussian_step(kernel_arguments(case, eps, words, torch.float32))
     assert_within(kernel, expected, relative=0, of_largest=FLOAT32 + 1e-6 * (not explicit))
 
 
@@ -46,7 +46,7 @@ def test_stores_in_the_dtype_of_x_or_the_one_asked_for(dtype):
     assert_within(y, expected, relative=ULP[dtype], of_largest=FLOAT32)
     asked = gaussian_step(x, case.v, case.a, case.b, case.s, case.key, out_dtype=torch.bfloat16)
     assert asked.dtype == torch.bfloat16
-    kernel = op.launch_gaussian_step(*kernel_arguments(case, None, case.key.words, torch.bfloat16))
+    kernel, *_ = paths.launch_gaussian_step(kernel_arguments(case, None, case.key.words, torch.bfloat16))
     assert_within(
         kernel, gaussian_step_reference(*case[:2], *case[3:6], case.eps), relative=ULP[torch.bfloat16], of_largest=1e-6
     )
@@ -56,8 +56,8 @@ def test_floats_none_and_strided_inputs():
     case = make_case((3, 6, 40), torch.float32)
     y = gaussian_step(case.x, case.v, 1.0, -0.1, 0.0, None)
     assert_within(y, case.x.double() - 0.1 * case.v.double(), relative=0, of_largest=FLOAT32)
-    kernel = op.launch_gaussian_step(
-        case.x.to(KERNEL_DEVICE), case.v.to(KERNEL_DEVICE), 1.0, -0.1, 0.0, None, None, 0, torch.float32
+    kernel, *_ = paths.launch_gaussian_step(
+        paths.Step(case.x.to(KERNEL_DEVICE), case.v.to(KERNEL_DEVICE), 1.0, -0.1, 0.0, None, None, 0, torch.float32)
     )
     assert_within(kernel, y, relative=0, of_largest=FLOAT32)
     dense = gaussian_step(case.x, case.v, case.a, case.b, case.s, case.key)
@@ -65,10 +65,10 @@ def test_floats_none_and_strided_inputs():
     wide = torch.cat([case.v, case.v], dim=1)[:, :6]
     turned = case.x.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(gaussian_step(turned, wide, case.a, case.b, case.s, case.key), dense)
-    strided = op.launch_gaussian_step(
+    strided, *_ = paths.launch_gaussian_step(paths.Step(
         *(t.to(KERNEL_DEVICE) for t in (turned, wide, case.a, case.b, case.s)),
         None, case.key.words.to(KERNEL_DEVICE), case.key.seed, torch.float32,
-    )  # fmt: skip
+    ))  # fmt: skip
     assert_within(strided, dense, relative=0, of_largest=1e-6)
 
 
@@ -116,8 +116,8 @@ def test_runs_under_fake_tensors():
         assert (y.shape, y.dtype) == (x.shape, torch.float32)
         assert gaussian_step(x, v, 1.0, -0.1, 0.0, None, out_dtype=torch.bfloat16).dtype == torch.bfloat16
         # The ATen body itself reads no value either.
-        body = op.gaussian_step_cpu(x, v, row, row, row, None, key.words, 3, torch.float32)
-        assert body.shape == x.shape
+        step = paths.Step(x, v, row, row, row, None, key.words, 3, torch.float32, v, row, row, row, True, True)
+        assert [t.shape for t in paths.gaussian_step_cpu(step)] == [x.shape, (4,), x.shape, v.shape]
 
 
 def refusals():
@@ -158,9 +158,14 @@ def test_refuses_a_tensor_s_without_noise():
     assert gaussian_step(case.x, case.v, case.a, case.b, zero, None).shape == case.x.shape
 
 
-def test_refuses_double_backward():
+@pytest.mark.parametrize("path", ["eager", "operator"])
+def test_refuses_double_backward(path):
     case = make_case((2, 3, 20), torch.float32)
     v = case.v.clone().requires_grad_()
-    y = gaussian_step(case.x, v, case.a, case.b, case.s, case.key)
+    rows = case.x, v, case.a, case.b, case.s
+    if path == "eager":
+        y = gaussian_step(*rows, case.key)
+    else:
+        y = torch.ops.fastgrpo_kernels.gaussian_step(*rows, None, case.key.words, 5, torch.float32)[0]
     with pytest.raises(ValueError, match="no double backward"):
         torch.autograd.grad(y.square().sum(), v, create_graph=True)

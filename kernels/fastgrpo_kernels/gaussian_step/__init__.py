@@ -1,5 +1,5 @@
-"""y = a·x + b·v + s·ε in one pass."""
+"""y = a·x + b·v + s·ε in one pass, with guidance, log-probability and predicted clean sample where asked for."""
 
-from .op import gaussian_step
+from .op import GaussianStep, gaussian_step
 
-__all__ = ["gaussian_step"]
+__all__ = ["GaussianStep", "gaussian_step"]

@@ -1,4 +1,7 @@
-"""Triton kernel of the Gaussian step: one program per block of one row, one read of x and v, one write of y."""
+"""Triton kernel of the Gaussian step: a program to a block of a row, one read of each input, one write of each output.
+
+Pointers that are None are compiled out.
+"""
 
 import triton
 import triton.language as tl
@@ -15,26 +18,54 @@ def load_scalar(value, row, PER_ROW: tl.constexpr):
         return tl.cast(value, tl.float32)
 
 
+@triton.jit
+def load_block(ptr, row, stride, start, mask, BLOCK: tl.constexpr):
+    """One block of one row in float32; zero beyond the row."""
+    return tl.load(ptr + row * stride + start + tl.arange(0, BLOCK), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, start, mask, BLOCK: tl.constexpr):
+    """The model output of one block: v, or the guided v rounded to its storage dtype."""
+    v = load_block(v_ptr, row, v_stride, start, mask, BLOCK)
+    if v_uncond_ptr is not None:
+        uncond = load_block(v_uncond_ptr, row, v_uncond_stride, start, mask, BLOCK)
+        # An explicit fma: rollout and replay must round alike.
+        v = tl.fma(tl.zeros_like(v) + scale, v - uncond, uncond).to(v_ptr.dtype.element_ty).to(tl.float32)
+    return v
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _gaussian_step_kernel(
     y_ptr,
+    partials_ptr,
+    clean_ptr,
+    v_out_ptr,
     x_ptr,
     v_ptr,
-    a,
-    b,
-    s,
+    v_uncond_ptr,
     eps_ptr,
     words_ptr,
     seed_low,
     seed_high,
+    a,
+    b,
+    s,
+    guidance,
+    clean_a,
+    clean_b,
     x_stride,
     v_stride,
+    v_uncond_stride,
     eps_stride,
     elements,
     blocks,
     A_PER_ROW: tl.constexpr,
     B_PER_ROW: tl.constexpr,
     S_PER_ROW: tl.constexpr,
+    G_PER_ROW: tl.constexpr,
+    CLEAN_A_PER_ROW: tl.constexpr,
+    CLEAN_B_PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -43,12 +74,25 @@ def _gaussian_step_kernel(
     start = block.to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < elements - start
-    x = tl.load(x_ptr + row * x_stride + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + row * v_stride + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = load_scalar(a, row, A_PER_ROW) * x + load_scalar(b, row, B_PER_ROW) * v
+    out = row * elements + start + offsets
+    scale = load_scalar(guidance, row, G_PER_ROW)
+    v = load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, start, mask, BLOCK)
+    x = load_block(x_ptr, row, x_stride, start, mask, BLOCK)
+    if v_out_ptr is not None:
+        tl.store(v_out_ptr + out, v.to(v_out_ptr.dtype.element_ty), mask=mask)
+    if clean_ptr is not None:
+        clean = load_scalar(clean_a, row, CLEAN_A_PER_ROW) * x + load_scalar(clean_b, row, CLEAN_B_PER_ROW) * v
+        tl.store(clean_ptr + out, clean.to(clean_ptr.dtype.element_ty), mask=mask)
+    mean = load_scalar(a, row, A_PER_ROW) * x + load_scalar(b, row, B_PER_ROW) * v
+    y = mean
     if words_ptr is not None:
         y += load_scalar(s, row, S_PER_ROW) * normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK)
     elif eps_ptr is not None:
-        eps = tl.load(eps_ptr + row * eps_stride + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        y += load_scalar(s, row, S_PER_ROW) * eps
-    tl.store(y_ptr + row * elements + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        y += load_scalar(s, row, S_PER_ROW) * load_block(eps_ptr, row, eps_stride, start, mask, BLOCK)
+    stored = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + out, stored, mask=mask)
+    if partials_ptr is not None:
+        # Of the latent as stored; noise does not end with the row.
+        z = (stored.to(tl.float32) - mean) * tl.div_rn(1.0, load_scalar(s, row, S_PER_ROW))
+        z = tl.where(mask, z, 0.0)
+        tl.store(partials_ptr + pid, tl.sum(z * z))

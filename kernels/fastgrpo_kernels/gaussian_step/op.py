@@ -1,14 +1,72 @@
-"""Public Gaussian step: checks, CPU path, Triton launch, custom operator and gradient."""
+"""Public Gaussian step: checks, custom operator and gradient."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from .._checks import LATENT_DTYPES, as_rows, check_latents, check_no_grad, is_eager, is_host_readable, per_sample
-from .._launch import kernel_scalar, launch, rows
-from .._noise_args import Noise, noise_cpu, split_noise
-from ..noise import split_seed
+from .._autograd import refuse_double_backward, save_arguments, saved_arguments
+from .._checks import (
+    LATENT_DTYPES,
+    as_rows,
+    check_guidance,
+    check_latents,
+    check_no_grad,
+    is_eager,
+    is_host_readable,
+    per_sample,
+)
+from .._cpu import column
+from .._noise_args import Noise, split_noise
+from .paths import Step, gaussian_step_cpu, launch_gaussian_step
 
 Coefficient = float | Tensor
+
+
+class GaussianStep(NamedTuple):
+    """Outputs of one step; None where not asked for.
+
+    latents: y [B, ...]. log_prob: float32 [B], of the latents as stored. clean: predicted clean sample [B, ...] in y's
+    dtype. v: the model output that was used, guided and rounded, [B, ...] in v's dtype: the `v_old` of `shift_moments`.
+    """
+
+    latents: Tensor
+    log_prob: Tensor | None
+    clean: Tensor | None
+    v: Tensor | None
+
+
+@overload
+def gaussian_step(
+    x: Tensor,
+    v: Tensor,
+    a: Coefficient,
+    b: Coefficient,
+    s: Coefficient,
+    noise: Noise,
+    *,
+    out_dtype: torch.dtype | None = None,
+    v_uncond: Tensor | None = None,
+    guidance_scale: Coefficient | None = None,
+) -> Tensor: ...
+
+
+@overload
+def gaussian_step(
+    x: Tensor,
+    v: Tensor,
+    a: Coefficient,
+    b: Coefficient,
+    s: Coefficient,
+    noise: Noise,
+    *,
+    out_dtype: torch.dtype | None = None,
+    v_uncond: Tensor | None = None,
+    guidance_scale: Coefficient | None = None,
+    return_all: Literal[True],
+    clean: Sequence[Coefficient] | None = None,
+) -> GaussianStep: ...
 
 
 def gaussian_step(
@@ -20,16 +78,26 @@ def gaussian_step(
     noise: Noise,
     *,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
+    v_uncond: Tensor | None = None,
+    guidance_scale: Coefficient | None = None,
+    return_all: bool = False,
+    clean: Sequence[Coefficient] | None = None,
+) -> Tensor | GaussianStep:
     """Next latents y = a·x + b·v + s·ε, computed in float32, [B, ...] contiguous in `out_dtype` (default: x's).
 
     `x` and `v` are [B, ...] of 2 to 5 dimensions in float32, bfloat16 or float16 (each its own), any strides;
     `a`, `b`, `s` are floats or [B] float64/float32 (see `transitions`); `noise` is a `NoiseKey` of B rows, a tensor
-    of x's shape, or None for a step without noise (s = 0). Differentiable once in x and v. On a GPU pass coefficients
-    as floats or float32 to keep the call at one launch.
+    of x's shape, or None for a step without noise (s = 0). With `v_uncond` and `guidance_scale` (float or [B]), `v` is
+    the conditional output and v_uncond + guidance_scale·(v - v_uncond), rounded to their dtype, takes its place. On a
+    GPU pass coefficients as floats or float32 to keep the call at one launch.
 
-    Raises ValueError or TypeError for mismatched shapes, dtypes or devices, for coefficients that are not finite
-    (checked where reading them costs no device-to-host copy), for s != 0 without noise, and for a double backward.
+    `return_all` gives a `GaussianStep` from the same pass: y, its log-probability (where there is noise; one more
+    launch of B programs adds its partial sums), the guided v (where there is guidance), and, if `clean` has the
+    coefficients (transitions.clean_coefficients), the predicted clean sample. It is for rollouts: not differentiable.
+
+    Otherwise differentiable once in x, v and v_uncond, straight through the rounding of guided v. Raises ValueError or
+    TypeError for mismatched shapes, dtypes or devices, for coefficients that are not finite (checked where reading
+    them costs no device-to-host copy), for s != 0 without noise, and for a double backward.
     """
     check_latents("x", x)
     check_latents("v", v, like=x)
@@ -41,11 +109,34 @@ def gaussian_step(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if out_dtype not in LATENT_DTYPES:
         raise TypeError(f"out_dtype: expected float32, bfloat16 or float16, got {out_dtype}")
-    if not is_eager(x, v, eps, words):
-        return _gaussian_step_op(x, v, *as_rows((a, b, s), x), eps, words, seed, out_dtype)
-    if torch.is_grad_enabled() and (x.requires_grad or v.requires_grad):
-        return _GaussianStep.apply(x, v, a, b, s, eps, words, seed, out_dtype)  # pyright: ignore[reportReturnType]
-    return _forward(x, v, a, b, s, eps, words, seed, out_dtype)
+    step = Step(x, v, a, b, s, eps, words, seed, out_dtype, v_uncond, check_guidance(v, v_uncond, guidance_scale))
+    step = _check_extras(step, return_all, clean, has_noise=noise is not None)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, v, v_uncond))
+    if return_all and differentiable:
+        raise ValueError("return_all: has no gradient; call under torch.no_grad(), or detach x and v")
+    if not is_eager(x, v, v_uncond, eps, words):
+        outputs = _gaussian_step_op(*_with_rows(step))
+    elif differentiable:
+        return _DifferentiableStep.apply(*step)  # pyright: ignore[reportReturnType]
+    else:
+        outputs = _forward(step)
+    if not return_all:
+        return outputs[0]
+    asked = step.log_prob, step.clean_a is not None, step.v_uncond is not None
+    return GaussianStep(outputs[0], *(t if wanted else None for t, wanted in zip(outputs[1:], asked, strict=True)))
+
+
+def _check_extras(step: Step, return_all: bool, clean: Sequence[Coefficient] | None, *, has_noise: bool) -> Step:
+    if not return_all:
+        if clean is not None:
+            raise ValueError("clean: is returned with return_all=True only")
+        return step
+    if has_noise:
+        step = step._replace(s=per_sample("s", step.s, step.x, positive=True), log_prob=True)
+    if clean is not None:
+        clean_a, clean_b = (per_sample("clean", c, step.x) for c in tuple(clean)[:2])
+        step = step._replace(clean_a=clean_a, clean_b=clean_b)
+    return step._replace(keep_v=step.v_uncond is not None)
 
 
 def _check_noiseless(s: Coefficient) -> None:
@@ -55,111 +146,45 @@ def _check_noiseless(s: Coefficient) -> None:
         raise ValueError("noise: s is not 0, so the step needs noise; pass a NoiseKey or a tensor")
 
 
-def _forward(x, v, a, b, s, eps, words, seed, out_dtype) -> Tensor:
-    body = gaussian_step_cpu if x.device.type == "cpu" else launch_gaussian_step
-    return body(x, v, a, b, s, eps, words, seed, out_dtype)
+def _with_rows(step: Step) -> Step:
+    """Coefficients as [B] tensors, for the custom operators."""
+    names = [n for n in ("a", "b", "s", "guidance", "clean_a", "clean_b") if getattr(step, n) is not None]
+    values = as_rows([getattr(step, n) for n in names], step.x)
+    return step._replace(**dict(zip(names, values, strict=True)))
 
 
-def gaussian_step_cpu(
-    x: Tensor,
-    v: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    s: Coefficient,
-    eps: Tensor | None,
-    words: Tensor | None,
-    seed: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """The ATen path: one buffer, one pass for each term."""
-    y = torch.empty(x.shape, dtype=torch.float32)
-    torch.mul(x.to(torch.float32), _column(a, x), out=y)
-    _add_scaled(y, b, v.to(torch.float32))
-    if eps is not None or words is not None:
-        _add_scaled(y, s, noise_cpu(eps, words, seed, x))
-    return y.to(out_dtype)
+def _forward(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (gaussian_step_cpu if step.x.device.type == "cpu" else launch_gaussian_step)(step)
 
 
-def launch_gaussian_step(
-    x: Tensor,
-    v: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    s: Coefficient,
-    eps: Tensor | None,
-    words: Tensor | None,
-    seed: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """The Triton path: one launch."""
-    from ..noise_kernel import BLOCK, NUM_WARPS
-    from .kernel import _gaussian_step_kernel
-
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    x, v = rows(x), rows(v)
-    eps = None if eps is None else rows(eps)
-    words = None if words is None else words.contiguous()
-    a, b, s = kernel_scalar(a), kernel_scalar(b), kernel_scalar(s)
-    blocks = -(-x.shape[1] // BLOCK)
-    launch(
-        _gaussian_step_kernel,
-        x.shape[0] * blocks,
-        y,
-        x,
-        v,
-        a,
-        b,
-        s,
-        eps,
-        words,
-        *split_seed(seed),
-        x.stride(0),
-        v.stride(0),
-        0 if eps is None else eps.stride(0),
-        x.shape[1],
-        blocks,
-        A_PER_ROW=isinstance(a, Tensor),
-        B_PER_ROW=isinstance(b, Tensor),
-        S_PER_ROW=isinstance(s, Tensor),
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
-    return y
+def _gradients(step: Step, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients in the order of Step's fields; `needed` has a flag for each of them."""
+    guidance = None if step.guidance is None else column(step.guidance, grad)
+    by_v = column(step.b, grad)
+    factors = {"x": column(step.a, grad), "v": by_v if guidance is None else by_v * guidance}
+    if guidance is not None:
+        factors["v_uncond"] = by_v * (1.0 - guidance)
+    gradients: list[Tensor | None] = [None] * len(Step._fields)
+    for name, factor in factors.items():
+        index = Step._fields.index(name)
+        if needed[index]:
+            gradients[index] = (grad.to(torch.float32) * factor).to(getattr(step, name).dtype)
+    return gradients
 
 
-def _column(coefficient: Coefficient, like: Tensor) -> Coefficient:
-    if not isinstance(coefficient, Tensor):
-        return coefficient
-    return coefficient.to(torch.float32).view(-1, *[1] * (like.ndim - 1))
-
-
-def _add_scaled(y: Tensor, coefficient: Coefficient, term: Tensor) -> None:
-    column = _column(coefficient, y)
-    if isinstance(column, Tensor):
-        y.addcmul_(term, column)
-    else:
-        y.add_(term, alpha=column)
-
-
-class _GaussianStep(torch.autograd.Function):
+class _DifferentiableStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, v, a, b, s, eps, words, seed, out_dtype):
-        ctx.a, ctx.b, ctx.dtypes = a, b, (x.dtype, v.dtype)
-        return _forward(x, v, a, b, s, eps, words, seed, out_dtype)
+    def forward(ctx, *arguments):
+        step = Step(*arguments)
+        # Linear: the values of x, v and the noise are not needed, only their dtypes.
+        empty = {n: t.new_empty(0) for n in ("x", "v", "v_uncond") if (t := getattr(step, n)) is not None}
+        save_arguments(ctx, step._replace(eps=None, words=None, **empty))
+        return _forward(step)[0]
 
     @staticmethod
     def backward(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise ValueError("gaussian_step: has no double backward; call backward without create_graph=True")
-        return *_gradients(ctx, grads[0]), *[None] * 7
-
-
-def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    gradients = []
-    for needed, coefficient, dtype in zip(ctx.needs_input_grad, (ctx.a, ctx.b), ctx.dtypes, strict=False):
-        scaled = grad.to(torch.float32) * _column(coefficient, grad) if needed else None
-        gradients.append(None if scaled is None else scaled.to(dtype))
-    return tuple(gradients)
+        refuse_double_backward("gaussian_step")
+        return tuple(_gradients(Step(*saved_arguments(ctx)), grads[0], ctx.needs_input_grad))
 
 
 @torch.library.custom_op("fastgrpo_kernels::gaussian_step", mutates_args=())
@@ -173,24 +198,30 @@ def _gaussian_step_op(
     words: Tensor | None,
     seed: int,
     out_dtype: torch.dtype,
-) -> Tensor:
-    return _forward(x, v, a, b, s, eps, words, seed, out_dtype)
+    v_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    clean_a: Tensor | None = None,
+    clean_b: Tensor | None = None,
+    log_prob: bool = False,
+    keep_v: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    step = Step(x, v, a, b, s, eps, words, seed, out_dtype, v_uncond, guidance, clean_a, clean_b, log_prob, keep_v)
+    return _forward(step)
 
 
 @_gaussian_step_op.register_fake
-def _(x, v, a, b, s, eps, words, seed, out_dtype):
-    return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+def _(*arguments):
+    return Step(*arguments).outputs()
 
 
 def _setup_context(ctx, inputs, output):
-    x, v, a, b, *_ = inputs
-    ctx.save_for_backward(a, b)
-    ctx.dtypes = (x.dtype, v.dtype)
+    save_arguments(ctx, inputs)
 
 
-def _op_backward(ctx, grad):
-    ctx.a, ctx.b = ctx.saved_tensors
-    return *_gradients(ctx, grad), *[None] * 7
+def _op_backward(ctx, grad, *unused):
+    refuse_double_backward("gaussian_step")
+    arguments = saved_arguments(ctx)
+    return tuple(_gradients(Step(*arguments), grad, ctx.needs_input_grad)[: len(arguments)])
 
 
 _gaussian_step_op.register_autograd(_op_backward, setup_context=_setup_context)

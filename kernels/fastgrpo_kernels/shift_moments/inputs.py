@@ -1,11 +1,11 @@
 """Checked arguments of the shift moments, and how each of the two paths prepares them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import as_rows, check_latents, check_no_grad, per_sample
+from .._checks import as_rows, check_guidance, check_latents, check_no_grad, per_sample
 from .._cpu import column, guide, quotient, residual
 from .._launch import kernel_scalar, rows
 from .._noise_args import Noise, StoredStep, noise_cpu, split_noise
@@ -54,8 +54,8 @@ def check_shift(
         check_latents("v_reference", v_reference, like=v, same_dtype=True)
     b, s = per_sample("b", b, v), per_sample("s", s, v, positive=True)
     check_no_grad(v_old=v_old, b=b, s=s, v_reference=v_reference)
-    shift = Shift(v, v_old, b, s, v_reference=v_reference)
-    shift = shift._replace(**check_guidance(v, v_uncond, guidance_scale))
+    guidance = check_guidance(v, v_uncond, guidance_scale)
+    shift = Shift(v, v_old, b, s, v_uncond=v_uncond, guidance=guidance, v_reference=v_reference)
     if isinstance(noise, StoredStep):
         check_latents("noise.x", noise.x, like=v)
         check_latents("noise.y", noise.y, like=v)
@@ -66,20 +66,6 @@ def check_shift(
         raise TypeError("noise: expected the step's NoiseKey, its noise tensor or its StoredStep, got None")
     eps, words, seed = split_noise(noise, v)
     return shift._replace(eps=eps, words=words, seed=seed)
-
-
-def check_guidance(v: Tensor, v_uncond: Tensor | None, guidance_scale: Coefficient | None) -> dict[str, Any]:
-    """Checked unconditional output and scale, both or neither."""
-    if v_uncond is None and guidance_scale is None:
-        return {}
-    if v_uncond is None:
-        raise ValueError("v_uncond: guidance_scale needs the unconditional output; or pass guided v alone")
-    if guidance_scale is None:
-        raise ValueError("guidance_scale: v_uncond needs a scale; v is then the conditional output")
-    check_latents("v_uncond", v_uncond, like=v, same_dtype=True)
-    guidance = per_sample("guidance_scale", guidance_scale, v)
-    check_no_grad(guidance_scale=guidance)
-    return {"v_uncond": v_uncond, "guidance": guidance}
 
 
 def with_rows(shift: Shift) -> Shift:

@@ -8,14 +8,8 @@ each latent, one write of each gradient. Pointers that are None are compiled out
 import triton
 import triton.language as tl
 
-from ..gaussian_step.kernel import load_scalar
+from ..gaussian_step.kernel import load_block, load_guided, load_scalar
 from ..noise_kernel import normal_block
-
-
-@triton.jit
-def load_block(ptr, row, stride, start, mask, BLOCK: tl.constexpr):
-    """One block of one row in float32; zero beyond the row."""
-    return tl.load(ptr + row * stride + start + tl.arange(0, BLOCK), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -25,17 +19,6 @@ def load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, 
         return normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK)
     else:
         return load_block(eps_ptr, row, eps_stride, block.to(tl.int64) * BLOCK, mask, BLOCK)
-
-
-@triton.jit
-def load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, start, mask, BLOCK: tl.constexpr):
-    """The model output of one block: v, or the guided v rounded to its storage dtype."""
-    v = load_block(v_ptr, row, v_stride, start, mask, BLOCK)
-    if v_uncond_ptr is not None:
-        uncond = load_block(v_uncond_ptr, row, v_uncond_stride, start, mask, BLOCK)
-        # An explicit fma: rollout and replay must round alike.
-        v = tl.fma(tl.zeros_like(v) + scale, v - uncond, uncond).to(v_ptr.dtype.element_ty).to(tl.float32)
-    return v
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
