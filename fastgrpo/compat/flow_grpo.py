@@ -49,9 +49,10 @@ def sde_step_with_logprob(
     else:
         step = transitions.cps(sigma, sigma_next, noise_level)
     sqrt_dt = (sigma - sigma_next).sqrt()
-    std_dev_t = gaussian.column(step.s / sqrt_dt if sde_type == "sde" else step.s, sample)
+    a, b, s = (torch.as_tensor(coefficient) for coefficient in step)
+    std_dev_t = gaussian.column(s / sqrt_dt if sde_type == "sde" else s, sample)
     if index.numel() == 1:
-        step = Transition(*(c.reshape(()) for c in step))
+        step = Transition(a.reshape(()), b.reshape(()), s.reshape(()))
 
     mean = gaussian.mean(sample, model_output, step, torch.float32)
     if prev_sample is None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fastgrpo.config import ObjectiveConfig
-from fastgrpo.objective import SUMMED, policy_loss
-from fastgrpo_kernels import NoiseKey, shift_moments
+from fastgrpo_kernels import NoiseKey, StoredStep, grpo_loss
 
 
 class GRPOLoss(nn.Module):
@@ -16,7 +14,7 @@ class GRPOLoss(nn.Module):
     `epsilon_low` and `epsilon_high` bound the ratio (1e-4 suits means over elements), `beta` weighs the Gaussian KL to
     a reference model, `delta` > 1 bounds the loss of negative advantages (dual clip), `dppo_threshold` masks by
     KL (Flow-DPPO), `advantage_clip` bounds |A|. `ratio`: gaussian, unit (Flow-CPS) or ratio_norm (GRPO-Guard).
-    Raises ValueError for a value out of range. fastgrpo.objective holds the formulas.
+    Raises ValueError for a value out of range. fastgrpo_kernels.grpo_loss holds the formulas.
     """
 
     def __init__(
@@ -47,16 +45,16 @@ class GRPOLoss(nn.Module):
         old_model_output: Tensor,
         b: float | Tensor,
         s: float | Tensor,
-        noise: NoiseKey | Tensor,
+        noise: NoiseKey | Tensor | StoredStep,
         advantages: Tensor,
         ref_model_output: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over samples, a scalar differentiable in `model_output`, and metrics, left on the device.
 
         Model outputs are [B, ...] of one dtype; `b` and `s` are the step's coefficients (fastgrpo_kernels.transitions),
-        floats or [B]; `noise` is the step's key or its ε; `advantages` are [B]. `ref_model_output` is needed for
-        beta > 0 and refused for beta = 0, which would ignore it. Metrics: ratio, clip_ratio, kl, dropped (means over
-        samples) and max_deviation of the ratio from 1, float64.
+        floats or [B]; `noise` is the step's key, its ε, or the StoredStep (x, y, a) it was; `advantages` are [B].
+        `ref_model_output` is needed for beta > 0 and refused for beta = 0, which would ignore it. Metrics: ratio,
+        clip_ratio, kl, dropped (means over samples) and max_deviation of the ratio from 1, float32.
         """
         if (ref_model_output is None) != (self.config.kl_weight == 0):
             needed = "needs the reference model's output" if ref_model_output is None else "ignores it; pass None"
@@ -64,19 +62,27 @@ class GRPOLoss(nn.Module):
         batch = model_output.shape[0]
         if advantages.shape != (batch,):
             raise ValueError(f"advantages: expected shape [{batch}], got {list(advantages.shape)}")
-        p, q = shift_moments(model_output, old_model_output, b, s, noise)
-        q_reference = None
-        if ref_model_output is not None:
-            _, q_reference = shift_moments(model_output, ref_model_output, b, s, noise)
-        scale = s.to(p) if isinstance(s, Tensor) else torch.full_like(p, s)
-        weight = torch.full_like(p, 1.0 / batch)
-        advantages = advantages.to(p).clamp(-self.advantage_clip, self.advantage_clip)
-        loss, statistics = policy_loss(p, q, scale, advantages, weight, self.config, q_reference)
-        sums = dict(zip(SUMMED, statistics.sums.unbind(), strict=True))
+        config = self.config
+        loss, statistics = grpo_loss(
+            model_output,
+            old_model_output,
+            b,
+            s,
+            noise,
+            advantages.float().clamp(-self.advantage_clip, self.advantage_clip),
+            1.0 / batch,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            ratio=config.ratio,
+            dual_clip=config.dual_clip,
+            dppo_threshold=config.dppo_threshold,
+            kl_weight=config.kl_weight,
+            v_reference=ref_model_output,
+        )
         return loss, {
-            "ratio": sums["ratio"],
-            "clip_ratio": sums["clipped"],
-            "kl": sums["kl"],
-            "dropped": sums["dropped"],
+            "ratio": statistics.ratio,
+            "clip_ratio": statistics.clipped,
+            "kl": statistics.kl,
+            "dropped": statistics.dropped,
             "max_deviation": statistics.max_deviation,
         }
