@@ -1,4 +1,4 @@
-"""Rollouts: equal to the pipeline, independent of batch, rank and prefix sharing, and what they keep is what was used."""
+"""Rollouts: equal to the pipeline; independent of batch, rank and prefix sharing; what they keep is what was used."""
 
 import numpy as np
 import pytest

@@ -210,12 +210,17 @@ from tiny import tiny_config
 from fastgrpo.trainer import Trainer
 torch.set_num_threads(1)
 path, run_dir = sys.argv[1:3]
-t = Trainer(tiny_config(path, run_dir, train={"iterations": 2}, rollout={"group_size": 4}, eval={"every": 2, "images": 5},
-            update={"optimizer_steps": 2, "grad_sync": sys.argv[3]}))
-t.run()
-full = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in t.family.transformer.named_parameters()}
+config = tiny_config(
+    path, run_dir, train={"iterations": 2}, rollout={"group_size": 4}, eval={"every": 2, "images": 5},
+    update={"optimizer_steps": 2, "grad_sync": sys.argv[3]},
+)
+trainer = Trainer(config)
+trainer.run()
+named = trainer.family.transformer.named_parameters()
+full = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().contiguous() for n, p in named}
 from safetensors.torch import save_file
-if t.world.main: save_file({n: p.contiguous() for n, p in full.items()}, run_dir + "/weights.safetensors")
+if trainer.world.main:
+    save_file(full, run_dir + "/weights.safetensors")
 """
 
 

@@ -1,4 +1,4 @@
-"""Updates: ratio exactly 1, gradients equal to the textbook loss in float64, micro-batches that cover every pair once."""
+"""Updates: ratio exactly 1, the gradient of the textbook loss in float64, micro-batches that cover every pair once."""
 
 import copy
 
