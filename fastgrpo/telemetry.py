@@ -39,7 +39,8 @@ class Telemetry:
             require("tensorboard", "telemetry.tensorboard")
         if config.telemetry.wandb_project is not None:
             require("wandb", "telemetry.wandb_project")
-        self._file = (self._dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = self._dir / "metrics.jsonl"
+        self._file = self._path.open("ab", buffering=0)
         self._purge_step: int | None = None
         self._board_: Any = None
         self._wandb_: Any = None
@@ -50,8 +51,7 @@ class Telemetry:
             return
         line: dict[str, float | int | None] = {"iteration": iteration}
         line |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(line)
         if board := self._board():
             for name, value in metrics.items():
                 board.add_scalar(name, value, iteration)
@@ -80,15 +80,14 @@ class Telemetry:
         if not self._main:
             return
         self._file.close()
-        path = self._dir / "metrics.jsonl"
-        kept = [json.dumps(line, allow_nan=False) for line in read_metrics(self._dir) if line["iteration"] < iteration]
-        scratch = path.with_suffix(".tmp")
-        with scratch.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        kept = [line for line in read_metrics(self._dir) if line["iteration"] < iteration]
+        scratch = self._path.with_suffix(".tmp")
+        with scratch.open("wb", buffering=0) as self._file:
+            for line in kept:
+                self._append(line)
+            os.fsync(self._file.fileno())
+        scratch.replace(self._path)
+        self._file = self._path.open("ab", buffering=0)
         self._purge_step = iteration
 
     def close(self) -> None:
@@ -99,6 +98,16 @@ class Telemetry:
             self._board_.close()
         if self._wandb_ is not None:
             self._wandb_.finish()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        """One line in one write: nothing stays in a buffer to fail again at exit."""
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write the metrics: {error.strerror}") from None
+        if written != len(data):
+            raise UserError(f"{self._path}: cannot write the metrics: the disk is full")
 
     def _board(self) -> Any:
         """The TensorBoard writer, opened at the first use: only then is it known where a resumed run goes on."""

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from tiny import tiny_config
@@ -66,6 +68,14 @@ def test_a_line_cut_short_by_a_kill_is_dropped_and_any_other_bad_line_named(tmp_
         read_metrics(tmp_path)
 
 
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    telemetry = Telemetry(tmp_path, make_config())
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write the metrics: No space left on device$"):
+        telemetry.log(0, {"lr": 1.0})
+    telemetry.close()
+
+
 def test_no_run_has_no_metrics(tmp_path):
     assert read_metrics(tmp_path) == []
 
@@ -93,6 +103,31 @@ def test_tensorboard_gets_scalars_images_and_drops_what_is_rewound(tmp_path):
         (4, 0.75),
     ]
     assert events.Images("heldout")[-1].width == 8
+
+
+def test_wandb_gets_the_config_metrics_and_images_and_goes_on_under_one_id(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append(("end", None))
+    )
+    wandb = ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    settings = []
+    monkeypatch.setattr(wandb, "init", lambda **given: settings.append(given) or run, raising=False)
+    monkeypatch.setattr(wandb, "Image", lambda path, caption: (path, caption), raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for start in (0, 1):
+        telemetry = Telemetry(tmp_path, make_config(wandb_project="demo"))
+        telemetry.rewind(start)
+        telemetry.log(start, {"lr": 0.5})
+        telemetry.images(start, "heldout", "grid.png", ["a", "b"])
+        telemetry.close()
+    each = [(0, {"lr": 0.5}), (0, {"heldout": ("grid.png", "a\nb")}), ("end", None)]
+    assert calls == each + [(1 if step == 0 else step, values) for step, values in each]
+    first, second = settings
+    assert first == second
+    assert (first["project"], first["resume"]) == ("demo", "allow")
+    assert first["config"]["rollout"]["group_size"] == 3
 
 
 @pytest.mark.parametrize(
