@@ -20,6 +20,8 @@ from fastgrpo.errors import UserError, nearest
 from .devices import DEVICES, SHAPES
 
 TABLE = Path(__file__).parent / "data" / "static.csv"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
+MARKS = ("<!-- static table -->\n", "<!-- end of static table -->\n")
 KEY = ("case", "pass", "kernel", "dtype", "target")
 COLUMNS = (
     *KEY, "registers", "stack_bytes", "shared_bytes", "load_bits", "store_bits", "fp64", "local",
@@ -42,6 +44,7 @@ def run(targets: list[str] | None, cases: list[str] | None, dtypes: list[str] | 
     if write:
         whole = not (targets or cases or dtypes)
         write_table(rows if whole else [*read_table(), *rows])
+        DOCUMENT.write_text(document(), encoding="utf-8")
     show(rows)
 
 
@@ -103,7 +106,7 @@ def record(case: str, dtype: str, shape: tuple[int, ...]) -> dict[str, list]:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | named
         launches.append(Launch(kernel, math.prod(grid), arguments, options))
 
-    original, JITFunction.run = JITFunction.run, recorded
+    original, JITFunction.run = JITFunction.run, recorded  # pyright: ignore[reportAttributeAccessIssue]
     try:
         outputs = CASES[case].call(Inputs(shape, DTYPES[dtype]))
         passes = {"forward": list(launches)}
@@ -180,9 +183,31 @@ def write_table(rows: list[Row]) -> None:
     kept = {tuple(row[k] for k in KEY): row for row in rows}
     TABLE.parent.mkdir(exist_ok=True)
     with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept[key] for key in sorted(kept))
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([kept[key][column] for column in COLUMNS] for key in sorted(kept))
+
+
+def document(target: str = "sm_90", dtype: str = "bfloat16") -> str:
+    """docs/kernels.md with the committed rows of one target and dtype between its marks."""
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    shown = ("case", "pass", "kernel", "registers", "load_bits", "store_bits", "instructions_per_element")
+    shown += ("bytes_per_element", "least_bytes_per_element", "launches", "hunyuan_us", "flux_us", "bound")
+    names = [column.replace("_per_", "/").replace("_", " ") for column in shown]
+    lines = [names, ["---"] * len(names)]
+    for row in read_table():
+        # Where the model output's dtype does not matter there is float32 alone.
+        if row["target"] == target and row["dtype"] in (dtype, "float32") and _is_shown(row, dtype):
+            lines.append([str(row[column]).strip("_") for column in shown])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}"
+
+
+def _is_shown(row: Row, dtype: str) -> bool:
+    from .static_cases import CASES
+
+    return row["case"] in CASES and (row["dtype"] == dtype or not CASES[row["case"]].by_dtype)
 
 
 def worse(row: Row, committed: Row) -> list[str]:

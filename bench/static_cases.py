@@ -27,15 +27,19 @@ class Inputs:
         self.v = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
         self.v_old = torch.empty(shape, dtype=dtype, device="meta")
         self.a, self.b, self.s, self.advantage, self.weight = torch.empty(5, shape[0], device="meta").unbind(0)
+        self.v_uncond = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
         self.p, self.q = torch.empty(2, shape[0], device="meta").unbind(0)
         ids = torch.arange(shape[0])
         self.key = fk.noise_key(2**40 + 1, ids, 0, 0, fk.STREAM_SDE, "meta")
-        self.noise: dict[str, Any] = {"key": self.key, "stored": self.eps}
+        self.noise: dict[str, Any] = {
+            "key": self.key,
+            "stored": self.eps,
+            "step": fk.StoredStep(self.x, self.y, self.a),
+        }
 
     def bytes_of(self, names: str) -> int:
-        """Bytes an element of the named latents, such as "x v y"."""
-        tensors = {"grad": self.v, "noise": self.x}
-        return sum((tensors.get(n) if n in tensors else getattr(self, n)).element_size() for n in names.split())
+        """Bytes an element of the named latents, such as "x v y"; grad is v's."""
+        return sum((self.v if name == "grad" else getattr(self, name)).element_size() for name in names.split())
 
 
 class Case(NamedTuple):
@@ -55,8 +59,22 @@ def _step(noise: str) -> Callable[[Inputs], Tensor]:
     return lambda i: fk.gaussian_step(i.x, i.v.detach(), i.a, i.b, i.s, i.noise[noise])
 
 
+def _all_outputs(i: Inputs) -> Tensor:
+    guidance = {"v_uncond": i.v_uncond.detach(), "guidance_scale": 4.5}
+    step = fk.gaussian_step(i.x, i.v.detach(), i.a, i.b, i.s, i.key, **guidance, return_all=True, clean=(1.0, -0.5))
+    return step.latents
+
+
 def _moments(noise: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
     return lambda i: fk.shift_moments(i.v, i.v_old, i.b, i.s, i.noise[noise])
+
+
+def _guided(i: Inputs) -> tuple[Tensor, Tensor]:
+    return fk.shift_moments(i.v, i.v_old, i.b, i.s, i.key, v_uncond=i.v_uncond, guidance_scale=4.5)
+
+
+def _grpo(i: Inputs) -> Tensor:
+    return fk.grpo_loss(i.v, i.v_old, i.b, i.s, i.key, i.advantage, i.weight, clip_low=1e-4, clip_high=1e-4)[0]
 
 
 def _on_policy(noise: str) -> Callable[[Inputs], Tensor]:
@@ -68,11 +86,15 @@ def _clipped(i: Inputs) -> Tensor:
 
 
 CASES = {
-    "normal": Case(lambda i: fk.normal(i.key, i.shape[1:]), "noise", makes_noise=True, by_dtype=False),
+    "normal": Case(lambda i: fk.normal(i.key, i.shape[1:]), "eps", makes_noise=True, by_dtype=False),
     "gaussian_step/key": Case(_step("key"), "x v y", makes_noise=True),
     "gaussian_step/stored": Case(_step("stored"), "x v eps y"),
+    "gaussian_step/all": Case(_all_outputs, "x v v_uncond y y v", makes_noise=True),
     "shift_moments/key": Case(_moments("key"), "v v_old", "v v_old grad", makes_noise=True),
     "shift_moments/stored": Case(_moments("stored"), "v v_old eps", "v v_old eps grad"),
+    "shift_moments/step": Case(_moments("step"), "v v_old x y", "v v_old x y grad"),
+    "shift_moments/guided": Case(_guided, "v v_uncond v_old", "v v_uncond v_old grad grad", makes_noise=True),
+    "grpo_loss/key": Case(_grpo, "v v_old", "v v_old grad", makes_noise=True),
     "log_prob": Case(lambda i: fk.log_prob(i.x, i.v, i.y, i.a, i.b, i.s), "x v y", "x v y grad"),
     "on_policy_gradient/key": Case(_on_policy("key"), "grad", makes_noise=True),
     "on_policy_gradient/stored": Case(_on_policy("stored"), "eps grad"),

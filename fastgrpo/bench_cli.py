@@ -57,5 +57,33 @@ def static(
     load("static").run(target, case, dtype, write=write)
 
 
+Ops = Annotated[list[str] | None, typer.Option("--op", help="step, log_prob, loss or on_policy; else all.")]
+Shapes = Annotated[list[str] | None, typer.Option("--shape", help="sd, flux, hunyuan or skyreels; else all.")]
+Repeats = Annotated[int, typer.Option(min=3, help="Timed runs of each.")]
+
+
+@app.command()
+def kernels(
+    op: Ops = None,
+    shape: Shapes = None,
+    provider: Annotated[list[str] | None, typer.Option(help="ours, eager or compile; else all.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="no_grad, forward, backward or full; else all.")] = None,
+    repeats: Repeats = 20,
+) -> None:
+    """Time the operations on this device, and their peak memory, beside PyTorch as trainers write it."""
+    load("kernels").run(op, shape, provider, mode, repeats)
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Option(help="The git ref to compare with.")],
+    op: Ops = None,
+    shape: Shapes = None,
+    repeats: Repeats = 20,
+) -> None:
+    """Time our kernels as they are at a git ref, and as they are in this tree."""
+    load("kernels").compare(base, op, shape, repeats)
+
+
 if __name__ == "__main__":
     app(prog_name="fastgrpo bench")

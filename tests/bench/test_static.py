@@ -11,8 +11,8 @@ static = load("static")
 TABLE = {tuple(row[k] for k in static.KEY): row for row in static.read_table()}
 NONE_OF = ("stack_bytes", "fp64", "local")
 REGISTERS, REGISTERS_WITH_NOISE = 40, 80
-# Still above 40. Work of one program only, or, compiled for eight warps instead of four, at most 40.
-ABOVE = {"clipped_loss": 80, "gaussian_step/stored": 48, "log_prob": 48, "shift_moments/stored": 44}
+# The epilogue: one program, which adds the partial sums of several rows at once.
+ABOVE = {("grpo_loss/key", "_clipped_loss_kernel"): 122}
 
 # One target and dtype for each kernel; `make test-full` compiles the whole matrix.
 SMALL = (["sm_90"], None, ["bfloat16"])
@@ -35,7 +35,7 @@ def rows():
 
 def check(row):
     makes_noise = load("static_cases").CASES[row["case"]].makes_noise
-    limit = ABOVE.get(row["case"], REGISTERS_WITH_NOISE if makes_noise else REGISTERS)
+    limit = ABOVE.get((row["case"], row["kernel"]), REGISTERS_WITH_NOISE if makes_noise else REGISTERS)
     assert row["registers"] <= limit, row
     assert all(row[column] == 0 for column in NONE_OF), row
     if row["bytes_per_element"] == "":
@@ -77,8 +77,6 @@ def test_every_kernel_of_the_package_is_in_the_table(rows):
 def test_the_committed_table_is_within_the_limits():
     for row in TABLE.values():
         check(row)
-    most = {case: max(row["registers"] for row in TABLE.values() if row["case"] == case) for case in ABOVE}
-    assert most == ABOVE, "a kernel improved: lower its entry"
 
 
 def test_a_worse_row_is_noticed():
@@ -92,8 +90,15 @@ def test_a_worse_row_is_noticed():
             ]
 
 
+def test_the_document_shows_the_committed_table():
+    assert static.document() == static.DOCUMENT.read_text(encoding="utf-8")
+
+
 def test_launches_of_a_training_loss(rows):
     launches = {(r["case"], r["pass"]): r["launches"] for r in rows}
+    assert launches["grpo_loss/key", "forward"] == 2
+    assert launches["grpo_loss/key", "backward"] == 1
+    assert launches["on_policy_gradient/key", "forward"] == 1
     for noise in ("key", "stored"):
         assert launches[f"gaussian_step/{noise}", "forward"] == 1
         assert launches[f"shift_moments/{noise}", "forward"] == 2

@@ -1,0 +1,293 @@
+"""Speed and peak memory of the operations on this device, beside PyTorch as trainers write it.
+
+fastgrpo bench kernels [--shape flux] [--op loss] [--provider ours] [--mode full] [--repeats 20]
+fastgrpo bench compare --base main
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgrpo.errors import UserError, nearest, require
+
+from .providers import OPERATIONS, PROVIDERS, SHAPES, Inputs, least_bytes, prepare
+
+DATA = Path(__file__).parent / "data"
+KEY = ("op", "mode", "provider", "shape", "dtype")
+COLUMNS = (
+    *KEY, "p20_ms", "p50_ms", "p80_ms", "gb_per_s", "of_copy", "peak_mib", "launches", "repeats", "threads",
+    "clock_mhz", "power_w", "throttle", "torch", "commit",
+)  # fmt: skip
+COPY_BYTES = 1 << 28
+
+Row = dict[str, Any]
+
+
+def run(
+    ops: list[str] | None, shapes: list[str] | None, providers: list[str] | None, modes: list[str] | None, repeats: int
+) -> None:
+    """Measure, print, and put rows and plot of this device into bench/data."""
+    rows = measure(ops, shapes, providers, modes, repeats)
+    table = DATA / f"kernels-{device_slug()}.csv"
+    upsert(table, rows)
+    plot(read(table), table.with_suffix(".png"))
+    show(rows)
+
+
+def measure(
+    ops: list[str] | None, shapes: list[str] | None, providers: list[str] | None, modes: list[str] | None, repeats: int
+) -> list[Row]:
+    """One row for each chosen operation, mode, provider and shape, model outputs in bfloat16."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ops, shapes = _chosen("op", ops, OPERATIONS), _chosen("shape", shapes, SHAPES)
+    providers = _chosen("provider", providers, PROVIDERS)
+    copy = copy_bandwidth(device, repeats)
+    commit = _git("rev-parse", "--short", "HEAD").strip()
+    rows = []
+    for shape in shapes:
+        inputs = Inputs(SHAPES[shape], torch.bfloat16, device)
+        for op in ops:
+            for mode in [m for m in OPERATIONS[op].modes if not modes or m in modes]:
+                for provider in providers:
+                    row: Row = dict(zip(KEY, (op, mode, provider, shape, "bfloat16"), strict=True))
+                    row |= _measured(prepare(op, provider, mode, inputs), provider, device, repeats)
+                    rate = least_bytes(op, mode, inputs) / row["p50_ms"] * 1e3
+                    row |= {"gb_per_s": round(rate / 1e9, 2), "of_copy": round(rate / copy, 3)}
+                    rows.append(row | {"torch": torch.__version__, "commit": commit})
+    return rows
+
+
+def _measured(work: Callable[[], object], provider: str, device: torch.device, repeats: int) -> Row:
+    times = timed(work, device, repeats)
+    row: Row = {f"p{q}_ms": round(1e3 * _quantile(times, q / 100), 4) for q in (20, 50, 80)}
+    row |= {"peak_mib": round(peak_bytes(work, device) / 2**20, 2), "launches": launches(work, device, provider)}
+    return row | {"repeats": repeats, "threads": torch.get_num_threads(), **_nvml(device)}
+
+
+def _chosen(what: str, names: list[str] | None, known: Any) -> list[str]:
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"bench kernels: unknown {what} {name!r}; {nearest(name, known)}one of: {', '.join(known)}")
+    return list(names or known)
+
+
+def timed(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each run, after two to warm up; on a GPU by events, with the L2 cache flushed before each."""
+    for _ in range(2):
+        work()
+    if device.type == "cpu":
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begin)
+        return times
+    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        cache.zero_()
+        begin.record()
+        work()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [1e-3 * begin.elapsed_time(end) for begin, end in events]
+
+
+def copy_bandwidth(device: torch.device, repeats: int) -> float:
+    """Bytes read and written a second by a copy of 256 MiB, median."""
+    source = torch.ones(COPY_BYTES, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _quantile(timed(lambda: target.copy_(source), device, repeats), 0.5)
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Most memory allocated during the work above what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = work()
+    del kept
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+        peak = max(peak, held)
+    return peak
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operators that would each be a kernel launch: not views, not allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += not (func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view")))
+        return func(*args, **(kwargs or {}))
+
+
+def launches(work: Callable[[], object], device: torch.device, provider: str) -> int | str:
+    """Kernels on a GPU, by the profiler. On a CPU, of eager PyTorch: operators that a GPU would launch one by one."""
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            work()
+            torch.cuda.synchronize(device)
+        return sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    if provider != "eager":
+        return ""
+    with _Launches() as counted:
+        work()
+    return counted.count
+
+
+def _nvml(device: torch.device) -> Row:
+    """SM clock, power and throttle reasons now, as a bit mask; empty on a CPU."""
+    if device.type != "cuda":
+        return {"clock_mhz": "", "power_w": "", "throttle": ""}
+    require("pynvml", "bench kernels")
+    import pynvml  # pyright: ignore[reportMissingImports]
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return {
+        "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "power_w": round(pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
+        "throttle": hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+    }
+
+
+def _quantile(times: list[float], q: float) -> float:
+    return float(torch.tensor(times, dtype=torch.float64).quantile(q))
+
+
+def device_slug() -> str:
+    """A file name for this device: the GPU's, or the processor's architecture and threads."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"cpu {platform.machine()} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read(table: Path) -> list[Row]:
+    """Rows of a device's table; none if there is no table yet."""
+    if not table.exists():
+        return []
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def upsert(table: Path, rows: list[Row]) -> None:
+    """Write rows into a table, each over the row of its key."""
+    kept = {tuple(str(row[k]) for k in KEY): row for row in [*read(table), *rows]}
+    table.parent.mkdir(exist_ok=True)
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([kept[key][column] for column in COLUMNS] for key in sorted(kept))
+
+
+def show(rows: list[Row]) -> None:
+    """A table of what was measured."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{device_slug()}, torch {torch.__version__}", title_justify="left")
+    columns = COLUMNS[: COLUMNS.index("repeats")]
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if column in KEY else "right")
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    Console().print(table)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Bars of the median time, a panel an operation and mode, grouped by shape."""
+    require("matplotlib", "bench kernels")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((row["op"], row["mode"]) for row in rows))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3 * lines), squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        chosen = [row for row in rows if (row["op"], row["mode"]) == panel]
+        shapes = list(dict.fromkeys(row["shape"] for row in chosen))
+        for offset, provider in enumerate(PROVIDERS):
+            bars = [(shapes.index(r["shape"]), float(r["p50_ms"])) for r in chosen if r["provider"] == provider]
+            axis.bar([x + 0.27 * (offset - 1) for x, _ in bars], [t for _, t in bars], 0.25, label=provider)
+        axis.set_xticks(range(len(shapes)), shapes)
+        axis.set_title(" ".join(panel).replace("_", " "), fontsize=9)
+        axis.set_yscale("log")
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    axes[0][0].set_ylabel("ms, median")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def compare(base: str, ops: list[str] | None, shapes: list[str] | None, repeats: int) -> None:
+    """Median times of our kernels as they are at a git ref beside those of this tree, each in a fresh process."""
+    from rich.console import Console
+    from rich.table import Table
+
+    root = DATA.parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "archive", base, "kernels"], cwd=root, capture_output=True)
+        if archive.returncode:
+            raise UserError(f"bench compare: {archive.stderr.decode().strip()}")
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        before = _measure_tree(Path(folder) / "kernels", ops, shapes, repeats)
+    after = {tuple(row[k] for k in KEY): row for row in _measure_tree(root / "kernels", ops, shapes, repeats)}
+    table = Table(title=f"{device_slug()}: {base} → this tree, ms", title_justify="left")
+    for column in ("op", "mode", "shape", "p50 at base", "p50 here", "ratio"):
+        table.add_column(column)
+    for row in before:
+        here = after[tuple(row[k] for k in KEY)]
+        times = row["p50_ms"], here["p50_ms"]
+        table.add_row(row["op"], row["mode"], row["shape"], *map(str, times), f"{times[1] / times[0]:.2f}")
+    Console().print(table)
+
+
+def _measure_tree(kernels: Path, ops: list[str] | None, shapes: list[str] | None, repeats: int) -> list[Row]:
+    code = (
+        "import json, sys; path, *chosen = json.loads(sys.argv[1]); sys.path.insert(0, path)\n"
+        "import fastgrpo_kernels; assert fastgrpo_kernels.__file__.startswith(path), fastgrpo_kernels.__file__\n"
+        "from fastgrpo.bench_cli import load\n"
+        "ops, shapes, repeats = chosen\n"
+        "print(json.dumps(load('kernels').measure(ops, shapes, ['ours'], None, repeats)))"
+    )
+    command = [sys.executable, "-c", code, json.dumps([str(kernels), ops, shapes, repeats])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"bench compare: {kernels}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=DATA.parents[1], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,76 @@
+"""The benchmark's harness on tiny latents: rows, upsert by key, memory, launches; and that its providers agree."""
+
+import pytest
+import torch
+
+from fastgrpo.bench_cli import load
+from fastgrpo.errors import UserError
+
+kernels, providers = load("kernels"), load("providers")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(providers.SHAPES, "flux", (2, 16, 64))
+    monkeypatch.setattr(kernels, "COPY_BYTES", 1 << 16)
+
+
+def test_ours_and_eager_agree_in_float32():
+    inputs = providers.Inputs((3, 16, 64), torch.float32, CPU)
+
+    def result(operation, provider, mode):
+        return providers.prepare(operation, provider, mode, inputs)()
+
+    for operation in ("log_prob", "loss"):
+        ours, eager = result(operation, "ours", "no_grad"), result(operation, "eager", "no_grad")
+        assert float(ours) == pytest.approx(float(eager), rel=1e-5)
+    inputs.v_old = inputs.v.detach().clone()
+    inputs.y = providers.fk.gaussian_step(inputs.x, inputs.v_old, inputs.a, inputs.b, inputs.s, inputs.key)
+    inputs.old_log_prob = providers.step_eager(inputs.x, inputs.v_old, inputs.y)[2]
+    (eager,) = result("loss", "eager", "full")
+    for ours in (result("on_policy", "ours", "full"), *result("loss", "ours", "full")):
+        assert (ours - eager).abs().max() <= 1e-4 * eager.abs().max()
+
+
+@pytest.mark.parametrize("operation", list(providers.OPERATIONS))
+def test_a_row_for_each_mode_and_provider(operation, tiny):
+    rows = kernels.measure([operation], ["flux"], ["ours", "eager"], None, 3)
+    modes = providers.OPERATIONS[operation].modes
+    assert [(r["mode"], r["provider"]) for r in rows] == [(m, p) for m in modes for p in ("ours", "eager")]
+    for row in rows:
+        assert set(row) == set(kernels.COLUMNS)
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["gb_per_s"] > 0
+        if row["mode"] != "backward":
+            assert row["peak_mib"] > 0
+        if row["provider"] == "eager":
+            assert row["launches"] > 10 or row["mode"] == "backward"
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    def work():
+        for _ in range(3):
+            torch.empty(1 << 20, dtype=torch.int8)
+        return torch.empty(1 << 22, dtype=torch.int8)
+
+    assert 1 << 22 <= kernels.peak_bytes(work, CPU) < (1 << 22) + (1 << 16)
+
+
+def test_rows_are_upserted_by_key_and_plotted(tmp_path, tiny):
+    table = tmp_path / "device.csv"
+    rows = kernels.measure(["log_prob"], ["flux"], ["ours", "eager"], ["forward"], 3)
+    kernels.upsert(table, rows)
+    kernels.upsert(table, [rows[0] | {"p50_ms": 1.5}])
+    stored = kernels.read(table)
+    assert len(stored) == 2
+    assert {r["provider"]: r["p50_ms"] for r in stored}["ours"] == "1.5"
+    kernels.plot(stored, tmp_path / "device.png")
+    assert (tmp_path / "device.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_unknown_names_and_refs_are_one_line():
+    with pytest.raises(UserError, match=r"^bench kernels: unknown op 'los'; did you mean 'loss'"):
+        kernels.measure(["los"], None, None, None, 3)
+    with pytest.raises(UserError, match=r"^bench compare: .*no-such-ref"):
+        kernels.compare("no-such-ref", ["loss"], ["sd"], 3)
