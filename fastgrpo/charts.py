@@ -14,7 +14,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 INK, SOFT, LINE = "#1c2430", "#66707f", "#e4e7ec"
 RUN_COLORS = ("#3056d3", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285", "#a61e4d")
-PHASE_COLORS = ("#3056d3", "#74a0f1", "#f08c00", "#2b8a3e", "#9c36b5", "#0b7285", "#e8590c", "#868e96")
+PHASE_COLORS = ("#3056d3", "#74a0f1", "#f08c00", "#2b8a3e", "#9c36b5", "#0b7285", "#e64980", "#94d82d", "#5c3d2e")
+OTHER_COLOR = "#adb5bd"
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     # The same data is the same bytes.
@@ -42,7 +43,7 @@ def curve_chart(
     log: bool = False,
     line: tuple[str, float] | None = None,
 ) -> str:
-    """A card with one curve a run; empty where no run has a value, one sentence where all values are zero.
+    """A card with one curve a run; empty where no run has a value.
 
     smooth: the moving mean over a twentieth of the run, the values behind it. log: where all values are positive.
     line: a labelled horizontal line.
@@ -50,8 +51,6 @@ def curve_chart(
     present = {name: (np.asarray(x), np.asarray(y, dtype=float)) for name, (x, y) in series.items() if len(x)}
     if not present:
         return ""
-    if all((y == 0).all() for _, y in present.values()):
-        return _card(title, '<p class="note">exactly 0 in every iteration</p>')
     with rc_context(SETTINGS):
         figure = Figure(figsize=(4.2, 2.35), layout="constrained")
         axes = figure.subplots()
@@ -75,13 +74,13 @@ def curve_chart(
         axes.set_xlabel("iteration")
         if len(present) > 1 or line is not None:
             axes.legend(frameon=False, fontsize=8, labelcolor=SOFT, loc="best")
-        return _card(title, svg(figure))
+        return f'<div class="chart"><h3>{html.escape(title)}</h3>{svg(figure)}</div>'
 
 
 def time_chart(phases: Mapping[str, Mapping[str, float]]) -> str:
     """One bar a run, divided by phase: seconds of the whole run."""
     names = list(dict.fromkeys(name for run in phases.values() for name in run))
-    colors = {name: PHASE_COLORS[i % len(PHASE_COLORS)] for i, name in enumerate(names)}
+    colors = {name: PHASE_COLORS[i % len(PHASE_COLORS)] for i, name in enumerate(names)} | {"other": OTHER_COLOR}
     with rc_context(SETTINGS):
         figure = Figure(figsize=(9.6, 0.85 + 0.42 * len(phases)), layout="constrained")
         axes = figure.subplots()
@@ -95,7 +94,7 @@ def time_chart(phases: Mapping[str, Mapping[str, float]]) -> str:
         axes.spines["left"].set_visible(False)
         axes.tick_params(length=0)
         axes.set_xlim(0, left.max() * 1.001)
-        figure.legend(loc="outside upper left", ncols=8, frameon=False, fontsize=8, handlelength=0.9, labelcolor=SOFT)
+        figure.legend(loc="outside upper left", ncols=10, frameon=False, fontsize=8, handlelength=0.9, labelcolor=SOFT)
         return svg(figure)
 
 
@@ -115,10 +114,6 @@ def svg(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
-
-
-def _card(title: str, body: str) -> str:
-    return f'<div class="chart"><h3>{html.escape(title)}</h3>{body}</div>'
 
 
 def _colors(count: int) -> list[str]:

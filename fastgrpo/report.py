@@ -94,7 +94,8 @@ def write_report(runs: str | Path | Sequence[str | Path], out: str | Path | None
     title = " · ".join(run.name for run in data)
     sections = [
         _headline(data),
-        _charts(data),
+        _learning(data),
+        _stability(data),
         _time(data),
         _categories(data),
         _images(data),
@@ -152,42 +153,47 @@ def _gains(run: RunData) -> Iterable[tuple[str, str, str]]:
         yield label, _arrow(scale * before["rewards"][name], scale * after["rewards"][name], style), note
 
 
-def _charts(runs: list[RunData]) -> str:
-    """Learning and stability curves, the runs overlaid."""
+def _learning(runs: list[RunData]) -> str:
+    """Reward curves, the runs overlaid."""
     rewards = list(dict.fromkeys(name for run in runs for e in run.evaluations for name in e["rewards"]))
+    charts = [curve_chart("Reward in training", {r.name: r.series("reward/mean") for r in runs}, smooth=True)]
+    for name in rewards:
+        strict = name.endswith(".strict")
+        if strict or "." not in name:
+            curves = {r.name: r.heldout(name) for r in runs}
+            charts.append(curve_chart(f"Held-out {name}", curves, markers=True, percent=strict))
+    return _section("Learning", _figures(charts))
+
+
+# Title, metric, and whether it is a share, of what tells a healthy run.
+STABILITY = (
+    ("Largest |ratio − 1|", "ratio/max_deviation", False),
+    ("Clipped pairs", "clip_fraction", True),
+    ("Gaussian KL", "kl", False),
+    ("Gradient norm", "grad_norm", False),
+    ("Groups without spread", "groups/zero_spread", True),
+    ("Mean |advantage|", "advantage/abs_mean", False),
+)
+
+
+def _stability(runs: list[RunData]) -> str:
+    """How far the policy moved, and what it learned from; a metric that was always 0 is said so, not drawn."""
     clip = {run.config["objective"]["clip_high"] for run in runs}
-    learning = [
-        curve_chart("Reward in training", {r.name: r.series("reward/mean") for r in runs}, smooth=True),
-        *(
-            curve_chart(
-                f"Held-out {name}",
-                {r.name: r.heldout(name) for r in runs},
-                markers=True,
-                percent=name.endswith(".strict"),
-            )
-            for name in rewards
-            if "." not in name or name.endswith(".strict")
-        ),
-    ]
-    stability = [
-        curve_chart(
-            "Largest |ratio − 1|",
-            {r.name: r.series("ratio/max_deviation") for r in runs},
-            smooth=True,
-            log=True,
-            line=("clip range", clip.pop()) if len(clip) == 1 else None,
-        ),
-        curve_chart("Clipped pairs", {r.name: r.series("clip_fraction") for r in runs}, percent=True, smooth=True),
-        curve_chart("Gradient norm", {r.name: r.series("grad_norm") for r in runs}, smooth=True),
-        curve_chart(
-            "Groups without spread", {r.name: r.series("groups/zero_spread") for r in runs}, percent=True, smooth=True
-        ),
-        curve_chart("Gaussian KL to the reference", {r.name: r.series("kl") for r in runs}, smooth=True),
-        curve_chart("|Advantage|, mean", {r.name: r.series("advantage/abs_mean") for r in runs}, smooth=True),
-    ]
-    first = [max(r.series("ratio/first_max_deviation")[1], default=0.0) for r in runs]
-    note = "Largest |ratio − 1| in the first update after a rollout: " + ", ".join(f"{value:.2g}" for value in first)
-    return _section("Learning", _figures(learning)) + _section("Stability", _figures(stability), note + ".")
+    line = ("clip range", clip.pop()) if len(clip) == 1 else None
+    charts, zero = [], []
+    for title, key, percent in STABILITY:
+        curves = {run.name: run.series(key) for run in runs}
+        values = [value for _, y in curves.values() for value in y]
+        if values and not any(values):
+            zero.append(title)
+            continue
+        ratio = key == "ratio/max_deviation"
+        charts.append(curve_chart(title, curves, smooth=True, percent=percent, log=ratio, line=line if ratio else None))
+    first = ", ".join(f"{max(run.series('ratio/first_max_deviation')[1], default=0.0):.2g}" for run in runs)
+    note = f"Largest |ratio − 1| in the first update after a rollout: {first}."
+    if zero:
+        note += f" Exactly 0 in every iteration: {', '.join(zero)}."
+    return _section("Stability", _figures(charts), note)
 
 
 def _time(runs: list[RunData]) -> str:

@@ -99,7 +99,7 @@ def test_a_report_shows_the_run_and_needs_nothing_beside_itself(make_run):
     assert "two object 50.0% 70.0% +20.0" in page.text
     assert "update 24 s 60.0%" in page.text
     assert "rollout 12 s 30.0%" in page.text
-    assert "exactly 0 in every iteration" in page.text
+    assert "Exactly 0 in every iteration: Gaussian KL." in page.text
     assert "clip range" in page.text
     assert "seed 7; fastgrpo 0.1.0, torch 2.13.0" in page.text
     assert "group_size: 3" in page.text
