@@ -20,7 +20,11 @@ def family(tiny_flux):
     return load_family(tiny_config(tiny_flux).model, CPU)
 
 
-@pytest.mark.parametrize("settings", [{"shift": 3.0}, {"use_dynamic_shifting": True}, {"use_dynamic_shifting": True, "time_shift_type": "linear"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [{"shift": 3.0}, {"use_dynamic_shifting": True}, {"use_dynamic_shifting": True, "time_shift_type": "linear"}],
+    ids=["static", "exponential", "linear"],
+)
 def test_noise_levels_are_the_schedulers(tiny_flux, settings):
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
