@@ -73,7 +73,7 @@ def measure(
 def _measured(work: Callable[[], object], provider: str, device: torch.device, repeats: int) -> Row:
     times = timed(work, device, repeats)
     row: Row = {f"p{q}_ms": round(1e3 * _quantile(times, q / 100), 4) for q in (20, 50, 80)}
-    row |= {"peak_mib": round(peak_bytes(work, device) / 2**20, 2), "launches": launches(work, device, provider)}
+    row |= {"peak_mib": round(peak_bytes(work, device) / 2**20, 4), "launches": launches(work, device, provider)}
     return row | {"repeats": repeats, "threads": torch.get_num_threads(), **_nvml(device)}
 
 
