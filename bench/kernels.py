@@ -65,7 +65,7 @@ def measure(
                     row: Row = dict(zip(KEY, (op, mode, provider, shape, "bfloat16"), strict=True))
                     row |= _measured(prepare(op, provider, mode, inputs), provider, device, repeats)
                     rate = least_bytes(op, mode, inputs) / row["p50_ms"] * 1e3
-                    row |= {"gb_per_s": round(rate / 1e9, 2), "of_copy": round(rate / copy, 3)}
+                    row |= {"gb_per_s": round(rate / 1e9, 4), "of_copy": round(rate / copy, 3)}
                     rows.append(row | {"torch": torch.__version__, "commit": commit})
     return rows
 
