@@ -49,6 +49,7 @@ class OptimizerState:
         progress = (step - opt.warmup) / max(self.total_steps - opt.warmup, 1)
         return opt.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
+    @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step on the accumulated gradients: (gradient norm before clipping, 1.0 if it was skipped).
 
@@ -89,6 +90,7 @@ class OptimizerState:
 
 
 def _local(tensors: list) -> list[Tensor]:
+    """The shards that this rank holds, without their history."""
     return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
 
 

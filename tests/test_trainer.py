@@ -212,7 +212,7 @@ torch.set_num_threads(1)
 path, run_dir = sys.argv[1:3]
 config = tiny_config(
     path, run_dir, train={"iterations": 2}, rollout={"group_size": 4}, eval={"every": 2, "images": 5},
-    update={"optimizer_steps": 2, "grad_sync": sys.argv[3]},
+    update={"optimizer_steps": 2, "grad_sync": sys.argv[3], "ema_decay": 0.9},
 )
 trainer = Trainer(config)
 trainer.run()

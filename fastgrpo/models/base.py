@@ -201,8 +201,7 @@ def resolve_path(path: str) -> str:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     from fastgrpo.shapes import weights_path
 
-    directory = weights_path(path.removeprefix("shapes:"))
-    if not directory.is_dir():
-        shipped = ", ".join(sorted(f"shapes:{p.name}" for p in directory.parent.glob("*") if p.is_dir()))
-        raise ConfigError(f"model.path: '{path}' is not shipped; (one of: {shipped})")
-    return str(directory)
+    try:
+        return str(weights_path(path.removeprefix("shapes:")))
+    except ValueError as error:
+        raise ConfigError(f"model.path: '{path}' is not shipped: {error}") from None
