@@ -58,9 +58,13 @@ def evaluate(
 ) -> None:
     """Compare a run with its base model on held-out prompts: same prompts, same initial noise, no sampling noise."""
     require_extra("train", "fastgrpo eval")
+    from rich.console import Console
+
     from fastgrpo.evaluate import evaluate_run
 
-    _print_comparison(evaluate_run(run, images=images, checkpoint=checkpoint), run)
+    with Console(stderr=True).status(f"drawing {images} held-out images with the base model, and with the run's"):
+        summary = evaluate_run(run, images=images, checkpoint=checkpoint)
+    _print_comparison(summary, run)
 
 
 @app.command()
