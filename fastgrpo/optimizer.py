@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import Update
@@ -21,6 +22,7 @@ class OptimizerState:
 
     def __init__(self, transformer: nn.Module, config: Update, total_steps: int) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
+        self.transformer = transformer
         self.names = [name for name, p in transformer.named_parameters() if p.requires_grad]
         self.parameters = [p for p in transformer.parameters() if p.requires_grad]
         opt = config.optimizer
@@ -82,21 +84,25 @@ class OptimizerState:
         if self.ema is None or not use:
             yield
             return
-        _swap(self.parameters, self.ema)
+        self._swap()
         try:
             yield
         finally:
-            _swap(self.parameters, self.ema)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchanges weights and EMA, shard by shard."""
+        assert self.ema is not None
+        if isinstance(self.transformer, FSDPModule):
+            # FSDP2 leaves the root's parameters gathered after a forward pass: the next one would use the old values.
+            self.transformer.reshard()
+        for weight, average in zip(_local(self.parameters), _local(self.ema), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
 
 def _local(tensors: list) -> list[Tensor]:
     """The shards that this rank holds, without their history."""
     return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
-
-
-@torch.no_grad()
-def _swap(left: list, right: list) -> None:
-    for a, b in zip(_local(left), _local(right), strict=True):
-        kept = a.clone()
-        a.copy_(b)
-        b.copy_(kept)

@@ -1,6 +1,7 @@
 """Evaluation and export: what was trained is what others load, and what is reported is what was scored."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fastgrpo.evaluate import (
 from fastgrpo.export import export_run
 from fastgrpo.models import load_family
 from fastgrpo.parallel import World
+from fastgrpo.shapes.world import CATEGORIES
 from fastgrpo.trainer import train
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -91,10 +93,12 @@ def test_summary_compares_base_and_tuned_on_the_same_noise(trained_run):
 
 def test_held_out_prompts_are_spread_and_fixed(tiny_flux):
     config = tiny_config(tiny_flux)
-    few, many = heldout_prompts(config, 24), heldout_prompts(config, 400)
+    few, many = heldout_prompts(config, 24), heldout_prompts(config, 1200)
     assert many[:24] == few
     assert len({p.metadata["category"] for p in few}) >= 4
-    assert len({p.text for p in few}) == 24
+    # 960 balanced prompts, then a second permutation of them.
+    assert Counter(p.metadata["category"] for p in many[:960]) == dict.fromkeys(CATEGORIES, 160)
+    assert Counter(p.text for p in many[960:]) <= Counter(p.text for p in many[:960])
 
 
 @pytest.mark.parametrize("name, message", [("7", "no checkpoint '7'"), ("newest", "one of: latest, best, 2")])
