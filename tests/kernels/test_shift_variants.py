@@ -201,24 +201,6 @@ def test_fused_sum_convention():
     torch.testing.assert_close(kernel.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_fused_epilogue_over_several_tiles():
-    """More rows than a tile, more blocks than a tile: partial sums of the right rows in the right order."""
-    batch, blocks = 11, 150
-    generator = torch.Generator().manual_seed(4)
-    partials = torch.randn(batch, blocks, 2, generator=generator)
-    advantage, s = torch.randn(batch, generator=generator), torch.full((batch,), 0.3)
-    objective = Objective("gaussian", 0.2, 0.2, None, None, 0.0, 1.0)
-    arguments = (t.to(KERNEL_DEVICE) for t in (s, advantage, s))
-    moments = (None, None, None, partials.to(KERNEL_DEVICE))
-    loss, _, factors = fused.launch_epilogue(moments, 0.1, *arguments, objective, False, 300, ROWS=8, TILE=128)
-    P = (partials[..., 0].double().sum(1) * (0.1 / 0.3) / 300).float().requires_grad_()
-    Q = (partials[..., 1].double().sum(1) * (0.1 / 0.3) ** 2 / 300).float().requires_grad_()
-    expected, _ = clipped_loss(P, Q, s, advantage, s, clip_low=0.2, clip_high=0.2)
-    expected.backward()
-    torch.testing.assert_close(loss.cpu(), expected.detach(), rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(factors.cpu(), torch.stack([P.grad, Q.grad]), rtol=2e-6, atol=2e-6)
-
-
 @pytest.mark.parametrize("noise", ["key", "step"])
 def test_fused_compiles_with_gradient(noise):
     shift, advantage, weight, settings = loss_arguments(noise, True, torch.bfloat16, True)

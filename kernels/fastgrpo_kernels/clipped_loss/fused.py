@@ -10,14 +10,14 @@ from .._checks import is_eager
 from .._noise_args import Noise, StoredStep
 from ..shift_moments.inputs import Shift, check_shift, empty_gradients, with_noise, with_rows
 from ..shift_moments.op import (
-    launch_partials,
+    launch_shift_moments,
     launch_shift_moments_backward,
     place,
     reference_moment_cpu,
     shift_moments_backward_cpu,
     shift_moments_cpu,
 )
-from .op import LossStatistics, Objective, Ratio, check_objective, check_rows, clipped_loss_cpu, launch_epilogue
+from .op import LossStatistics, Objective, Ratio, check_objective, check_rows, clipped_loss_cpu, launch_clipped_loss
 
 Coefficient = float | Tensor
 
@@ -81,12 +81,10 @@ def _forward(
 def launch_grpo_loss(
     advantage: Tensor, weight: Coefficient, objective: Objective, shift: Shift
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton path: partial sums of every block, then one program for the rest."""
-    moments = None, None, None, launch_partials(shift)
-    reference, elements = shift.v_reference is not None, shift.v[0].numel()
-    return launch_epilogue(
-        moments, shift.b, shift.s, advantage, weight, objective, reference, elements, ROWS=8, TILE=128
-    )
+    """The Triton path: one launch over the latents, one over the samples."""
+    P, Q, *reference = launch_shift_moments(shift)
+    Q_reference = reference[0] if reference else None
+    return launch_clipped_loss(P, Q, shift.s, advantage, weight, Q_reference, objective)
 
 
 def _backward(grad: Tensor, factors: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:

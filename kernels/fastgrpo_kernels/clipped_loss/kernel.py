@@ -1,7 +1,7 @@
-"""Triton epilogue of the policy loss: one program, one launch, from moments or from their partial sums.
+"""Triton epilogue of the policy loss: from the moments of all samples to the loss, in one program of one launch.
 
-Rows are taken in tiles of fixed size and added in fixed order. Work is [B]-sized (or B × blocks of partial sums), so
-one program suffices; hyper-parameters are run-time numbers, only the form of the objective is compiled in.
+Rows are taken in tiles of fixed size, one a thread, and added in fixed order. Work is [B]-sized, so one program
+suffices; hyper-parameters are run-time numbers, only the form of the objective is compiled in.
 """
 
 import triton
@@ -9,17 +9,8 @@ import triton.language as tl
 
 from ..gaussian_step.kernel import load_scalar
 
-
-@triton.jit
-def _sum_partials(ptr, rows, present, blocks, SLOTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Sum of one slot over each row's blocks, [ROWS]."""
-    columns = tl.arange(0, TILE)
-    total = tl.zeros([ROWS, TILE], tl.float32)
-    for start in range(0, blocks, TILE):
-        index = rows[:, None] * blocks + start + columns[None, :]
-        mask = present[:, None] & (start + columns < blocks)[None, :]
-        total += tl.load(ptr + index * SLOTS, mask=mask, other=0.0)
-    return tl.sum(total, axis=1)
+# Constants of the numerics: one row a thread.
+ROWS, WARPS = 512, 16
 
 
 @triton.jit
@@ -74,8 +65,6 @@ def _clipped_loss_kernel(
     p_ptr,
     q_ptr,
     q_reference_ptr,
-    partials_ptr,
-    b,
     s,
     advantage,
     weight,
@@ -85,17 +74,12 @@ def _clipped_loss_kernel(
     dppo_threshold,
     kl_weight,
     unit,
-    elements,
     batch,
-    blocks,
     RATIO: tl.constexpr,
-    REFERENCE: tl.constexpr,
-    B_PER_ROW: tl.constexpr,
     S_PER_ROW: tl.constexpr,
     A_PER_ROW: tl.constexpr,
     W_PER_ROW: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     zero = tl.zeros([ROWS], tl.float32)
     total_loss, total_ratio, total_clipped, total_kl = zero, zero, zero, zero
@@ -107,22 +91,8 @@ def _clipped_loss_kernel(
         step = _load_rows(s, rows, present, S_PER_ROW)
         adv = _load_rows(advantage, rows, present, A_PER_ROW)
         w = tl.where(present, _load_rows(weight, rows, present, W_PER_ROW), 0.0)
-        kl_reference = zero
-        if partials_ptr is not None:
-            SLOTS: tl.constexpr = 3 if REFERENCE else 2
-            shift = tl.div_rn(_load_rows(b, rows, present, B_PER_ROW), step)
-            count = zero + tl.cast(elements, tl.float32)
-            p = tl.div_rn(shift * _sum_partials(partials_ptr, rows, present, blocks, SLOTS, ROWS, TILE), count)
-            square = shift * shift
-            q = tl.div_rn(square * _sum_partials(partials_ptr + 1, rows, present, blocks, SLOTS, ROWS, TILE), count)
-            if REFERENCE:
-                sums = _sum_partials(partials_ptr + 2, rows, present, blocks, SLOTS, ROWS, TILE)
-                kl_reference = tl.div_rn(square * sums, count)
-        else:
-            p = tl.load(p_ptr + rows, mask=present, other=0.0)
-            q = tl.load(q_ptr + rows, mask=present, other=0.0)
-            if REFERENCE:
-                kl_reference = tl.load(q_reference_ptr + rows, mask=present, other=0.0)
+        p = tl.load(p_ptr + rows, mask=present, other=0.0)
+        q = tl.load(q_ptr + rows, mask=present, other=0.0)
         p, q = p * unit, q * unit
         log_ratio, by_p, by_q = _log_ratio(p, q, step, RATIO)
         ratio = tl.exp(log_ratio)
@@ -130,8 +100,8 @@ def _clipped_loss_kernel(
         tl.store(factors_ptr + rows, w * slope * by_p * unit, mask=present)
         tl.store(factors_ptr + batch + rows, w * slope * by_q * unit, mask=present)
         kl = 0.5 * q
-        if REFERENCE:
-            kl = 0.5 * unit * kl_reference
+        if q_reference_ptr is not None:
+            kl = 0.5 * unit * tl.load(q_reference_ptr + rows, mask=present, other=0.0)
             weight_kl = tl.cast(kl_weight, tl.float32)
             loss += weight_kl * kl
             tl.store(factors_ptr + 2 * batch + rows, w * weight_kl * 0.5 * unit, mask=present)

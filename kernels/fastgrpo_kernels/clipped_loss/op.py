@@ -206,32 +206,16 @@ def launch_clipped_loss(
     Q_reference: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton path from moments: one launch."""
-    moments = P.contiguous(), Q.contiguous(), None if Q_reference is None else Q_reference.contiguous(), None
-    return launch_epilogue(moments, 1.0, s, advantage, weight, objective, Q_reference is not None, ROWS=128, TILE=1)
+    """The Triton path: one launch."""
+    from .kernel import ROWS, WARPS, _clipped_loss_kernel
 
-
-def launch_epilogue(
-    moments: tuple[Tensor | None, ...],
-    b: Coefficient,
-    s: Coefficient,
-    advantage: Tensor,
-    weight: Coefficient,
-    objective: Objective,
-    reference: bool,
-    elements: int = 1,
-    **tile: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch from (P, Q, Q_reference, None), or (None, None, None, partial sums [B, blocks, 2 or 3])."""
-    from .kernel import _clipped_loss_kernel
-
-    batch, device = advantage.shape[0], advantage.device
+    batch, device = P.shape[0], P.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     statistics = torch.empty(len(LossStatistics._fields), dtype=torch.float32, device=device)
-    factors = torch.empty((2 + reference, batch), dtype=torch.float32, device=device)
-    coefficients = [kernel_scalar(c) for c in (b, s, advantage, weight)]
-    per_row = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("BSAW", coefficients, strict=True)}
-    partials = moments[3]
+    factors = torch.empty((2 if Q_reference is None else 3, batch), dtype=torch.float32, device=device)
+    moments = P.contiguous(), Q.contiguous(), None if Q_reference is None else Q_reference.contiguous()
+    coefficients = [kernel_scalar(c) for c in (s, advantage, weight)]
+    per_row = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("SAW", coefficients, strict=True)}
     launch(
         _clipped_loss_kernel,
         1,
@@ -239,14 +223,11 @@ def launch_epilogue(
         1.0 - objective.clip_low,
         1.0 + objective.clip_high,
         *(objective.dual_clip, objective.dppo_threshold, objective.kl_weight, objective.unit),
-        elements,
         batch,
-        1 if partials is None else partials.shape[1],
         RATIO=objective.ratio,
-        REFERENCE=reference,
         **per_row,
-        **tile,
-        num_warps=4,
+        ROWS=ROWS,
+        num_warps=WARPS,
     )
     return loss, statistics, factors
 

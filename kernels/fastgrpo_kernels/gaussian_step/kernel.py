@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..noise_kernel import normal_block
+from ..reduction import is_last_of_row, sum_slots
 
 
 @triton.jit
@@ -35,10 +36,21 @@ def load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, star
     return v
 
 
+@triton.jit
+def finish_log_prob(log_prob_ptr, partials_ptr, arrivals_ptr, row, s, elements, blocks):
+    """In the last program of a row: log-probability from the partial sums of ((y - a·x - b·v)/s)²."""
+    if is_last_of_row(arrivals_ptr, row, blocks):
+        square = tl.div_rn(sum_slots(partials_ptr, row, blocks), tl.cast(elements, tl.float32))
+        # ½·log 2π
+        tl.store(log_prob_ptr + row, -0.5 * square - tl.log(s) - 0.9189385332046727)
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _gaussian_step_kernel(
     y_ptr,
+    log_prob_ptr,
     partials_ptr,
+    arrivals_ptr,
     clean_ptr,
     v_out_ptr,
     x_ptr,
@@ -93,6 +105,8 @@ def _gaussian_step_kernel(
     tl.store(y_ptr + out, stored, mask=mask)
     if partials_ptr is not None:
         # Of the latent as stored; noise does not end with the row.
-        z = (stored.to(tl.float32) - mean) * tl.div_rn(1.0, load_scalar(s, row, S_PER_ROW))
+        step = load_scalar(s, row, S_PER_ROW)
+        z = (stored.to(tl.float32) - mean) * tl.div_rn(1.0, step)
         z = tl.where(mask, z, 0.0)
         tl.store(partials_ptr + pid, tl.sum(z * z))
+        finish_log_prob(log_prob_ptr, partials_ptr, arrivals_ptr, row, step, elements, blocks)

@@ -91,9 +91,9 @@ def gaussian_step(
     the conditional output and v_uncond + guidance_scale·(v - v_uncond), rounded to their dtype, takes its place. On a
     GPU pass coefficients as floats or float32 to keep the call at one launch.
 
-    `return_all` gives a `GaussianStep` from the same pass: y, its log-probability (where there is noise; one more
-    launch of B programs adds its partial sums), the guided v (where there is guidance), and, if `clean` has the
-    coefficients (transitions.clean_coefficients), the predicted clean sample. It is for rollouts: not differentiable.
+    `return_all` gives a `GaussianStep` from the same pass and launch: y, its log-probability (where there is noise),
+    the guided v (where there is guidance), and, if `clean` has the coefficients (transitions.clean_coefficients), the
+    predicted clean sample. It is for rollouts: not differentiable.
 
     Otherwise differentiable once in x, v and v_uncond, straight through the rounding of guided v. Raises ValueError or
     TypeError for mismatched shapes, dtypes or devices, for coefficients that are not finite (checked where reading

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._cpu import add_scaled, column, guide, quotient, sum_blocks
-from .._launch import kernel_scalar, launch, rows
+from .._launch import arrivals, kernel_scalar, launch, rows
 from .._noise_args import noise_cpu
 from ..noise import split_seed
 
@@ -74,7 +74,7 @@ def _affine(x: Tensor, v: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
 
 
 def launch_gaussian_step(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The Triton path: one launch, and one more of a program to a row where the log-probability is asked for."""
+    """The Triton path: one launch."""
     from ..noise_kernel import BLOCK, NUM_WARPS, READ_WARPS
     from .kernel import _gaussian_step_kernel
 
@@ -87,11 +87,14 @@ def launch_gaussian_step(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     coefficients = [kernel_scalar(0.0 if c is None else c) for c in (step.a, step.b, step.s, *optional)]
     names = ("A", "B", "S", "G", "CLEAN_A", "CLEAN_B")
     per_row = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip(names, coefficients, strict=True)}
-    partials = torch.empty((batch, blocks), dtype=torch.float32, device=y.device) if step.log_prob else None
+    density: list[Tensor | None] = [None, None, None]
+    if step.log_prob:
+        partials = torch.empty((batch, blocks), dtype=torch.float32, device=y.device)
+        density = [log_prob, partials, arrivals(batch, y.device)]
     launch(
         _gaussian_step_kernel,
         batch * blocks,
-        *(y, partials, None if step.clean_a is None else clean, kept if step.keep_v else None),
+        *(y, *density, None if step.clean_a is None else clean, kept if step.keep_v else None),
         *(*flat, words, *split_seed(step.seed), *coefficients),
         *(0 if t is None else t.stride(0) for t in flat),
         elements,
@@ -100,9 +103,4 @@ def launch_gaussian_step(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         BLOCK=BLOCK,
         num_warps=READ_WARPS if words is None else NUM_WARPS,
     )
-    if partials is not None:
-        from ..log_prob.kernel import _log_prob_sum_kernel
-
-        constants = {"S_PER_ROW": per_row["S_PER_ROW"], "TILE": 1024, "num_warps": READ_WARPS}
-        launch(_log_prob_sum_kernel, batch, log_prob, partials, coefficients[2], elements, blocks, **constants)
     return y, log_prob, clean, kept

@@ -1,13 +1,13 @@
 """Triton kernels of the log-probability.
 
-With z = (y - a·x - b·v)/s. Forward: each program reduces one block of one row to a partial sum of z² in its own slot; a
-second launch adds a row's partials in fixed order. Gradient: one launch, one read of x, v, y, one write of it.
+With z = (y - a·x - b·v)/s. Forward: each program reduces one block of one row to a partial sum of z² in its own slot;
+the last program of a row adds them in fixed order. Gradient: one read of x, v, y, one write of it. One launch each.
 """
 
 import triton
 import triton.language as tl
 
-from ..gaussian_step.kernel import load_scalar
+from ..gaussian_step.kernel import finish_log_prob, load_scalar
 
 
 @triton.jit
@@ -21,7 +21,9 @@ def standard_residual(x_ptr, v_ptr, y_ptr, a, b, inverse_s, mask):
 
 @triton.jit
 def _log_prob_fwd_kernel(
+    log_prob_ptr,
     partials_ptr,
+    arrivals_ptr,
     x_ptr,
     v_ptr,
     y_ptr,
@@ -43,31 +45,18 @@ def _log_prob_fwd_kernel(
     start = (pid % blocks).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     a, b = load_scalar(a, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
-    inverse_s = tl.div_rn(1.0, load_scalar(s, row, S_PER_ROW))
+    step = load_scalar(s, row, S_PER_ROW)
     z = standard_residual(
         x_ptr + row * x_stride + start + offsets,
         v_ptr + row * v_stride + start + offsets,
         y_ptr + row * y_stride + start + offsets,
         a,
         b,
-        inverse_s,
+        tl.div_rn(1.0, step),
         offsets < elements - start,
     )
     tl.store(partials_ptr + pid, tl.sum(z * z))
-
-
-@triton.jit
-def _log_prob_sum_kernel(log_prob_ptr, partials_ptr, s, elements, blocks, S_PER_ROW: tl.constexpr, TILE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, TILE)
-    total = tl.zeros([TILE], tl.float32)
-    for start in range(0, blocks, TILE):
-        mask = start + offsets < blocks
-        total += tl.load(partials_ptr + row * blocks + start + offsets, mask=mask, other=0.0)
-    square = tl.div_rn(tl.sum(total), tl.cast(elements, tl.float32))
-    # ½·log 2π
-    log_prob = -0.5 * square - tl.log(load_scalar(s, row, S_PER_ROW)) - 0.9189385332046727
-    tl.store(log_prob_ptr + row, log_prob)
+    finish_log_prob(log_prob_ptr, partials_ptr, arrivals_ptr, row, step, elements, blocks)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import as_rows, check_latents, check_no_grad, is_eager, per_sample
 from .._cpu import column, quotient, residual, sum_blocks
-from .._launch import kernel_scalar, launch, rows
+from .._launch import arrivals, kernel_scalar, launch, rows
 
 Coefficient = float | Tensor
 
@@ -66,27 +66,16 @@ def log_prob_backward_cpu(
 
 
 def launch_log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
-    """The Triton path: partial sums to their own slots, then one program to a row adds them in fixed order."""
-    from ..noise_kernel import BLOCK, READ_WARPS
-    from .kernel import _log_prob_fwd_kernel, _log_prob_sum_kernel
+    """The Triton path, one launch: partial sums to their own slots, which the last program of a row adds."""
+    from ..noise_kernel import BLOCK
+    from .kernel import _log_prob_fwd_kernel
 
     inputs, shape, constants = _kernel_arguments(x, v, y, a, b, s)
     batch, elements, blocks = shape
-    partials = torch.empty((batch, blocks), dtype=torch.float32, device=x.device)
     out = torch.empty(batch, dtype=torch.float32, device=x.device)
-    launch(_log_prob_fwd_kernel, batch * blocks, partials, *inputs, elements, blocks, **constants, BLOCK=BLOCK)
-    launch(
-        _log_prob_sum_kernel,
-        batch,
-        out,
-        partials,
-        inputs[5],
-        elements,
-        blocks,
-        S_PER_ROW=isinstance(s, Tensor),
-        TILE=1024,
-        num_warps=READ_WARPS,
-    )
+    partials = torch.empty((batch, blocks), dtype=torch.float32, device=x.device)
+    arguments = out, partials, arrivals(batch, x.device), *inputs, elements, blocks
+    launch(_log_prob_fwd_kernel, batch * blocks, *arguments, **constants, BLOCK=BLOCK)
     return out
 
 

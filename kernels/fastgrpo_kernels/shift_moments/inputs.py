@@ -1,17 +1,20 @@
 """Checked arguments of the shift moments, and how each of the two paths prepares them."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import as_rows, check_guidance, check_latents, check_no_grad, per_sample
-from .._cpu import column, guide, quotient, residual
+from .._cpu import Tile, column, guide, quotient, residual, tile_coefficient, tiles
 from .._launch import kernel_scalar, rows
 from .._noise_args import Noise, StoredStep, noise_cpu, split_noise
 from ..noise import split_seed
 
 Coefficient = float | Tensor
+
+LATENTS = ("v", "v_old", "v_uncond", "v_reference", "eps", "x", "y")
 
 
 class Shift(NamedTuple):
@@ -34,7 +37,7 @@ class Shift(NamedTuple):
     @property
     def tensors(self) -> list[Tensor | None]:
         """Latents and key, whose kind decides which path runs."""
-        return [self.v, self.v_old, self.eps, self.words, self.x, self.y, self.v_uncond, self.v_reference]
+        return [self.words, *(getattr(self, name) for name in LATENTS)]
 
 
 def check_shift(
@@ -76,16 +79,30 @@ def with_rows(shift: Shift) -> Shift:
 
 
 def with_noise(shift: Shift) -> Shift:
-    """The same with ε as a float32 tensor: what the CPU keeps, since making it again costs more than reading it."""
-    if shift.eps is not None:
+    """The same with a key's ε as a float32 tensor, which the CPU keeps: making it again costs more than reading it."""
+    if shift.words is None:
         return shift
-    if shift.words is not None:
-        return shift._replace(eps=noise_cpu(None, shift.words, shift.seed, shift.v), words=None)
-    assert shift.x is not None
-    assert shift.y is not None
-    assert shift.a is not None
-    eps = residual(shift.y, shift.x, shift.v_old, shift.a, shift.b).mul_(column(quotient(1.0, shift.s), shift.v))
-    return shift._replace(eps=eps, x=None, y=None, a=None)
+    return shift._replace(eps=noise_cpu(None, shift.words, shift.seed, shift.v), words=None)
+
+
+def shift_tiles(shift: Shift) -> Iterator[tuple[Tile, Shift]]:
+    """(tile, its part of the call as [rows, columns]) of every tile; a key's noise is made first."""
+    shift = with_noise(shift)
+    flat = {name: rows(t) for name in LATENTS if (t := getattr(shift, name)) is not None}
+    coefficients = {name: c for name in ("b", "s", "a", "guidance") if (c := getattr(shift, name)) is not None}
+    for tile in tiles(*flat["v"].shape):
+        parts = {name: t[tile] for name, t in flat.items()}
+        yield tile, shift._replace(**parts, **{n: tile_coefficient(c, tile) for n, c in coefficients.items()})
+
+
+def noise_of(part: Shift) -> Tensor:
+    """ε of a tile in float32: as kept, or of the stored step."""
+    if part.eps is not None:
+        return part.eps.to(torch.float32)
+    assert part.x is not None
+    assert part.y is not None
+    assert part.a is not None
+    return residual(part.y, part.x, part.v_old, part.a, part.b).mul_(column(quotient(1.0, part.s), part.v))
 
 
 def guided(shift: Shift) -> Tensor:
@@ -99,8 +116,7 @@ def kernel_arguments(shift: Shift) -> tuple[list[object], dict[str, object], int
     """Arguments of both latent-sized kernels after their outputs, their constants, and the number of programs."""
     from ..noise_kernel import BLOCK
 
-    latents = (shift.v, shift.v_old, shift.v_uncond, shift.v_reference, shift.eps, shift.x, shift.y)
-    flat = [None if t is None else rows(t) for t in latents]
+    flat = [None if t is None else rows(t) for t in (getattr(shift, name) for name in LATENTS)]
     words = None if shift.words is None else shift.words.contiguous()
     values = (0.0 if shift.a is None else shift.a, shift.b, shift.s, 1.0 if shift.guidance is None else shift.guidance)
     coefficients = [kernel_scalar(c) for c in values]

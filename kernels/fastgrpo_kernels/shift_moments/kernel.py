@@ -1,8 +1,8 @@
 """Triton kernels of the shift moments.
 
 Forward: each program reduces one block of one row to its partial sums of d·ε, d², and (d to a reference)² in slots of
-its own, before the factors b/s; a second launch adds a row's partials in fixed order. Backward: one launch, one read of
-each latent, one write of each gradient. Pointers that are None are compiled out.
+its own, before the factors b/s; the last program of a row adds them in fixed order. Backward: one read of each latent,
+one write of each gradient. One launch each. Pointers that are None are compiled out.
 """
 
 import triton
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..gaussian_step.kernel import load_block, load_guided, load_scalar
 from ..noise_kernel import normal_block
+from ..reduction import is_last_of_row, sum_slots
 
 
 @triton.jit
@@ -21,9 +22,27 @@ def load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, 
         return load_block(eps_ptr, row, eps_stride, block.to(tl.int64) * BLOCK, mask, BLOCK)
 
 
+@triton.jit
+def load_move(y_ptr, x_ptr, a, row, y_stride, x_stride, start, mask, BLOCK: tl.constexpr):
+    """y - a·x of one block of a stored step.
+
+    The barriers keep registers few: a division is a call, which must not find latents in flight, and the compiler would
+    hold four of them at once, more than these two and then the others need.
+    """
+    tl.debug_barrier()
+    y = load_block(y_ptr, row, y_stride, start, mask, BLOCK)
+    move = y - a * load_block(x_ptr, row, x_stride, start, mask, BLOCK)
+    tl.debug_barrier()
+    return move
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _shift_moments_fwd_kernel(
+    p_ptr,
+    q_ptr,
+    q_reference_ptr,
     partials_ptr,
+    arrivals_ptr,
     v_ptr,
     v_old_ptr,
     v_uncond_ptr,
@@ -58,52 +77,33 @@ def _shift_moments_fwd_kernel(
     block = pid % blocks
     start = block.to(tl.int64) * BLOCK
     mask = tl.arange(0, BLOCK) < elements - start
-    slots = partials_ptr + pid.to(tl.int64) * (2 if v_reference_ptr is None else 3)
+    programs = tl.num_programs(0).to(tl.int64)
     scale = load_scalar(guidance, row, G_PER_ROW)
+    if y_ptr is not None:
+        inverse_s = tl.div_rn(1.0, load_scalar(s, row, S_PER_ROW))
+        move = load_move(y_ptr, x_ptr, load_scalar(a, row, A_PER_ROW), row, y_stride, x_stride, start, mask, BLOCK)
     v = load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, start, mask, BLOCK)
     if v_reference_ptr is not None:
         reference = v - load_block(v_reference_ptr, row, v_reference_stride, start, mask, BLOCK)
-        tl.store(slots + 2, tl.sum(reference * reference))
+        tl.store(partials_ptr + 2 * programs + pid, tl.sum(reference * reference))
     v_old = load_block(v_old_ptr, row, v_old_stride, start, mask, BLOCK)
     shift = v - v_old
     if y_ptr is not None:
-        residual = load_block(y_ptr, row, y_stride, start, mask, BLOCK)
-        residual -= load_scalar(a, row, A_PER_ROW) * load_block(x_ptr, row, x_stride, start, mask, BLOCK)
-        residual -= load_scalar(b, row, B_PER_ROW) * v_old
-        eps = residual * tl.div_rn(1.0, load_scalar(s, row, S_PER_ROW))
+        eps = (move - load_scalar(b, row, B_PER_ROW) * v_old) * inverse_s
     else:
         eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
     # Beyond the row both operands are zero.
-    tl.store(slots, tl.sum(shift * eps))
-    tl.store(slots + 1, tl.sum(shift * shift))
-
-
-@triton.jit
-def _shift_moments_sum_kernel(
-    p_ptr,
-    q_ptr,
-    partials_ptr,
-    b,
-    s,
-    elements,
-    blocks,
-    B_PER_ROW: tl.constexpr,
-    S_PER_ROW: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, TILE)
-    p = tl.zeros([TILE], tl.float32)
-    q = tl.zeros([TILE], tl.float32)
-    for start in range(0, blocks, TILE):
-        mask = start + offsets < blocks
-        slot = partials_ptr + (row * blocks + start + offsets) * 2
-        p += tl.load(slot, mask=mask, other=0.0)
-        q += tl.load(slot + 1, mask=mask, other=0.0)
-    scale = tl.div_rn(load_scalar(b, row, B_PER_ROW), load_scalar(s, row, S_PER_ROW))
-    count = tl.cast(elements, tl.float32)
-    tl.store(p_ptr + row, tl.div_rn(scale * tl.sum(p), count))
-    tl.store(q_ptr + row, tl.div_rn(scale * scale * tl.sum(q), count))
+    tl.store(partials_ptr + pid, tl.sum(shift * eps))
+    tl.store(partials_ptr + programs + pid, tl.sum(shift * shift))
+    if is_last_of_row(arrivals_ptr, row, blocks):
+        scale = tl.div_rn(load_scalar(b, row, B_PER_ROW), load_scalar(s, row, S_PER_ROW))
+        count = tl.cast(elements, tl.float32)
+        tl.store(p_ptr + row, tl.div_rn(scale * sum_slots(partials_ptr, row, blocks), count))
+        square = scale * scale
+        tl.store(q_ptr + row, tl.div_rn(square * sum_slots(partials_ptr + programs, row, blocks), count))
+        if v_reference_ptr is not None:
+            total = sum_slots(partials_ptr + 2 * programs, row, blocks)
+            tl.store(q_reference_ptr + row, tl.div_rn(square * total, count))
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
@@ -156,17 +156,19 @@ def _shift_moments_bwd_kernel(
     if grad_ptr is not None:
         per_element *= tl.load(grad_ptr)
     factor_eps = tl.load(grad_p_ptr + row) * per_element
+    factor_change = 2.0 * tl.load(grad_q_ptr + row) * scale * per_element
     guidance = load_scalar(guidance, row, G_PER_ROW)
+    if y_ptr is not None:
+        factor_eps *= tl.div_rn(1.0, s)
+        move = load_move(y_ptr, x_ptr, load_scalar(a, row, A_PER_ROW), row, y_stride, x_stride, start, mask, BLOCK)
     v = load_guided(v_ptr, v_uncond_ptr, guidance, row, v_stride, v_uncond_stride, start, mask, BLOCK)
     v_old = load_block(v_old_ptr, row, v_old_stride, start, mask, BLOCK)
-    grad = 2.0 * tl.load(grad_q_ptr + row) * scale * per_element * (v - v_old)
+    grad = factor_change * (v - v_old)
     if v_reference_ptr is not None:
         factor_reference = 2.0 * tl.load(grad_reference_ptr + row) * scale * per_element
         grad += factor_reference * (v - load_block(v_reference_ptr, row, v_reference_stride, start, mask, BLOCK))
     if y_ptr is not None:
-        residual = load_block(y_ptr, row, y_stride, start, mask, BLOCK)
-        residual -= load_scalar(a, row, A_PER_ROW) * load_block(x_ptr, row, x_stride, start, mask, BLOCK)
-        grad += factor_eps * (tl.div_rn(1.0, s) * (residual - b * v_old))
+        grad += factor_eps * (move - b * v_old)
     else:
         eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
         grad += factor_eps * eps

@@ -5,10 +5,20 @@ from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import is_eager
-from .._cpu import add_scaled, column, difference, quotient, sum_blocks
-from .._launch import launch
+from .._cpu import BlockSums, add_scaled, column, difference, quotient
+from .._launch import arrivals, launch
 from .._noise_args import Noise, StoredStep
-from .inputs import Shift, check_shift, empty_gradients, guided, kernel_arguments, with_noise, with_rows
+from .inputs import (
+    Shift,
+    check_shift,
+    empty_gradients,
+    guided,
+    kernel_arguments,
+    noise_of,
+    shift_tiles,
+    with_noise,
+    with_rows,
+)
 
 Coefficient = float | Tensor
 
@@ -49,7 +59,8 @@ def shift_moments(
 
 
 def _forward(shift: Shift) -> tuple[Tensor, Tensor]:
-    return (shift_moments_cpu if shift.v.device.type == "cpu" else launch_shift_moments)(shift)
+    P, Q, *_ = (shift_moments_cpu if shift.v.device.type == "cpu" else launch_shift_moments)(shift)
+    return P, Q
 
 
 def _backward(grad_p: Tensor, grad_q: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
@@ -59,66 +70,65 @@ def _backward(grad_p: Tensor, grad_q: Tensor, shift: Shift) -> tuple[Tensor, Ten
 
 def shift_moments_cpu(shift: Shift) -> tuple[Tensor, Tensor]:
     """The ATen path: float32 sums in blocks, scaled once per sample in float64."""
-    eps = with_noise(shift).eps
-    assert eps is not None
-    change = difference(guided(shift), shift.v_old).flatten(1)
-    scale, elements = quotient(shift.b, shift.s), change.shape[1]
-    q = sum_blocks(change * change) * (scale * scale / elements)
-    p = sum_blocks(change.mul_(eps.flatten(1))) * (scale / elements)
-    return p.to(torch.float32), q.to(torch.float32)
+    batch, elements = shift.v.shape[0], shift.v[0].numel()
+    p, q = BlockSums(batch, elements), BlockSums(batch, elements)
+    for tile, part in shift_tiles(shift):
+        change = difference(guided(part), part.v_old)
+        q.add(tile, change * change)
+        p.add(tile, change.mul_(noise_of(part)))
+    scale = quotient(shift.b, shift.s)
+    P, Q = p.total() * (scale / elements), q.total() * (scale * scale / elements)
+    return P.to(torch.float32), Q.to(torch.float32)
 
 
 def reference_moment_cpu(shift: Shift) -> Tensor:
     """Q against the reference model's output, float32 [B]."""
     assert shift.v_reference is not None
-    change = difference(guided(shift), shift.v_reference).flatten(1)
+    elements = shift.v[0].numel()
+    sums = BlockSums(shift.v.shape[0], elements)
+    for tile, part in shift_tiles(shift._replace(words=None)):
+        assert part.v_reference is not None
+        sums.add(tile, difference(guided(part), part.v_reference).square_())
     scale = quotient(shift.b, shift.s)
-    return (sum_blocks(change.square_()) * (scale * scale / change.shape[1])).to(torch.float32)
+    return (sums.total() * (scale * scale / elements)).to(torch.float32)
 
 
 def shift_moments_backward_cpu(
     grad_p: Tensor, grad_q: Tensor, shift: Shift, grad_reference: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of v and v_uncond in ATen: one buffer, one pass for each term."""
-    eps, v = with_noise(shift).eps, guided(shift)
-    assert eps is not None
+    """Gradients of v and v_uncond in ATen, tile by tile."""
     scale = quotient(shift.b, shift.s)
-    per_element = scale / v[0].numel()
-    grad = difference(v, shift.v_old).mul_(column(grad_q.double() * 2.0 * scale * per_element, v))
-    add_scaled(grad, grad_p.double() * per_element, eps.to(torch.float32))
-    if shift.v_reference is not None and grad_reference is not None:
-        add_scaled(grad, grad_reference.double() * 2.0 * scale * per_element, difference(v, shift.v_reference))
-    if shift.guidance is None:
-        return grad.to(v.dtype), grad.new_empty(0, dtype=v.dtype)
-    uncond = (grad * (1.0 - column(shift.guidance, v))).to(v.dtype)
-    return grad.mul_(column(shift.guidance, v)).to(v.dtype), uncond
+    per_element = scale / shift.v[0].numel()
+    by_change, by_noise = grad_q.double() * 2.0 * scale * per_element, grad_p.double() * per_element
+    by_reference = None if grad_reference is None else grad_reference.double() * 2.0 * scale * per_element
+    grad_v, grad_v_uncond = empty_gradients(shift)
+    for tile, part in shift_tiles(shift):
+        v = guided(part)
+        grad = difference(v, part.v_old).mul_(column(by_change[tile[0]], v))
+        add_scaled(grad, by_noise[tile[0]], noise_of(part))
+        if part.v_reference is not None and by_reference is not None:
+            add_scaled(grad, by_reference[tile[0]], difference(v, part.v_reference))
+        if part.guidance is not None:
+            guidance = column(part.guidance, v)
+            grad_v_uncond.flatten(1)[tile] = grad * (1.0 - guidance)
+            grad.mul_(guidance)
+        grad_v.flatten(1)[tile] = grad
+    return grad_v, grad_v_uncond
 
 
-def launch_partials(shift: Shift) -> Tensor:
-    """Sums of (v - v_old)·ε, (v - v_old)² and, with a reference, (v - v_reference)² of each block; one launch."""
+def launch_shift_moments(shift: Shift) -> tuple[Tensor, ...]:
+    """The Triton path, one launch: (P, Q), and with a reference Q against it."""
     from .kernel import _shift_moments_fwd_kernel
 
     arguments, constants, programs = kernel_arguments(shift)
-    batch = shift.v.shape[0]
-    slots = 2 if shift.v_reference is None else 3
-    partials = torch.empty((batch, programs // batch, slots), dtype=torch.float32, device=shift.v.device)
-    launch(_shift_moments_fwd_kernel, programs, partials, *arguments, **constants)
-    return partials
-
-
-def launch_shift_moments(shift: Shift) -> tuple[Tensor, Tensor]:
-    """The Triton path: partial sums to their own slots, then one program to a row adds them in fixed order."""
-    from .._launch import kernel_scalar
-    from .kernel import _shift_moments_sum_kernel
-
-    partials = launch_partials(shift)
-    batch, blocks, _ = partials.shape
-    p, q = torch.empty((2, batch), dtype=torch.float32, device=shift.v.device).unbind(0)
-    b, s = kernel_scalar(shift.b), kernel_scalar(shift.s)
-    constants = {"B_PER_ROW": isinstance(b, Tensor), "S_PER_ROW": isinstance(s, Tensor), "TILE": 1024, "num_warps": 4}
-    elements = shift.v[0].numel()
-    launch(_shift_moments_sum_kernel, batch, p, q, partials, b, s, elements, blocks, **constants)
-    return p, q
+    batch, device = shift.v.shape[0], shift.v.device
+    count = 2 if shift.v_reference is None else 3
+    partials = torch.empty((count, programs), dtype=torch.float32, device=device)
+    moments = torch.empty((count, batch), dtype=torch.float32, device=device).unbind(0)
+    reference = moments[2] if count == 3 else None
+    outputs = *moments[:2], reference, partials, arrivals(batch, device)
+    launch(_shift_moments_fwd_kernel, programs, *outputs, *arguments, **constants)
+    return moments
 
 
 def launch_shift_moments_backward(
