@@ -6,13 +6,20 @@ import importlib
 
 import torch
 
-from fastgrpo.config import Model
+from fastgrpo.config import Config, Model
 from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.models.base import Conditioning, ModelFamily
+from fastgrpo.schedule import check_sampler
 
-FAMILIES = {"flux": "fastgrpo.models.flux:Flux"}
+FAMILIES = {
+    "flux": "fastgrpo.models.flux:Flux",
+    "hunyuan_video": "fastgrpo.models.hunyuan_video:HunyuanVideo",
+    "skyreels": "fastgrpo.models.skyreels:SkyReels",
+    "stable_diffusion": "fastgrpo.models.stable_diffusion:StableDiffusion",
+    "wan": "fastgrpo.models.wan:Wan",
+}
 
-__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "family_class", "load_family"]
+__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "check_family", "family_class", "load_family"]
 
 
 def family_class(name: str) -> type[ModelFamily]:
@@ -28,6 +35,11 @@ def family_class(name: str) -> type[ModelFamily]:
         raise ConfigError(
             f"model.family: '{name}' needs {error.name}, which is not installed; pip install 'fastgrpo[train]'"
         ) from None
+
+
+def check_family(config: Config) -> None:
+    """Raises ConfigError for an unknown family, or a sampler that its paradigm does not have; loads nothing."""
+    check_sampler(config.rollout.sampler, family_class(config.model.family).paradigm, config.model.family)
 
 
 def load_family(config: Model, device: torch.device) -> ModelFamily:

@@ -1,35 +1,42 @@
 """What a model family is: encode conditioning, predict `v`, decode latents; and what its pipeline decides.
 
 A family adds no loop, no loss and no optimizer. Its classes are diffusers' and transformers' own.
+docs/adding-a-model.md tells how to write one.
 """
 
 from __future__ import annotations
 
 import abc
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastgrpo.config import Model
-from fastgrpo.errors import ConfigError
+from fastgrpo.errors import ConfigError, nearest
+from fastgrpo.models.embeddings import EmbeddingCache, key_of, model_digest
 from fastgrpo.prompts import Prompt
-from fastgrpo.schedule import linear_levels, shifted
+from fastgrpo.schedule import NoiseLevels, flow_levels, linear_levels, shifted
 
 # A batch size is part of the numerics, so text is always encoded in batches of this many prompts.
 ENCODE_BATCH = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class Conditioning(Mapping[str, Tensor]):
-    """What the model is conditioned on: named tensors whose first dimension is the row (a prompt, or a sample)."""
+    """What the model is conditioned on: named tensors whose first dimension is the row (a prompt, or a sample).
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = dict(tensors)
+    host: what the host must know of each row without asking the device, such as how long its text is.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], host: Mapping[str, np.ndarray] | None = None) -> None:
+        self.tensors, self.host = dict(tensors), dict(host or {})
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -40,98 +47,177 @@ class Conditioning(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def rows(self, index: Tensor) -> Conditioning:
+    def rows(self, index: np.ndarray) -> Conditioning:
         """The rows at `index` [R], in its order, repeats allowed."""
-        return Conditioning({name: tensor.index_select(0, index) for name, tensor in self.tensors.items()})
+        device = next(iter(self.tensors.values())).device
+        chosen = to_device(index, device)
+        return Conditioning(
+            {name: tensor.index_select(0, chosen) for name, tensor in self.tensors.items()},
+            {name: array[index] for name, array in self.host.items()},
+        )
+
+    def branches(self, name: str, guided: bool) -> Tensor:
+        """[R, …] of a name, or with guidance [2R, …]: the negative prompts' rows, then the prompts'."""
+        return torch.cat([self[f"negative_{name}"], self[name]]) if guided else self[name]
+
+    def host_branches(self, name: str, guided: bool) -> np.ndarray:
+        """`branches` of what the host knows."""
+        return np.concatenate([self.host[f"negative_{name}"], self.host[name]]) if guided else self.host[name]
 
 
 class ModelFamily(abc.ABC):
     """A diffusers pipeline as GRPO needs it.
 
-    Latents are what the transformer takes, [B, *latent_shape], float32; `v` is its output in the compute dtype.
+    Latents are what the trained component takes, [B, *latent_shape], float32; `v` is its output in the compute dtype.
     """
 
     name: ClassVar[str]
-    pipeline_class: ClassVar[str]
+    # The pipeline classes that it serves.
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    paradigm: ClassVar[Literal["flow", "diffusion"]] = "flow"
+    # embedded: the scale is an input of the model. cfg: two branches, the negative prompt's and the prompt's.
+    guidance_style: ClassVar[Literal["embedded", "cfg"]]
+    # Components that are trained; `noise_levels` says which of them acts at a step.
+    trained: ClassVar[tuple[str, ...]] = ("transformer",)
+    # Encodings that stay on the host (`Conditioning.host`).
+    host_names: ClassVar[tuple[str, ...]] = ()
+    # Components that only encoding prompts needs.
+    encoders: ClassVar[tuple[str, ...]]
     # Module lists whose members are sharded and checkpointed one by one.
     block_lists: ClassVar[tuple[str, ...]]
-    lora_targets: ClassVar[tuple[str, ...]]
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, pipeline: Any, config: Model, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, config: Model, device: torch.device, cache: Path | None = None) -> None:
         self.pipeline = pipeline
         self.config = config
         self.device = device
         self.dtype = DTYPES[config.dtype]
-        self.check_size()
-        for module in pipeline.components.values():
-            if isinstance(module, nn.Module):
-                module.requires_grad_(False).eval()
-                # Not where it is there already: fake tensors cannot be moved onto themselves.
-                if any(p.device != device for p in module.parameters()):
-                    module.to(device)
-        self._embeddings: OrderedDict[tuple[str, str | None], dict[str, Tensor]] = OrderedDict()
+        self.embeddings = EmbeddingCache(cache)
+        self.check(config, {name: c.config for name, c in pipeline.components.items() if hasattr(c, "config")})
+        self._place(pipeline)
 
     @classmethod
     def from_config(cls, config: Model, device: torch.device) -> ModelFamily:
-        """Loads the pipeline at model.path. Raises ConfigError when there is none of this family."""
+        """Loads the pipeline at model.path. Raises ConfigError, before any weight is loaded where it can be told."""
+        path = resolve_path(config.path)
+        cls.check(config, cls._read_configs(config, path))
+        cache = None
+        if config.embedding_cache is not None:
+            settings = {"family": cls.name, "dtype": config.dtype, "max_sequence_length": config.max_sequence_length}
+            cache = Path(config.embedding_cache).expanduser() / model_digest(path, cls.encoders, settings)
+        # With a cache the encoders wait until a prompt is missing from it.
+        later = dict.fromkeys(cls.encoders) if cache is not None else {}
+        return cls(cls._load(config, path, later), config, device, cache)
+
+    @classmethod
+    def _read_configs(cls, config: Model, path: str) -> dict[str, Mapping[str, Any]]:
+        """The configs of the pipeline's components, by name. Raises ConfigError for another kind of pipeline."""
+        import diffusers
+
+        with _loading(config, cls):
+            index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
+            if index["_class_name"] not in cls.pipeline_classes:
+                wanted = " or ".join(cls.pipeline_classes)
+                raise ConfigError(f"model.path: '{config.path}' is a {index['_class_name']}, not a {wanted}")
+            readers = {"scheduler": diffusers.DDIMScheduler, "vae": diffusers.AutoencoderKL}
+            readers |= dict.fromkeys(cls.trained, diffusers.AutoencoderKL)
+            return {
+                name: cast(dict[str, Any], reader.load_config(path, subfolder=name))
+                for name, reader in readers.items()
+                if index.get(name, (None,))[0] is not None
+            }
+
+    @classmethod
+    def _load(cls, config: Model, path: str, without: Mapping[str, None]) -> Any:
         import diffusers
 
         compute = DTYPES[config.dtype]
         # Full fine-tuning keeps float32 masters; a LoRA's frozen base stays in the compute dtype.
-        dtypes = {"transformer": compute if config.lora else torch.float32, "default": compute}
-        path = resolve_path(config.path)
-        try:
-            pipeline = getattr(diffusers, cls.pipeline_class).from_pretrained(path, dtype=dtypes)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(
-                f"model.path: '{config.path}' does not load as a {cls.pipeline_class}: {reason}"
-            ) from None
-        if type(pipeline).__name__ != cls.pipeline_class:
-            raise ConfigError(f"model.path: '{config.path}' is a {type(pipeline).__name__}, not a {cls.pipeline_class}")
+        master = compute if config.lora else torch.float32
+        dtypes = {**dict.fromkeys(cls.trained, master), "default": compute}
+        with _loading(config, cls):
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **without)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, config, device)
+        return pipeline
+
+    def _place(self, pipeline: Any) -> None:
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+                # Not where it is there already: fake tensors cannot be moved onto themselves.
+                if any(p.device != self.device for p in module.parameters()):
+                    module.to(self.device)
+
+    @cached_property
+    def encoder(self) -> Any:
+        """The pipeline that encodes prompts: `pipeline`, or its encoders alone, loaded here, where it has none."""
+        if all(getattr(self.pipeline, name, None) is None for name in self.encoders):
+            loaded = self._load(self.config, resolve_path(self.config.path), dict.fromkeys((*self.trained, "vae")))
+            self._place(loaded)
+            return loaded
+        return self.pipeline
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The trained components, by name."""
+        return {name: getattr(self.pipeline, name) for name in self.trained if getattr(self.pipeline, name) is not None}
 
     @property
     def transformer(self) -> nn.Module:
-        """The trained module."""
-        return self.pipeline.transformer
+        """The trained component, the first of several."""
+        return next(iter(self.modules.values()))
 
-    def blocks(self) -> list[nn.Module]:
-        """The repeated blocks in forward order: the units of sharding and of activation checkpointing."""
-        return [block for name in self.block_lists for block in self.transformer.get_submodule(name).children()]
+    @cached_property
+    def policy(self) -> nn.Module:
+        """Everything that is trained, as one module: the component, or all of them under their names."""
+        return self.transformer if len(self.modules) == 1 else nn.ModuleDict(self.modules)
+
+    def blocks(self, module: nn.Module) -> list[nn.Module]:
+        """A component's repeated blocks in forward order: the units of sharding and of activation checkpointing."""
+        return [block for name in self.block_lists for block in module.get_submodule(name).children()]
+
+    @property
+    def guided(self) -> bool:
+        """Whether a prediction takes two branches."""
+        return self.guidance_style == "cfg" and self.config.guidance > 1
 
     @property
     @abc.abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Of one sample, without the batch dimension, from model.height, width and frames."""
 
+    @classmethod
     @abc.abstractmethod
-    def check_size(self) -> None:
-        """Raises ConfigError for a height, width or number of frames that the VAE cannot take."""
+    def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises ConfigError for a size that the VAE cannot take, or a scheduler that cannot be followed.
+
+        parts: the config of each component by name; called before their weights are loaded.
+        """
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Text (and image) embeddings of prompts, [len(prompts), …] each."""
+        """Embeddings of prompts' texts (and images) by `encoder`, [len(prompts), …] each; of negatives alike."""
 
     @abc.abstractmethod
-    def predict(
-        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, transformer: nn.Module | None = None
-    ) -> Tensor:
+    def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
         """The model output `v` [B, *latent_shape], compute dtype, guidance included; differentiable in the weights.
 
-        x: float32 latents [B, *latent_shape]; sigma: float32 noise levels [B]; transformer: another than the trained
-        one (a frozen reference).
+        x: float32 latents [B, *latent_shape]; time: float32 [B], as `NoiseLevels.times` has it; module: the component
+        that acts, one of `modules` or a frozen copy of it; None: the first.
         """
 
     @abc.abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32."""
 
-    def noise_levels(self, steps: int, shift: float | str) -> list[float]:
-        """T + 1 descending levels ending in 0, as the family's pipeline would use them."""
-        levels = linear_levels(steps)
-        return shifted(levels, self.pipeline_shift() if shift == "pipeline" else float(shift))
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents [B, *latent_shape], float32, of images [B, 3, H, W] in [0, 1]: `decode` undone, for pretraining."""
+        raise NotImplementedError
+
+    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
+        """The levels of a run of `steps`, as the family's pipeline would use them."""
+        k = self.pipeline_shift() if shift == "pipeline" else float(shift)
+        return flow_levels(shifted(linear_levels(steps), k), self.trained[0])
 
     def pipeline_shift(self) -> float:
         """The shift k that the pipeline's scheduler config asks for at this size."""
@@ -139,51 +225,91 @@ class ModelFamily(abc.ABC):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt], keep: int = 4096) -> Conditioning:
-        """The conditioning of prompts; each text is encoded once and kept (the `keep` most recent of them)."""
-        keys = [(p.text, p.negative) for p in prompts]
-        missing = list({key: p for key, p in zip(keys, prompts, strict=True) if key not in self._embeddings}.items())
+        """The conditioning of prompts, with classifier-free guidance that of their negatives too (`negative_<name>`).
+
+        Each text is encoded once and kept: the `keep` most recent in memory, all in model.embedding_cache.
+        """
+        tensors = self._encoded(prompts)
+        if self.guided:
+            default = self.config.negative_prompt
+            negatives = [Prompt(default if p.negative is None else p.negative, image=p.image) for p in prompts]
+            tensors |= {f"negative_{name}": tensor for name, tensor in self._encoded(negatives).items()}
+        self.embeddings.forget(max(keep, len(prompts)))
+        return self.condition(tensors)
+
+    def condition(self, encoded: Mapping[str, Tensor]) -> Conditioning:
+        """Encoded prompts as conditioning, with what stays on the host apart."""
+        host = [name for name in encoded if name.removeprefix("negative_") in self.host_names]
+        return Conditioning(
+            {name: tensor.to(self.device) for name, tensor in encoded.items() if name not in host},
+            {name: encoded[name].cpu().numpy() for name in host},
+        )
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        distinct = {key_of(p): p for p in prompts}
+        found = {key: self.embeddings.get(p) for key, p in distinct.items()}
+        missing = [p for key, p in distinct.items() if found[key] is None]
         for start in range(0, len(missing), ENCODE_BATCH):
             chunk = missing[start : start + ENCODE_BATCH]
-            padded = [p for _, p in chunk] + [chunk[-1][1]] * (ENCODE_BATCH - len(chunk))
+            padded = chunk + [chunk[-1]] * (ENCODE_BATCH - len(chunk))
             encoded = self.encode_prompts(padded)
-            for row, (key, _) in enumerate(chunk):
-                self._embeddings[key] = {name: tensor[row].clone() for name, tensor in encoded.items()}
-        names = self._embeddings[keys[0]]
-        stacked = {name: torch.stack([self._embeddings[key][name] for key in keys]) for name in names}
-        for key in keys:
-            self._embeddings.move_to_end(key)
-        while len(self._embeddings) > max(keep, len(keys)):
-            self._embeddings.popitem(last=False)
-        return Conditioning(stacked)
+            for row, prompt in enumerate(chunk):
+                found[key_of(prompt)] = {
+                    name: tensor[row].cpu() if name in self.host_names else tensor[row].clone()
+                    for name, tensor in encoded.items()
+                }
+                self.embeddings.put(prompt, found[key_of(prompt)] or {})
+        rows = [cast(dict[str, Tensor], found[key_of(p)]) for p in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def make_trainable(self) -> None:
+        """Turns on the gradients of what the config trains: a new LoRA, model.trainable, or every weight.
+
+        Raises ConfigError for names that match nothing.
+        """
+        if self.config.lora:
+            self.add_lora()
+            return
+        parts = self.config.trainable
+        for name, parameter in self.policy.named_parameters():
+            parameter.requires_grad_(parts is None or any(f".{part}." in f".{name}." for part in parts))
+        for part in parts or ():
+            if not any(f".{part}." in f".{name}." for name, _ in self.policy.named_parameters()):
+                names = sorted({p for name, _ in self.policy.named_parameters() for p in name.split(".")[:-1]})
+                known = [name for name in names if not name.isdigit()]
+                raise ConfigError(
+                    f"model.trainable: '{part}' matches no parameter; {nearest(part, known)}"
+                    f"(parts of their names: {', '.join(known)})"
+                )
 
     def add_lora(self) -> None:
-        """Adds trainable float32 LoRA layers (PEFT) to the frozen transformer. Raises ConfigError without a match."""
+        """Adds trainable float32 LoRA layers (PEFT) to the frozen components. Raises ConfigError without a match."""
         from peft import LoraConfig
 
         lora = self.config.lora
         assert lora is not None
         targets = list(lora.targets or self.lora_targets)
-        try:
-            # PEFT's alpha may be any number, whatever its annotation says.
-            adapter = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets)
-            self.pipeline.transformer.add_adapter(adapter)
-        except ValueError:
-            names = sorted(
-                {n.rsplit(".", 1)[-1] for n, m in self.transformer.named_modules() if isinstance(m, nn.Linear)}
-            )
-            raise ConfigError(
-                f"model.lora.targets: {targets} match no layer; layers end in: {', '.join(names)}"
-            ) from None
-        for parameter in self.transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        for module in self.modules.values():
+            try:
+                # PEFT's alpha may be any number, whatever its annotation says.
+                adapter = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets)
+                cast(Any, module).add_adapter(adapter)
+            except ValueError:
+                linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+                names = sorted({n.rsplit(".", 1)[-1] for n in linear})
+                raise ConfigError(
+                    f"model.lora.targets: {targets} match no layer; layers end in: {', '.join(names)}"
+                ) from None
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
 
     @contextmanager
     def lora_disabled(self) -> Iterator[None]:
-        """The transformer without its LoRA: the reference model of a LoRA run."""
+        """The trained components without their LoRA: the reference model of a LoRA run."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
+        layers = [m for m in self.policy.modules() if isinstance(m, BaseTunerLayer)]
         for layer in layers:
             layer._disable_adapters = True
         try:
@@ -191,6 +317,55 @@ class ModelFamily(abc.ABC):
         finally:
             for layer in layers:
                 layer._disable_adapters = False
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A host array as a tensor on `device`, without waiting for the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def guide(branches: Tensor, scale: float, rescale_norm: bool = False) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) of a model output [2B, …], negative rows first: [B, …].
+
+    negative + scale·(positive − negative), in float32, rounded to the output's dtype (the gradient passes straight
+    through to both branches); with `rescale_norm`, scaled along the last dimension to the norm of the positive branch,
+    as Qwen-Image's pipeline does.
+    """
+    negative, positive = branches.float().chunk(2)
+    guided = negative + scale * (positive - negative)
+    if rescale_norm:
+        guided = guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+    return guided.to(branches.dtype)
+
+
+def check_image_size(config: Model, multiple: int, family: str) -> None:
+    """Raises ConfigError unless model.height and width are multiples of `multiple` and model.frames is 1."""
+    for key in ("height", "width"):
+        size = getattr(config, key)
+        if size % multiple:
+            below = max(size // multiple, 1) * multiple
+            raise ConfigError(f"model.{key}: {size} is not a multiple of {multiple}; the nearest is {below}")
+    if config.frames != 1:
+        raise ConfigError(f"model.frames: {config.frames}, but {family} makes images; set it to 1")
+
+
+def to_pixels(decoded: Tensor) -> Tensor:
+    """A VAE's output in −1..1 as float32 pixels in 0..1."""
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+@contextmanager
+def _loading(config: Model, family: type[ModelFamily]) -> Iterator[None]:
+    """Whatever a library raises over a directory it cannot load, as one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except LOAD_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        wanted = " or ".join(family.pipeline_classes)
+        raise ConfigError(f"model.path: '{config.path}' does not load as a {wanted}: {reason}") from None
 
 
 def resolve_path(path: str) -> str:

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.errors import ConfigError
-from fastgrpo.models.base import Conditioning, ModelFamily
+from fastgrpo.config import Model
+from fastgrpo.models.base import Conditioning, ModelFamily, check_image_size, to_pixels
 from fastgrpo.prompts import Prompt
 
 
 class Flux(ModelFamily):
     name = "flux"
-    pipeline_class = "FluxPipeline"
+    pipeline_classes = ("FluxPipeline",)
+    guidance_style = "embedded"
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     block_lists = ("transformer_blocks", "single_transformer_blocks")
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     @property
     def patch_pixels(self) -> int:
         """Side of the square of pixels that one token stands for: the VAE's factor times FLUX's 2×2 packing."""
         return self.pipeline.vae_scale_factor * 2
 
-    def check_size(self) -> None:
-        for key in ("height", "width"):
-            size = getattr(self.config, key)
-            if size % self.patch_pixels:
-                below = max(size // self.patch_pixels, 1) * self.patch_pixels
-                raise ConfigError(
-                    f"model.{key}: {size} is not a multiple of {self.patch_pixels}; the nearest is {below}"
-                )
-        if self.config.frames != 1:
-            raise ConfigError(f"model.frames: {self.config.frames}, but flux makes images; set it to 1")
+    @classmethod
+    def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        check_image_size(config, 2 ** len(parts["vae"]["block_out_channels"]), cls.name)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -65,7 +60,7 @@ class Flux(ModelFamily):
         return torch.zeros(self.config.max_sequence_length, 3, device=self.device), image.reshape(-1, 3)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        embeddings, pooled, _ = self.pipeline.encode_prompt(
+        embeddings, pooled, _ = self.encoder.encode_prompt(
             prompt=[p.text for p in prompts],
             prompt_2=None,
             device=self.device,
@@ -73,19 +68,17 @@ class Flux(ModelFamily):
         )
         return {"text": embeddings, "pooled": pooled}
 
-    def predict(
-        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, transformer: nn.Module | None = None
-    ) -> Tensor:
+    def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
         text_ids, image_ids = self.position_ids
         # The transformer rounds timestep and guidance to its input's dtype itself (diffusers' FLUX): documented.
         guidance = (
-            torch.full_like(sigma, self.config.guidance) if self.pipeline.transformer.config.guidance_embeds else None
+            torch.full_like(time, self.config.guidance) if self.pipeline.transformer.config.guidance_embeds else None
         )
-        return (transformer or self.transformer)(
+        return (module or self.transformer)(
             hidden_states=x.to(self.dtype),
             encoder_hidden_states=conditioning["text"].to(self.dtype),
             pooled_projections=conditioning["pooled"].to(self.dtype),
-            timestep=sigma,
+            timestep=time,
             guidance=guidance,
             txt_ids=text_ids,
             img_ids=image_ids,
@@ -99,4 +92,11 @@ class Flux(ModelFamily):
             latents, self.config.height, self.config.width, self.pipeline.vae_scale_factor
         )
         scaled = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return (vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return to_pixels(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        vae = self.pipeline.vae
+        drawn = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.sample(generator).float()
+        scaled = (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return self.pipeline._pack_latents(scaled, *scaled.shape)

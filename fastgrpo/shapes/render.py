@@ -10,9 +10,9 @@ from fastgrpo.shapes.world import COLORS, MAX_OBJECTS, ShapesPrompt, slots
 # Least and greatest radius in pixels of a 32-pixel image; the row is the number of objects in it.
 _RADII = np.array([(0.0, 0.0), (5.5, 7.5), (4.5, 5.6), (4.0, 4.8), (3.8, 4.3)])
 # Half the side of the box that holds any shape, in radii.
-_EXTENT = 1.08
+EXTENT = 1.08
 # Clear pixels between two boxes, and between a box and the edge of the image.
-_GAP, _BORDER = 2.5, 1.0
+GAP, BORDER = 2.5, 1.0
 # A relation leads its axis by so many pixels: "left of" means dx >= |dy| + _LEAD.
 _LEAD = 2.5
 _CANDIDATES = 16
@@ -50,14 +50,14 @@ def _place(
     """Centres [N, MAX_OBJECTS, 2] by rejection: boxes apart, relation (if any) clear."""
     unit = size / 32
     center = np.zeros((*radius.shape, 2))
-    extent = np.where(used, radius * _EXTENT, 0.0)
+    extent = np.where(used, radius * EXTENT, 0.0)
     first, second = np.triu_indices(MAX_OBJECTS, 1)
-    apart = extent[:, first] + extent[:, second] + _GAP * unit
+    apart = extent[:, first] + extent[:, second] + GAP * unit
     both = used[:, first] & used[:, second]
     related = np.abs(direction).sum(1) > 0
     pending = np.arange(len(radius))
     while len(pending):
-        low = (extent[pending] + _BORDER * unit)[:, None, :, None]
+        low = (extent[pending] + BORDER * unit)[:, None, :, None]
         trial = rng.uniform(low, size - low, size=(len(pending), _CANDIDATES, MAX_OBJECTS, 2))
         offset = np.abs(trial[:, :, first] - trial[:, :, second]).max(-1)
         spaced = np.logical_or(offset >= apart[pending, None], ~both[pending, None]).all(-1)
@@ -96,10 +96,16 @@ AREAS = (np.pi, 1.76**2, 1.88**2 * 0.498 / 0.867, 8 * 1.05 * 0.36 - 4 * 0.36**2)
 CENTROIDS = (0.0, 0.0, 0.94 / 3, 0.0)
 
 
-def draw(scenes: Scenes, rng: np.random.Generator, size: int = 32) -> np.ndarray:
-    """The images of `scenes` on a dark grey background of slightly random level: uint8 [N, size, size, 3]."""
+def background_levels(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Dark grey levels [count, 1], slightly random."""
+    return rng.uniform(22, 34, size=(count, 1)).astype(np.float32)
+
+
+def draw(scenes: Scenes, rng: np.random.Generator, size: int = 32, background: np.ndarray | None = None) -> np.ndarray:
+    """The images of `scenes`: uint8 [N, size, size, 3]. background: grey levels [N, 1], random ones by default."""
     n = len(scenes.shape)
-    background = rng.uniform(22, 34, size=(n, 1)).astype(np.float32)
+    if background is None:
+        background = background_levels(n, rng)
     images = np.empty((n, size, size, 3), dtype=np.uint8)
     for start in range(0, n, _CHUNK):
         part = slice(start, start + _CHUNK)

@@ -4,20 +4,14 @@
 """
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from pydantic import Field, model_validator
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from fastgrpo.errors import ConfigError
 from fastgrpo.settings import Section
-
-# The end-of-text id must not be 2: CLIPTextModel then takes a legacy branch that pools at the largest token id.
-SPECIAL_TOKENS = ("<pad>", "<s>", "<unk>", "</s>")
-PAD, START, UNKNOWN, END = range(4)
+from fastgrpo.shapes.tiny_parts import SPECIAL_TOKENS, build_autoencoder, build_clip, build_t5, build_tokenizer
 
 
 class TinyFluxSizes(Section):
@@ -48,80 +42,13 @@ class TinyFluxSizes(Section):
         return self
 
 
-def build_tokenizer(words: tuple[str, ...], length: int, start: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token a word, padded to `length`; `start` puts a start token before the text (CLIP)."""
-    tokenizer = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate((*SPECIAL_TOKENS, *words))}, unk_token=SPECIAL_TOKENS[UNKNOWN])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>" if start else "$A </s>", special_tokens=[("<s>", START), ("</s>", END)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=length,
-        pad_token=SPECIAL_TOKENS[PAD],
-        bos_token=SPECIAL_TOKENS[START],
-        unk_token=SPECIAL_TOKENS[UNKNOWN],
-        eos_token=SPECIAL_TOKENS[END],
-    )
-
-
-def build_autoencoder(sizes: TinyFluxSizes) -> AutoencoderKL:
-    """An untrained AutoencoderKL: `image_size` pixels to `image_size / 4` latents; set its scale after training."""
-    levels = len(sizes.vae_channels)
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-        block_out_channels=tuple(sizes.vae_channels),  # pyright: ignore[reportArgumentType]
-        layers_per_block=1,
-        latent_channels=sizes.latent_channels,
-        norm_num_groups=8,
-        sample_size=sizes.image_size,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def _text_encoders(sizes: TinyFluxSizes, vocabulary: int) -> tuple[CLIPTextModel, T5EncoderModel]:
-    heads = sizes.text_width // 16
-    clip = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=sizes.text_width,
-        projection_dim=sizes.text_width,
-        intermediate_size=2 * sizes.text_width,
-        num_hidden_layers=sizes.text_layers,
-        num_attention_heads=heads,
-        max_position_embeddings=sizes.text_length,
-        pad_token_id=PAD,
-        bos_token_id=START,
-        eos_token_id=END,
-    )
-    t5 = T5Config(
-        vocab_size=vocabulary,
-        d_model=sizes.text_width,
-        d_kv=16,
-        d_ff=2 * sizes.text_width,
-        num_layers=sizes.text_layers,
-        num_heads=heads,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        pad_token_id=PAD,
-        eos_token_id=END,
-    )
-    return CLIPTextModel(clip), T5EncoderModel(t5)
-
-
 def build_pipeline(words: tuple[str, ...], sizes: TinyFluxSizes, seed: int) -> FluxPipeline:
     """An untrained FluxPipeline in float32 whose tokenizers know `words`; resets torch's global seed."""
     torch.manual_seed(seed)
-    clip, t5 = _text_encoders(sizes, len(SPECIAL_TOKENS) + len(words))
-    vae = build_autoencoder(sizes)
+    vocabulary = len(SPECIAL_TOKENS) + len(words)
+    clip = build_clip(sizes.text_width, sizes.text_layers, sizes.text_length, vocabulary)
+    t5 = build_t5(sizes.text_width, sizes.text_layers, vocabulary)
+    vae = build_autoencoder(sizes.image_size, sizes.latent_channels, sizes.vae_channels)
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * sizes.latent_channels,

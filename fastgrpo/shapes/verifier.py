@@ -26,7 +26,7 @@ _COVERAGE = (_CONTRAST / (_CONTRAST**2).sum(1, keepdims=True)).T
 # Coverage from which a pixel is part of an object, and from which it is visible at all.
 _SOLID, _VISIBLE = 0.4, 0.2
 # A smaller component is a speck; specks and haze of this area in all fail the strict test.
-_OBJECT_AREA = 12.0
+OBJECT_AREA = 12.0
 # A larger component is a backdrop: it has no shape.
 _LARGEST_AREA = 320.0
 # Overlap (intersection over union) with the named shape that the strict test asks for.
@@ -52,7 +52,7 @@ class VerifierResult:
     found: np.ndarray  # [B] int: objects in the image, recognised or not
 
 
-class _Components(NamedTuple):
+class Components(NamedTuple):
     label: np.ndarray  # [B, H, W]: 0 outside, else 1 + the component's index
     coverage: np.ndarray  # [B, H, W] in [0, 1]: how much of the pixel is the object's colour
     image: np.ndarray  # [K]: which image the component is in
@@ -62,7 +62,7 @@ class _Components(NamedTuple):
     haze: np.ndarray  # [B]: visible area outside all components, pixels
 
 
-class _Reading(NamedTuple):
+class Reading(NamedTuple):
     """The largest components of each image; an unused entry has overlap, hue and centre 0."""
 
     overlap: np.ndarray  # [B, _READ, shapes]
@@ -94,12 +94,12 @@ def _verify_chunk(images: np.ndarray, wanted: Slots) -> tuple[np.ndarray, ...]:
     images = images.clip(0, 1)
     finite = ~np.isnan(images.sum((1, 2, 3)))
     images[~finite] = 0
-    components = _segment(images, unit)
-    score, strict, *rest = _grade(_read(components, unit), components, wanted, unit)
+    components = segment(images, unit)
+    score, strict, *rest = _grade(read(components, unit), components, wanted, unit)
     return np.where(finite, score, np.nan), strict & finite, *rest
 
 
-def _segment(images: np.ndarray, unit: float) -> _Components:
+def segment(images: np.ndarray, unit: float) -> Components:
     """Connected components of one colour, specks left out."""
     red, green, blue = images.transpose(1, 0, 2, 3)
     shape = red.shape
@@ -117,7 +117,7 @@ def _segment(images: np.ndarray, unit: float) -> _Components:
 
     member = label.ravel()[seen]
     area = np.bincount(member, amount, minlength=1)
-    keep = area >= _OBJECT_AREA * unit**2
+    keep = area >= OBJECT_AREA * unit**2
     keep[0] = False
     count = int(keep.sum())
     label = np.where(keep, keep.cumsum(), 0).astype(np.int32)[label]
@@ -136,7 +136,7 @@ def _segment(images: np.ndarray, unit: float) -> _Components:
     hue = mean @ _HUE / np.linalg.norm(mean, axis=1, keepdims=True)
     where = np.zeros(count + 1, dtype=np.intp)
     where[member] = image
-    return _Components(label, coverage, where[1:], mass, total(amount) / mass, hue, haze)
+    return Components(label, coverage, where[1:], mass, total(amount) / mass, hue, haze)
 
 
 def _connect(kind: np.ndarray) -> np.ndarray:
@@ -165,7 +165,7 @@ def _spread(label: np.ndarray) -> np.ndarray:
     return np.where(label > 0, label, wide)
 
 
-def _read(found: _Components, unit: float) -> _Reading:
+def read(found: Components, unit: float) -> Reading:
     """Overlap of each image's largest components with every shape."""
     order = np.lexsort((-found.area, found.image))
     rank = np.empty_like(order)
@@ -200,7 +200,7 @@ def _read(found: _Components, unit: float) -> _Reading:
     hue[at] = found.hue[kept]
     center = np.zeros((len(found.label), _READ, 2))
     center[at] = np.stack([center_x, center_y], 1)[kept]
-    return _Reading(overlap, hue, center)
+    return Reading(overlap, hue, center)
 
 
 def _credit(scores: np.ndarray, margin: float) -> np.ndarray:
@@ -210,8 +210,18 @@ def _credit(scores: np.ndarray, margin: float) -> np.ndarray:
     return (0.5 + (scores - rival) / (2 * margin)).clip(0, 1)
 
 
-def _grade(seen: _Reading, found: _Components, wanted: Slots, unit: float) -> tuple[np.ndarray, ...]:
-    """(score, strict, objects, relation, found), each [B]."""
+class Matches(NamedTuple):
+    """What of each image answers to which slot of its prompt."""
+
+    credit: np.ndarray  # [B, slot] in [0, 1]: shape and colour; 0 in an unused slot
+    match: np.ndarray  # [B, slot] bool: passes the strict test
+    chosen: np.ndarray  # [B, slot]: index into the reading's components
+    number: np.ndarray  # [B]: objects in the image
+    clutter: np.ndarray  # [B]: haze, counted in objects
+
+
+def match_objects(seen: Reading, found: Components, wanted: Slots, unit: float) -> Matches:
+    """The assignment of components to slots with the most credit and matches."""
     used = wanted.shape >= 0
     batch = np.arange(len(used))[:, None]
     any_color = wanted.color < 0
@@ -228,16 +238,21 @@ def _grade(seen: _Reading, found: _Components, wanted: Slots, unit: float) -> tu
     slot = np.arange(MAX_OBJECTS)
     best = (credit + match)[:, slot, _ASSIGNMENTS].sum(-1).argmax(1)
     chosen = _ASSIGNMENTS[best]
-    credit = credit[batch, slot, chosen]
-    match = match[batch, slot, chosen]
-
-    expected = used.sum(1)
     number = np.bincount(found.image, minlength=len(used))
-    clutter = found.haze / (_OBJECT_AREA * unit**2)
+    clutter = found.haze / (OBJECT_AREA * unit**2)
+    return Matches(credit[batch, slot, chosen], match[batch, slot, chosen], chosen, number, clutter)
+
+
+def _grade(seen: Reading, found: Components, wanted: Slots, unit: float) -> tuple[np.ndarray, ...]:
+    """(score, strict, objects, relation, found), each [B]."""
+    used = wanted.shape >= 0
+    batch = np.arange(len(used))
+    credit, match, chosen, number, clutter = match_objects(seen, found, wanted, unit)
+    expected = used.sum(1)
     objects = credit.sum(1) / np.maximum(expected, number + clutter)
 
     related = wanted.direction.any(1)
-    delta = seen.center[batch[:, 0], chosen[:, 0]] - seen.center[batch[:, 0], chosen[:, 1]]
+    delta = seen.center[batch, chosen[:, 0]] - seen.center[batch, chosen[:, 1]]
     along = (delta * wanted.direction).sum(1)
     lead = along - (np.abs(delta).sum(1) - np.abs(along))
     relation = (0.5 + lead / (2 * _AXIS_MARGIN * unit)).clip(0, 1) * credit[:, :2].min(1)

@@ -10,7 +10,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -159,13 +159,28 @@ def split() -> tuple[tuple[ShapesPrompt, ...], tuple[ShapesPrompt, ...]]:
     return train, tuple(p for p in all_prompts() if (p.category, p.meaning) in held_out)
 
 
-def eval_set(prompts: Sequence[ShapesPrompt], n: int, seed: int) -> list[ShapesPrompt]:
+class Captioned(Protocol):
+    """A prompt of any world: its text, and the category it is drawn from."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def category(self) -> str: ...
+
+
+AnyPrompt = TypeVar("AnyPrompt", bound=Captioned)
+
+
+def eval_set(
+    prompts: Sequence[AnyPrompt], n: int, seed: int, categories: Sequence[str] = CATEGORIES
+) -> list[AnyPrompt]:
     """`n` of `prompts`, the same number of each category to within one, repeated where a category has too few.
 
     Deterministic in `seed`; the set for a smaller `n` is a prefix of the set for a larger one.
     """
     shuffled = []
-    for category in sorted({p.category for p in prompts}, key=CATEGORIES.index):
+    for category in sorted({p.category for p in prompts}, key=categories.index):
         members = sorted((p for p in prompts if p.category == category), key=lambda p: p.text)
         random.Random(f"{seed} {category}").shuffle(members)
         shuffled.append(itertools.cycle(members))

@@ -34,7 +34,10 @@ def test_noise_levels_are_the_schedulers(tiny_flux, settings):
     c = scheduler.config
     mu = calculate_shift(16, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     scheduler.set_timesteps(sigmas=list(np.linspace(1.0, 1 / 10, 10)), mu=mu)
-    assert family.noise_levels(10, "pipeline") == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+    levels = family.noise_levels(10, "pipeline")
+    assert [*levels.start, levels.end[-1]] == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+    assert levels.times == levels.start
+    assert levels.end[:-1] == levels.start[1:]
 
 
 def test_every_word_changes_both_embeddings(family):
@@ -63,9 +66,9 @@ def test_an_embedding_is_the_same_whatever_was_encoded_with_it(tiny_flux):
 
 def test_kept_embeddings_are_bounded(family):
     family.encode([Prompt(p.text) for p in world.all_prompts()[:40]], keep=8)
-    assert len(family._embeddings) <= 40
+    assert len(family.embeddings.memory) <= 40
     family.encode([Prompt("a red circle")], keep=8)
-    assert len(family._embeddings) == 8
+    assert len(family.embeddings.memory) == 8
 
 
 def test_sigma_guidance_and_text_reach_the_model(family):
@@ -76,13 +79,13 @@ def test_sigma_guidance_and_text_reach_the_model(family):
         v = family.predict(x, sigma, condition)
         assert v.shape == x.shape
         assert not torch.allclose(v, family.predict(x, sigma + 0.1, condition))
-        assert not torch.allclose(v, family.predict(x, sigma, condition.rows(torch.tensor([1, 0]))))
+        assert not torch.allclose(v, family.predict(x, sigma, condition.rows(np.array([1, 0]))))
         other = load_family(family.config.model_copy(update={"guidance": 7.0}), CPU)
         assert not torch.allclose(v, other.predict(x, sigma, condition))
 
 
 def test_conditioning_rows():
-    rows = Conditioning({"a": torch.arange(6).reshape(3, 2)}).rows(torch.tensor([2, 0, 2]))
+    rows = Conditioning({"a": torch.arange(6).reshape(3, 2)}).rows(np.array([2, 0, 2]))
     assert rows["a"].tolist() == [[4, 5], [0, 1], [4, 5]]
 
 
@@ -106,7 +109,7 @@ def test_a_directory_that_is_no_pipeline(tmp_path):
     with pytest.raises(ConfigError, match="does not load as a FluxPipeline"):
         load_family(tiny_config(tmp_path).model, CPU)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(ConfigError, match=r"model\.path"):
+    with pytest.raises(ConfigError, match=r"is a StableDiffusionPipeline, not a FluxPipeline"):
         load_family(tiny_config(tmp_path).model, CPU)
 
 
@@ -116,6 +119,20 @@ def test_lora_targets_that_match_nothing_name_what_there_is(tiny_flux):
         ConfigError, match=r"model\.lora\.targets: \['to_nothing'\] match no layer; layers end in: .*to_q"
     ):
         family.add_lora()
+
+
+def test_trainable_parts_are_named_by_whole_dotted_parts(tiny_flux):
+    parts = ["norm1.linear", "to_v"]
+    family = load_family(tiny_config(tiny_flux, model={"trainable": parts}).model, CPU)
+    family.make_trainable()
+    trained = {name for name, p in family.transformer.named_parameters() if p.requires_grad}
+    assert trained == {
+        name for name, _ in family.transformer.named_parameters() if ".norm1.linear." in name or ".to_v." in name
+    }
+    assert trained
+    wrong = load_family(tiny_config(tiny_flux, model={"trainable": ["norm1.liner"]}).model, CPU)
+    with pytest.raises(ConfigError, match=r"model\.trainable: 'norm1.liner' matches no parameter"):
+        wrong.make_trainable()
 
 
 def test_lora_disabled_is_the_base(tiny_flux):

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from fastgrpo.errors import ConfigError
 from fastgrpo.settings import load_settings, validate_settings
 from fastgrpo.shapes import pretrain, render, verifier, weights_path, world
-from fastgrpo.shapes.tiny_flux import END, PAD, START, UNKNOWN, TinyFluxSizes, build_pipeline
+from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
+from fastgrpo.shapes.tiny_parts import END, PAD, START, UNKNOWN
 
 CONFIG = Path(__file__).parents[2] / "configs" / "pretrain-shapes-flux.yaml"
 # A pipeline directory may weigh this much, all files together.

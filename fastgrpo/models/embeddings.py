@@ -1,0 +1,102 @@
+"""Encoded prompts, each encoded once: in memory, and on disk where model.embedding_cache says so.
+
+`<directory>/<model>/<prompt>.safetensors`, both names digests; a file is written beside and renamed, so several
+processes may share a directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections import OrderedDict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgrpo.errors import UserError
+from fastgrpo.prompts import Prompt
+
+Key = tuple[str, str | None]
+
+
+def key_of(prompt: Prompt) -> Key:
+    """What an encoded prompt depends on: its text and its image."""
+    return prompt.text, prompt.image
+
+
+def model_digest(path: str, parts: tuple[str, ...], settings: dict[str, object]) -> str:
+    """Names a model's encoders: their files (names, sizes, times; JSON by content) and the settings they run with.
+
+    For a hub id the files are those of the snapshot in the hub's local cache.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(path, "model_index.json")
+        folder = Path(found).parent if isinstance(found, str) else folder
+    files = []
+    for part in parts:
+        for file in sorted((folder / part).rglob("*")):
+            if file.is_file():
+                text = file.suffix == ".json"
+                stamp = hashlib.sha256(file.read_bytes()).hexdigest() if text else file.stat().st_mtime_ns
+                files.append([str(file.relative_to(folder)), file.stat().st_size, stamp])
+    return _digest({"path": str(folder.resolve()) if folder.is_dir() else path, "files": files, **settings})
+
+
+class EmbeddingCache:
+    """The encoded prompts of one model: the `keep` most recent in memory; all of them in `directory`, if any."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+        self.memory: OrderedDict[Key, dict[str, Tensor]] = OrderedDict()
+
+    def get(self, prompt: Prompt) -> dict[str, Tensor] | None:
+        """The tensors of a prompt, or None. Raises UserError for a file that cannot be read."""
+        key = key_of(prompt)
+        if key in self.memory:
+            self.memory.move_to_end(key)
+            return self.memory[key]
+        if self.directory is None or not (path := self._path(prompt)).exists():
+            return None
+        try:
+            self.memory[key] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model.embedding_cache: {path} cannot be read ({error}); remove it") from None
+        return self.memory[key]
+
+    def put(self, prompt: Prompt, tensors: dict[str, Tensor]) -> None:
+        """Keeps the tensors of a prompt. Raises UserError where the directory cannot be written."""
+        self.memory[key_of(prompt)] = tensors
+        if self.directory is None:
+            return
+        path = self._path(prompt)
+        scratch = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex}")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, scratch)
+            scratch.replace(path)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise UserError(f"model.embedding_cache: cannot write {path}: {error.strerror}") from None
+
+    def forget(self, keep: int) -> None:
+        """Drops all but the `keep` most recent from memory."""
+        while len(self.memory) > keep:
+            self.memory.popitem(last=False)
+
+    def _path(self, prompt: Prompt) -> Path:
+        assert self.directory is not None
+        image = prompt.image
+        if image is not None and not image.startswith("moving:"):
+            image = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+        return self.directory / f"{_digest({'text': prompt.text, 'image': image})}.safetensors"
+
+
+def _digest(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
