@@ -1,37 +1,91 @@
-"""The rewards by name; others are added as module:Class."""
+"""The rewards by name; a package adds its own by the entry point group `fastgrpo.rewards`, anyone by module:Class."""
 
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
 
 from fastgrpo.config import RewardSpec
 from fastgrpo.errors import ConfigError, nearest
-from fastgrpo.rewards.base import Reward, Scores
+from fastgrpo.rewards.base import Reward, Scores, release
 
-REGISTERED = {"shapes": "fastgrpo.rewards.shapes:ShapesReward"}
+REGISTERED = {
+    "aesthetic": "fastgrpo.rewards.clip:AestheticReward",
+    "clip": "fastgrpo.rewards.clip:ClipReward",
+    "hps": "fastgrpo.rewards.clip:HPSReward",
+    "pickscore": "fastgrpo.rewards.clip:PickScoreReward",
+    "binary": "fastgrpo.rewards.binary:BinaryReward",
+    "ocr": "fastgrpo.rewards.ocr:OcrReward",
+    "vlm_judge": "fastgrpo.rewards.vlm_judge:VlmJudgeReward",
+    "composite": "fastgrpo.rewards.composite:CompositeReward",
+    "moving_aesthetics": "fastgrpo.rewards.moving:MovingAestheticsReward",
+    "moving_motion": "fastgrpo.rewards.moving:MovingMotionReward",
+    "moving_shapes": "fastgrpo.rewards.moving:MovingShapesReward",
+    "remote": "fastgrpo.rewards.remote:RemoteReward",
+    "shapes": "fastgrpo.rewards.shapes:ShapesReward",
+}
 
-__all__ = ["REGISTERED", "Reward", "Scores", "available", "load_reward"]
+__all__ = ["REGISTERED", "Reward", "Scores", "available", "load_reward", "release"]
+
+
+def _named() -> dict[str, str]:
+    """module:Class by name: ours, and those of installed packages, which do not replace ours."""
+    return {point.name: point.value for point in entry_points(group="fastgrpo.rewards")} | REGISTERED
 
 
 def available() -> list[str]:
-    """The registered names."""
-    return sorted(REGISTERED)
+    """The names that a config can use."""
+    return sorted(_named())
 
 
 def load_reward(spec: RewardSpec) -> Reward:
-    """The reward of a config entry. Raises ConfigError for an unknown name, a failing import or bad options."""
-    target = REGISTERED.get(spec.name, spec.name)
+    """The reward of a config entry; weights are loaded when it first scores.
+
+    Raises ConfigError for an unknown name, a failing import, a path that is not there or bad options.
+    """
+    factory = _factory(spec)
+    options = spec.options if spec.path is None else {"path": spec.path, **spec.options}
+    try:
+        reward = factory(**options)
+    except ValidationError as error:
+        raise ConfigError(f"rewards.{spec.key}: {_first(error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"rewards.{spec.key}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"rewards: '{spec.key}' does not take its options: {error}") from None
+    if not spec.when:
+        return reward
+    from fastgrpo.rewards.composite import Routed
+
+    return Routed(reward, spec.when)
+
+
+def _factory(spec: RewardSpec) -> Any:
+    target = _named().get(spec.name, spec.name)
     module, colon, attribute = target.partition(":")
     if not colon:
-        names = ", ".join(available())
+        hint = nearest(spec.name, available())
         raise ConfigError(
-            f"rewards: unknown reward '{spec.name}'; {nearest(spec.name, REGISTERED)}(one of: {names}, or module:Class)"
+            f"rewards: unknown reward '{spec.name}'; {hint}(one of: {', '.join(available())}, or module:Class)"
         )
     try:
-        factory = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"rewards: '{spec.name}' cannot be imported: {error}") from None
-    try:
-        return factory(**spec.options)
-    except TypeError as error:
-        raise ConfigError(f"rewards: '{spec.name}' does not take its options: {error}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong with a reward's options, in one line."""
+    first = error.errors(include_url=False)[0]
+    name, given = ".".join(str(part) for part in first["loc"]), f"{first.get('input')!r:.60}"
+    match first["type"]:
+        case "missing_argument" | "missing_keyword_only_argument" | "missing":
+            return f"{name}: this setting is required"
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return f"options.{name}: unknown option"
+        case "value_error":
+            return f"{name}: {first.get('ctx', {}).get('error')}"
+    return f"{name}: {given} is not valid; {first['msg'][:1].lower()}{first['msg'][1:]}"

@@ -30,12 +30,12 @@ class ShapesReward:
                 self._parsed[text] = None
         return self._parsed[text]
 
-    def score(self, samples: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         parsed = [self._parse(p.text) for p in prompts]
         valid = np.array([p is not None for p in parsed])
         values, strict = np.zeros(len(parsed)), np.zeros(len(parsed))
         if valid.any():
             known = [p for p in parsed if p is not None]
-            result = verify(samples.numpy()[valid], known)
+            result = verify(samples.cpu().numpy()[valid], known)
             values[valid], strict[valid] = result.score, result.strict
         return Scores(values, valid, {"strict": strict})

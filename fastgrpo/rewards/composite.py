@@ -1,0 +1,60 @@
+"""Rewards that stand over others: one asked for some prompts only, and a weighted sum with routing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastgrpo.config import CompositeOptions
+from fastgrpo.errors import ConfigError
+from fastgrpo.prompts import Prompt
+from fastgrpo.rewards.base import Reward, Scores, matches, release, take
+from fastgrpo.settings import validate_settings
+
+
+class Routed:
+    """A reward that is asked only for prompts whose metadata matches `when` (per-prompt-type routing)."""
+
+    def __init__(self, reward: Reward, when: Mapping[str, Sequence[Any]]) -> None:
+        self.reward, self.when = reward, when
+
+    def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
+        chosen = np.array([matches(p, self.when) for p in prompts], dtype=bool)
+        if not chosen.any():
+            return Scores(np.zeros(len(chosen)), ~chosen, {}, chosen)
+        return self.reward.score(*take(samples, prompts, chosen), fps).scatter(chosen)
+
+    def release(self) -> None:
+        release([self.reward])
+
+
+class CompositeReward:
+    """Σ weight · score of its parts that were asked; not valid where any of them is not. Components: each part."""
+
+    def __init__(self, of: Any, aggregate: str = "advantage") -> None:
+        from fastgrpo.rewards import load_reward
+
+        options = validate_settings(CompositeOptions, {"of": of, "aggregate": aggregate})
+        if options.aggregate == "advantage":
+            raise ConfigError("aggregate: advantage is for the run's own list of rewards; inside another, use reward")
+        self.weights = {spec.key: spec.weight for spec in options.of}
+        if len(self.weights) < len(options.of):
+            raise ConfigError(f"of: two rewards of one name among {', '.join(self.weights)}; give each a label")
+        self.parts = {spec.key: load_reward(spec) for spec in options.of}
+
+    def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
+        total, count = np.zeros(len(prompts)), np.zeros(len(prompts), dtype=int)
+        valid, components = np.ones(len(prompts), dtype=bool), {}
+        for name, reward in self.parts.items():
+            part = reward.score(samples, prompts, fps)
+            total += self.weights[name] * part.values
+            count += part.asked
+            valid &= part.valid
+            components[name] = np.where(part.counted, part.values, np.nan)
+        return Scores(total, valid, components, count > 0)
+
+    def release(self) -> None:
+        release(self.parts.values())
