@@ -8,13 +8,14 @@ STAMP := $(VENV)/.setup-done
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup compiler demo lint test test-full check clean
+.PHONY: help setup compiler demo lint test test-full bench-gpu check clean
 
 help:
 	@echo "make setup      .venv with everything the demo and the tests need"
 	@echo "make demo       train the embedded FLUX, evaluate before and after, report in $(RUN) (ARGS='key=value …')"
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-full  the minutes-long ones too"
+	@echo "make bench-gpu  the tests that need a GPU, then the benchmarks, on this machine's"
 	@echo "make check      linters, types, tests: what CI runs"
 
 setup: $(STAMP)
@@ -49,6 +50,13 @@ test: setup compiler
 
 test-full: setup compiler
 	$(BIN)/python -m pytest -m "full or not full" $(ARGS)
+
+# Tests of the kernels on the device, those that only a GPU can answer, then every benchmark; ten minutes at most.
+bench-gpu: setup compiler
+	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
+	  echo "make bench-gpu: needs a CUDA GPU, and torch sees none" >&2; exit 1; }
+	$(PIP_INSTALL) -e '.[dev,gpu]'
+	timeout 600 sh -c '$(BIN)/python -m pytest tests/gpu tests/kernels -m "not full" && $(BIN)/fastgrpo bench kernels $(ARGS)'
 
 check: lint
 	@$(MAKE) test

@@ -17,9 +17,11 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class Advantages:
-    """values: float64 [N], 0 where a sample is not trained. valid: bool [N]. zero_spread: bool [groups]."""
+    """values: float64 [N], 0 where a sample is not trained. terms: [N, T], what the objective takes: one column, or
+    one for each reward with combine = losses; their sum is `values`. valid: bool [N]. zero_spread: bool [groups]."""
 
     values: np.ndarray
+    terms: np.ndarray
     valid: np.ndarray
     zero_spread: np.ndarray
 
@@ -30,7 +32,8 @@ def compute_advantages(
     """Advantages of N samples laid out group after group.
 
     rewards: float64 [R, N], one row a reward; valid: bool [R, N]; weights: [R]. A sample counts only if every
-    reward with a weight is valid for it. Groups with fewer than two valid samples get no advantage.
+    reward with a weight is valid for it. Groups with fewer than two valid samples get no advantage. A reward that was
+    not asked for a group (fastgrpo.rewards.Scores) is 0 and valid for all of it, and so adds nothing.
     """
     if rewards.shape[1] % group_size:
         raise ValueError(f"rewards: {rewards.shape[1]} samples are not whole groups of {group_size}")
@@ -51,6 +54,23 @@ def compute_advantages(
     flat = (low == high) | ~enough
     scale = np.sqrt(variance) + EPSILON if config.normalize == "std" else np.ones_like(variance)
     normalised = np.where(flat[..., None], 0.0, centred / scale[..., None])
-    total = np.clip(np.tensordot(weights, normalised, axes=1), -config.clip, config.clip)
+    if config.combine == "losses":
+        terms = weights[:, None, None] * np.clip(normalised, -config.clip, config.clip)
+    else:
+        terms = np.clip(np.tensordot(weights, normalised, axes=1), -config.clip, config.clip)[None]
     trainable = ok & enough[:, None]
-    return Advantages(np.where(trainable, total, 0.0).reshape(-1), trainable.reshape(-1), flat.all(axis=0) & enough)
+    terms = np.where(trainable, terms, 0.0).reshape(len(terms), -1).T
+    return Advantages(terms.sum(axis=1), terms, trainable.reshape(-1), flat.all(axis=0) & enough)
+
+
+def group_spread(rewards: np.ndarray, valid: np.ndarray, group_size: int, weights: np.ndarray) -> np.ndarray:
+    """Standard deviation [groups] of each group's weighted reward over its valid samples; NaN with fewer than two.
+
+    rewards, valid: [R, N], one row a reward; weights: [R].
+    """
+    used = weights != 0
+    ok = (valid[used] & np.isfinite(rewards[used])).all(axis=0).reshape(-1, group_size)
+    total = np.where(ok, np.tensordot(weights[used], rewards[used], axes=1).reshape(ok.shape), 0.0)
+    count = np.maximum(ok.sum(axis=1), 1)
+    centred = np.where(ok, total - (total.sum(axis=1) / count)[:, None], 0.0)
+    return np.where(count >= 2, np.sqrt((centred**2).sum(axis=1) / count), np.nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +84,35 @@ def compare(
 ) -> None:
     """Time our kernels as they are at a git ref, and as they are in this tree."""
     load("kernels").compare(base, op, shape, repeats)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as those of configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE…")] = None,
+    compare: Annotated[str, typer.Option(help="sequential: DanceGRPO's loop, at batch 1.")] = "sequential",
+    iterations: Annotated[int, typer.Option(min=1, help="Timed iterations of each, after one that is not.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time whole iterations of a config beside a baseline recipe of this trainer, in turns in one process."""
+    if compare != "sequential":
+        raise UserError(f"--compare: unknown baseline '{compare}'; (one of: sequential)")
+    bench = load("sequential")
+    result = bench.compare(config, overrides or [], iterations)
+    typer.echo(json.dumps(result, indent=1) if as_json else f"{bench.table(result)}\nspeedup {result['speedup']:.1f}")
+
+
+@app.command()
+def stay(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kills, ranks, corruptions, costs or soak.")],
+    count: Annotated[int | None, typer.Option(min=1, help="Trials; for ranks, iterations; for soak, seconds.")] = None,
+) -> None:
+    """Measure what a run survives (kills, corruption, other world sizes), and what staying up costs."""
+    measures = load("stay").MEASURES
+    if what not in measures:
+        raise UserError(f"bench stay: unknown measure '{what}'; (one of: {', '.join(measures)})")
+    result = measures[what](*([] if count is None else [count]))
+    typer.echo(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

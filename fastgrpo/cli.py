@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastgrpo.errors import EXTRAS, ConfigError, UserError, missing, require_extra
+from fastgrpo.errors import EXTRAS, REQUEUE, ConfigError, PreemptedError, UserError, missing, require_extra
 
 app = typer.Typer(
     help="GRPO for visual generators: diffusion models and rectified flows, images and video.",
@@ -37,7 +37,10 @@ def train(
     check: Annotated[bool, typer.Option("--check", help="Only check the config and print its arithmetic.")] = False,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to assume in --check.")] = 1,
 ) -> None:
-    """Train from a config. Ctrl-C leaves a checkpoint that run.resume=true continues."""
+    """Train from a config. Ctrl-C leaves a checkpoint that run.resume=true continues.
+
+    So do SIGTERM and SIGUSR1, with exit code 75: start the same command again.
+    """
     require_extra("train", "fastgrpo train")
     from fastgrpo.config import load_config
 
@@ -75,12 +78,13 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the initial noise; else the run's.")] = None,
     checkpoint: Annotated[str, typer.Option(help="latest, best, an iteration, or base.")] = "latest",
+    mp4: Annotated[bool, typer.Option("--mp4", help="Videos as MP4, which needs PyAV (fastgrpo[video]).")] = False,
 ) -> None:
     """Draw images with a run's weights, or with its base model's."""
     require_extra("train", "fastgrpo sample")
     from fastgrpo.sample import sample_run
 
-    for path in sample_run(run, prompts, out, count=count, seed=seed, checkpoint=checkpoint):
+    for path in sample_run(run, prompts, out, count=count, seed=seed, checkpoint=checkpoint, mp4=mp4):
         typer.echo(path)
 
 
@@ -108,6 +112,28 @@ def report(
     from fastgrpo.report import write_report
 
     typer.echo(write_report(runs, out))
+
+
+@app.command("convert-reward")
+def convert_reward(
+    source: Annotated[Path, typer.Argument(help="A .pt, .pth or .bin file of weights, or VideoAlign's template.")],
+    out: Annotated[Path, typer.Argument(help="A new .safetensors file; of a template, a .txt file.")],
+) -> None:
+    """Write published reward weights that are a pickle archive as safetensors; docs/rewards.md says which."""
+    require_extra("rewards", "fastgrpo convert-reward")
+    from fastgrpo.rewards.convert import convert_template, convert_weights
+
+    typer.echo((convert_template if source.suffix == ".py" else convert_weights)(source, out))
+
+
+@app.command("serve-rewards")
+def serve_rewards(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Serve rewards over HTTP to trainers elsewhere (their reward `remote`)."""
+    require_extra("serve", "fastgrpo serve-rewards")
+    from fastgrpo.rewards.service import ServiceConfig, serve
+    from fastgrpo.settings import load_settings
+
+    serve(load_settings(ServiceConfig, config, overrides or ()))
 
 
 @app.command()
@@ -148,12 +174,17 @@ def _quiet() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line (`sys.argv` by default); gives the exit code: 2 for what the user can mend."""
+    """Runs the command line (`sys.argv` by default); gives the exit code: 2 for what the user can mend,
+    75 (REQUEUE) for a run that a signal ended after its checkpoint."""
     _quiet()
     try:
         _command()(args=None if arguments is None else list(arguments), prog_name="fastgrpo")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
+    except PreemptedError as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(end, file=sys.stderr)
+        return REQUEUE
     except UserError as error:
         _complain(error)
     except ModuleNotFoundError as error:
@@ -181,12 +212,12 @@ def _complain(error: UserError) -> None:
 def _check(config: Any, ranks: int) -> None:
     """What a run would find out before its weights load: names, prompts, numbers that do not divide."""
     from fastgrpo.arithmetic import arithmetic
-    from fastgrpo.models import family_class
+    from fastgrpo.models import check_family
     from fastgrpo.prompts import load_prompts
     from fastgrpo.rewards import load_reward
 
-    family_class(config.model.family)
-    for spec in config.rewards:
+    check_family(config)
+    for spec in config.scored:
         load_reward(spec)
     for source in filter(None, (config.prompts.train, config.prompts.heldout)):
         typer.echo(f"{source}: {len(load_prompts(source))} prompts")

@@ -40,19 +40,35 @@ class Lora(Section):
 
 
 class Model(Section):
-    family: NonEmpty = Field(description="Which file of fastgrpo/models serves it: flux.")
+    family: NonEmpty = Field(description="Which file of fastgrpo/models serves it, such as flux or stable_diffusion.")
     path: NonEmpty = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of the forward pass; masters are float32."
     )
     height: PositiveInt = 512
     width: PositiveInt = 512
-    frames: PositiveInt = Field(default=1, description="1 for images.")
+    frames: PositiveInt = Field(default=1, description="1 for images; 4k + 1 for most video VAEs.")
+    vae_tiling: bool = Field(
+        default=False, description="Decode videos in overlapping tiles that are blended: less memory, faint seams."
+    )
+    fps: PositiveFloat = Field(default=8.0, description="Frames a second, as rewards and video files see a sample.")
     guidance: Annotated[float, Field(ge=0)] = Field(
-        default=3.5, description="Guidance scale, as the pipeline takes it."
+        default=3.5, description="Guidance scale, as the pipeline takes it; at most 1: no classifier-free guidance."
+    )
+    negative_prompt: str = Field(
+        default="", description="What classifier-free guidance leads away from, where a prompt has none of its own."
+    )
+    embedding_cache: NonEmpty | None = Field(
+        default=None,
+        description="Directory of encoded prompts; with it the text encoders load only for a prompt it lacks. "
+        "null: encoded prompts are kept in memory only.",
     )
     max_sequence_length: PositiveInt = Field(default=512, description="Text tokens.")
     lora: Lora | None = Field(default=None, description="null: full fine-tuning.")
+    trainable: Annotated[list[NonEmpty], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Full fine-tuning of these parts alone, by dotted name (time_text_embed, norm1.linear); null: all.",
+    )
     activation_checkpointing: Literal["none", "all"] | PositiveInt = Field(
         default="none", description="all: every block is recomputed in backward; k: every k-th block."
     )
@@ -60,7 +76,12 @@ class Model(Section):
 
 class Prompts(Section):
     train: NonEmpty = Field(
-        description="A .txt, .jsonl or .csv file, shapes:train, or hf:<dataset>[:split[:column]] on the hub."
+        description="A .txt, .jsonl or .csv file, shapes:train, moving:train, or hf:<dataset>[:split[:column]] on the "
+        "hub."
+    )
+    select: Literal["epochs", "spread"] = Field(
+        default="epochs",
+        description="epochs: every prompt equally often; spread: more often where its last groups' rewards differed.",
     )
     heldout: str | None = Field(default=None, description="Prompts never trained on, for evaluation; same forms.")
 
@@ -70,13 +91,31 @@ class WindowSteps(Section):
 
     kind: Literal["window"] = "window"
     size: PositiveInt = Field(default=4, description="Trained transitions.")
-    start: Annotated[int, Field(ge=0)] = Field(default=0, description="First trained transition; 0 is the noisiest.")
+    start: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="First trained transition; 0 is the noisiest. A moving window never goes before it."
+    )
+    stop: PositiveInt | None = Field(
+        default=None, description="A moving window ends before this transition; null: before the last one."
+    )
     move: Literal["fixed", "progressive", "random"] = Field(
         default="fixed",
         description="progressive: shifts by stride every `every` iterations, and wraps; random: drawn anew.",
     )
     every: PositiveInt = Field(default=25, description="Iterations between moves.")
     stride: PositiveInt = 1
+
+    def check(self, steps: int) -> None:
+        """Raises ValueError unless the window, and what it moves over, lies among the trainable transitions."""
+        if self.start + self.size > steps - 1:
+            raise ValueError(
+                f"rollout.trained: the window of {self.size} from step {self.start} reaches the last of "
+                f"{steps} transitions, which is never trained; start + size must be at most {steps - 1}"
+            )
+        if self.stop is not None and not self.start + self.size <= self.stop <= steps - 1:
+            raise ValueError(
+                f"rollout.trained.stop: {self.stop} should be from {self.start + self.size} (start + size) to "
+                f"{steps - 1} (the last of {steps} transitions, which is never trained)"
+            )
 
 
 class SubsetSteps(Section):
@@ -94,12 +133,19 @@ class Rollout(Section):
         default="pipeline",
         description="k in k·σ/(1+(k−1)·σ); pipeline: as its scheduler says, by resolution if it does.",
     )
-    sampler: Literal["dance_sde", "flow_sde", "cps"] = Field(
-        default="dance_sde", description="The stochastic transitions."
+    sampler: Literal["dance_sde", "flow_sde", "cps", "ddim"] = Field(
+        default="dance_sde", description="The stochastic transitions; ddim for diffusion models, the others for flows."
     )
     eta: PositiveFloat = Field(default=0.3, description="Noise level of the sampler: η, or n for flow_sde and cps.")
+    truncate_timesteps: bool = Field(
+        default=False, description="Tell a flow's model ⌊1000σ⌋/1000 for σ, as DanceGRPO does; for parity only."
+    )
     trained: WindowSteps | SubsetSteps = Field(
         default_factory=WindowSteps, discriminator="kind", description="Which steps are stochastic and trained."
+    )
+    suffix_steps: PositiveInt | None = Field(
+        default=None,
+        description="Deterministic steps after the window, evenly over the levels left (MixGRPO-Flash); null: all.",
     )
     shared_noise: bool = Field(default=True, description="One initial noise for a prompt's whole group.")
     share_prefix: bool = Field(
@@ -114,19 +160,66 @@ class Rollout(Section):
         default="auto",
         description="Of the trained steps: kept, or drawn again from its key; auto keeps it on a CPU only.",
     )
+    old_values: Literal["velocity", "log_prob"] = Field(
+        default="velocity",
+        description="What an update compares with. velocity: the model's output, exact. log_prob: latents and their "
+        "log-probabilities, subtracted as other trainers do, to compare with them.",
+    )
 
 
 class RewardSpec(Section):
+    """One reward. What `options` a reward takes, and where weights come from: docs/rewards.md."""
+
     name: NonEmpty = Field(description="A registered reward, or module:Class.")
-    weight: float = 1.0
-    options: dict[str, Any] = Field(default_factory=dict, description="Passed to the reward as it is.")
+    label: NonEmpty | None = Field(default=None, description="What logs call it; null: its name.")
+    weight: float = Field(default=1.0, description="0: watched, not trained.")
+    path: NonEmpty | None = Field(
+        default=None, description="Of its weights: a directory, file, hub id or shapes:<name>."
+    )
+    when: dict[str, list[str | int | float | bool]] = Field(
+        default_factory=dict,
+        description="Only for prompts whose metadata has one of these values under each key; {}: for all.",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Passed to the reward as keyword arguments.")
+
+    @property
+    def key(self) -> str:
+        """Its name in logs, metrics and evaluations."""
+        return self.label or self.name
+
+
+class CompositeOptions(Section):
+    """Several rewards as one. `advantage`: each is normalised by itself, as if it stood in `rewards`, weights
+    multiplied; `reward`: one weighted sum, which other rewards may wrap."""
+
+    of: Annotated[list[RewardSpec], Field(min_length=1)]
+    aggregate: Literal["advantage", "reward"] = "advantage"
+
+
+def flatten_rewards(specs: Sequence[RewardSpec]) -> list[RewardSpec]:
+    """The rewards of a list, composites aggregated by advantage replaced by their parts. Raises ConfigError."""
+    flat = []
+    for spec in specs:
+        if spec.name != "composite":
+            flat.append(spec)
+            continue
+        options = validate_settings(CompositeOptions, spec.options, f"rewards.{spec.key}")
+        if options.aggregate == "reward":
+            flat.append(spec)
+            continue
+        for part in flatten_rewards(options.of):
+            label = f"{spec.label}.{part.key}" if spec.label else part.key
+            when = {**spec.when, **part.when}
+            flat.append(part.model_copy(update={"label": label, "weight": spec.weight * part.weight, "when": when}))
+    return flat
 
 
 class Advantage(Section):
     clip: PositiveFloat = Field(default=5.0, description="Advantages are clamped to ± this.")
-    combine: Literal["advantage", "reward"] = Field(
+    combine: Literal["advantage", "reward", "losses"] = Field(
         default="advantage",
-        description="Several rewards: a weighted sum of normalised advantages (GDPO), or of rewards.",
+        description="Several rewards: a weighted sum of normalised advantages (GDPO), of rewards, or of clipped "
+        "losses, one for each reward (DanceGRPO).",
     )
     normalize: Literal["std", "mean_only"] = Field(
         default="std", description="Divide by the group's spread, or do not."
@@ -184,6 +277,7 @@ class Eval(Section):
     images: PositiveInt = Field(default=64, description="Images an evaluation draws, deterministically.")
     steps: PositiveInt | None = Field(default=None, description="Sampling steps; null: rollout.steps.")
     grid: PositiveInt = Field(default=24, description="Images of the fixed-seed grid.")
+    mp4: bool = Field(default=False, description="Videos: the grid as MP4 too, which needs PyAV (fastgrpo[video]).")
     ema: bool = Field(default=True, description="Evaluate and export EMA weights where there are any.")
 
 
@@ -192,6 +286,9 @@ class Checkpoint(Section):
         default=50, description="Iterations between checkpoints; 0: only at the end."
     )
     keep: PositiveInt = Field(default=2, description="The latest so many stay; the best by held-out reward stays too.")
+    background: bool = Field(
+        default=True, description="A thread writes them from a copy in host memory while training goes on."
+    )
 
 
 class Telemetry(Section):
@@ -224,13 +321,19 @@ class Config(Section):
     telemetry: Telemetry = Field(default_factory=Telemetry)
     parallel: Parallel = Field(default_factory=Parallel)
 
+    @property
+    def scored(self) -> list[RewardSpec]:
+        """The rewards of the run, one by one: what is loaded, scored, weighted and logged."""
+        return flatten_rewards(self.rewards)
+
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         roll, trained = self.rollout, self.rollout.trained
-        if isinstance(trained, WindowSteps) and trained.start + trained.size > roll.steps - 1:
+        if isinstance(trained, WindowSteps):
+            trained.check(roll.steps)
+        if isinstance(trained, SubsetSteps) and roll.suffix_steps is not None:
             raise ValueError(
-                f"rollout.trained: the window of {trained.size} from step {trained.start} reaches the last of "
-                f"{roll.steps} transitions, which is never trained; start + size must be at most {roll.steps - 1}"
+                "rollout.suffix_steps: needs a window of trained steps; set rollout.trained.kind to window"
             )
         if isinstance(trained, SubsetSteps) and int(trained.fraction * (roll.steps - 1)) < 1:
             raise ValueError(
@@ -238,6 +341,14 @@ class Config(Section):
             )
         if roll.sampler == "cps" and roll.eta >= 1:
             raise ValueError(f"rollout.eta: {roll.eta} is not below 1, as the noise level of cps must be")
+        objective = self.objective
+        if roll.old_values == "log_prob" and (
+            objective.ratio != "gaussian" or objective.kl_weight or objective.dppo_threshold is not None
+        ):
+            raise ValueError(
+                "rollout.old_values: log_prob knows the ratio alone; another objective.ratio than gaussian, kl_weight "
+                "and dppo_threshold need velocity"
+            )
         samples = roll.prompts_per_iteration * roll.group_size
         if samples % self.update.optimizer_steps:
             raise ValueError(
@@ -246,11 +357,15 @@ class Config(Section):
             )
         if self.eval.every and self.prompts.heldout is None:
             raise ValueError("eval.every: needs prompts.heldout; give held-out prompts, or set eval.every to 0")
-        names = [reward.name for reward in self.rewards]
+        names = [reward.key for reward in self.scored]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"rewards: '{twice}' is named twice; give its weights as one")
-        if sum(abs(r.weight) for r in self.rewards) == 0:
+            raise ValueError(f"rewards: '{twice}' is named twice; give its weights as one, or each a label")
+        if sum(abs(r.weight) for r in self.scored) == 0:
             raise ValueError("rewards: every weight is 0, so nothing would be learned; give one a weight")
+        if self.model.trainable and self.model.lora:
+            raise ValueError(
+                "model.trainable: chooses among full weights, and model.lora trains none; drop one of them"
+            )
         if self.model.dtype == "bfloat16" and self.parallel.fsdp == "off":
             raise ValueError("parallel.fsdp: off cannot serve model.dtype bfloat16, whose float32 masters FSDP2 keeps")
         return self

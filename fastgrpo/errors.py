@@ -14,13 +14,25 @@ class ConfigError(UserError, ValueError):
     """A setting, or a file that a setting names, that cannot be used."""
 
 
+class PreemptedError(Exception):
+    """A signal ended the run, whose checkpoint is written; the CLI exits with REQUEUE."""
+
+
+# The exit code that asks a scheduler to start the same command again (sysexits' EX_TEMPFAIL).
+REQUEUE = 75
+
 # The extra of pyproject.toml that brings each optional package, by its import name.
 EXTRAS = {
-    **dict.fromkeys(("diffusers", "transformers", "peft", "safetensors", "accelerate", "PIL", "scipy"), "train"),
+    **dict.fromkeys(
+        ("diffusers", "transformers", "peft", "safetensors", "accelerate", "ftfy", "PIL", "scipy"), "train"
+    ),
     **dict.fromkeys(("matplotlib", "psutil"), "train"),
-    **dict.fromkeys(("fastapi", "uvicorn"), "serve"),
+    "httpx": "rewards",
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     **dict.fromkeys(("tensorboard", "wandb"), "logging"),
     "datasets": "datasets",
+    "av": "video",
+    **dict.fromkeys(("rapidocr", "onnxruntime"), "rewards"),
     **dict.fromkeys(("bitsandbytes", "pynvml", "kernels"), "gpu"),
     "flash_attn": "flash-attn",
     "xformers": "xformers",

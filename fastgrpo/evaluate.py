@@ -22,8 +22,9 @@ from fastgrpo.config import Config, load_config
 from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily, load_family
 from fastgrpo.parallel import World
+from fastgrpo.pictures import animate, write_frames, write_grid, write_mp4, write_webp
 from fastgrpo.prompts import Prompt, PromptSampler, load_prompts
-from fastgrpo.rewards import Reward, load_reward
+from fastgrpo.rewards import Reward, load_reward, release
 from fastgrpo.rollout import decode, lay_out, rollout
 from fastgrpo.schedule import plan_rollout
 
@@ -34,7 +35,7 @@ EVAL_ITERATION = 2**31 - 1
 @dataclass(frozen=True)
 class Evaluation:
     """prompts: [n]; values: float64 [n] by reward and by `<reward>.<component>`, NaN where invalid;
-    images: [n, 3, H, W] on the host."""
+    images: [n, 3, H, W], or videos [n, 3, F, H, W], on the host."""
 
     prompts: list[Prompt]
     values: dict[str, np.ndarray]
@@ -93,42 +94,40 @@ def evaluate(
     mine = [prompts[min(world.rank * share + i, len(prompts) - 1)] for i in range(share)]
     values = {}
     for name, reward in rewards.items():
-        scores = reward.score(images, mine)
-        values[name] = np.where(scores.valid, scores.values, np.nan)
-        for component, numbers in scores.components.items():
-            values[f"{name}.{component}"] = np.where(scores.valid, numbers, np.nan)
+        scores = reward.score(images, mine, config.model.fps if images.ndim == 5 else None)
+        values[name] = np.where(scores.counted, scores.values, np.nan)
+        values |= {f"{name}.{component}": numbers for component, numbers in scores.components.items()}
+    release(rewards.values())
     everyone = {name: world.gather(numbers).reshape(-1)[: len(prompts)] for name, numbers in values.items()}
     return Evaluation(prompts, everyone, images)
 
 
-def record(evaluation: Evaluation, run_dir: Path, iteration: int, grid: int) -> Path:
-    """Writes `eval/<iteration>.json` and its grid; gives the grid's path."""
+def record(
+    evaluation: Evaluation, run_dir: Path, iteration: int, grid: int, fps: float = 8.0, mp4: bool = False
+) -> Path:
+    """Writes `eval/<iteration>.json` and its sheet, PNG; gives the sheet's path.
+
+    Of videos the sheet shows frames in rows; beside it stands an animated grid, WebP, and with `mp4` the same as MP4.
+    """
     directory = run_dir / "eval"
     directory.mkdir(parents=True, exist_ok=True)
-    shown = min(grid, len(evaluation.images))
+    images = evaluation.images[: min(grid, len(evaluation.images))]
     path = directory / f"{iteration:06d}.png"
-    write_grid(evaluation.images[:shown], path)
-    captions = [p.text for p in evaluation.prompts[:shown]]
-    data = {"iteration": iteration, **evaluation.summary(), "prompts": captions, "grid": path.name}
+    pictures = {"grid": path.name}
+    if images.ndim == 5:
+        write_frames(images, path)
+        frames = animate(images)
+        write_webp(frames, path.with_suffix(".webp"), fps)
+        pictures["video"] = path.with_suffix(".webp").name
+        if mp4:
+            write_mp4(frames, path.with_suffix(".mp4"), fps)
+    else:
+        write_grid(images, path)
+    captions = [p.text for p in evaluation.prompts[: len(images)]]
+    values = {name: [None if np.isnan(v) else float(v) for v in column] for name, column in evaluation.values.items()}
+    data = {"iteration": iteration, **evaluation.summary(), "prompts": captions, **pictures, "values": values}
     (directory / f"{iteration:06d}.json").write_text(json.dumps(data, indent=1))
     return path
-
-
-def write_grid(images: Tensor, path: Path, columns: int = 8, margin: int = 4, smallest: int = 96) -> None:
-    """A PNG contact sheet of images [n, 3, H, W] in [0, 1]; small ones are enlarged without smoothing."""
-    from PIL import Image
-
-    scale = max(1, smallest // images.shape[-1])
-    pixels = (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width, _ = pixels.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 255, np.uint8)
-    for place, picture in enumerate(pixels):
-        top, left = margin + place // columns * (height + margin), margin + place % columns * (width + margin)
-        sheet[top : top + height, left : left + width] = picture
-    Image.fromarray(sheet).save(path)
 
 
 def paired_interval(difference: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
@@ -148,15 +147,15 @@ def evaluate_run(run_dir: str | Path, images: int = 480, checkpoint: str = "late
     config, store, iteration = open_run(run_dir, checkpoint)
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     prompts = heldout_prompts(config, images)
-    rewards = {spec.name: load_reward(spec) for spec in config.rewards}
+    rewards = {spec.key: load_reward(spec) for spec in config.scored}
     state = store.state(iteration)
 
     family = load_family(config.model, world.device)
     base = evaluate(family, rewards, prompts, config, world)
-    record(base, run_dir / "final", 0, config.eval.grid)
+    record(base, run_dir / "final", 0, config.eval.grid, config.model.fps, config.eval.mp4)
     apply_checkpoint(family, config, store, iteration)
     tuned = evaluate(family, rewards, prompts, config, world)
-    record(tuned, run_dir / "final", iteration, config.eval.grid)
+    record(tuned, run_dir / "final", iteration, config.eval.grid, config.model.fps, config.eval.mp4)
 
     differences = {}
     for name in base.values:
@@ -200,12 +199,9 @@ def open_run(run_dir: Path, checkpoint: str = "latest") -> tuple[Config, Checkpo
 def apply_checkpoint(family: ModelFamily, config: Config, store: CheckpointStore, iteration: int) -> None:
     """Puts a checkpoint's weights (its EMA where eval.ema and there is one) into a freshly loaded family."""
     store.state(iteration)
-    if config.model.lora:
-        family.add_lora()
-    else:
-        family.transformer.requires_grad_(True)
-    load_weights(family.transformer, store, iteration, config.eval.ema and config.update.ema_decay is not None)
-    family.transformer.requires_grad_(False)
+    family.make_trainable()
+    load_weights(family.policy, store, iteration, config.eval.ema and config.update.ema_decay is not None)
+    family.policy.requires_grad_(False)
 
 
 def versions() -> dict[str, str]:

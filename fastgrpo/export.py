@@ -29,11 +29,12 @@ def export_run(run_dir: str | Path, out_dir: str | Path, checkpoint: str = "late
     if config.model.lora and not merge:
         save_lora(family, out_dir)
     else:
-        if config.model.lora:
-            transformer: Any = family.transformer
-            transformer.fuse_lora()
-            transformer.unload_lora()
-        family.transformer.to(family.dtype)
+        for module in family.modules.values():
+            if config.model.lora:
+                tuned: Any = module
+                tuned.fuse_lora()
+                tuned.unload_lora()
+            module.to(family.dtype)
         family.pipeline.save_pretrained(out_dir, safe_serialization=True)
     (out_dir / "README.md").write_text(model_card(config, iteration, merge), encoding="utf-8")
     return out_dir
@@ -43,13 +44,12 @@ def save_lora(family: ModelFamily, out_dir: Path) -> None:
     """The LoRA in diffusers' format, with its rank and alpha, which the pipeline's own `load_lora_weights` reads."""
     from peft import get_peft_model_state_dict
 
-    transformer: Any = family.transformer
-    adapter = transformer.peft_config["default"].to_dict()
-    family.pipeline.save_lora_weights(
-        out_dir,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
-        transformer_lora_adapter_metadata=adapter,
-    )
+    layers: dict[str, Any] = {}
+    for name, module in family.modules.items():
+        tuned: Any = module
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(tuned)
+        layers[f"{name}_lora_adapter_metadata"] = tuned.peft_config["default"].to_dict()
+    family.pipeline.save_lora_weights(out_dir, **layers)
 
 
 def model_card(config: Config, iteration: int, merged: bool) -> str:
@@ -61,7 +61,7 @@ def model_card(config: Config, iteration: int, merged: bool) -> str:
         else 'pipe = DiffusionPipeline.from_pretrained("THIS_DIRECTORY")'
     )
     base = f'pipe = DiffusionPipeline.from_pretrained("{config.model.path}")\n' if lora else ""
-    rewards = ", ".join(f"{spec.name} (weight {spec.weight:g})" for spec in config.rewards)
+    rewards = ", ".join(f"{spec.key} (weight {spec.weight:g})" for spec in config.scored)
     return f"""---
 base_model: {config.model.path}
 library_name: diffusers

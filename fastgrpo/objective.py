@@ -62,26 +62,31 @@ def policy_loss(
     """The weighted sum of the pairs' losses, a scalar differentiable in P, Q and Q_reference, and its statistics.
 
     All arguments are [B]: shift moments, transition scale s, advantage, and the weight of a pair (0 for padding).
-    Dividing by the number of planned pairs is the caller's, who alone knows it.
+    An advantage of [B, T] is T clipped losses, summed: one for each reward, its weight inside (DanceGRPO's). Dividing
+    by the number of planned pairs is the caller's, who alone knows it.
     """
     ratio = torch.exp(log_ratio(P, Q, s, config.ratio))
     clamped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    unclipped, clipped = -advantage * ratio, -advantage * clamped
-    loss = torch.maximum(unclipped, clipped)
+    terms = advantage.reshape(len(ratio), -1)
+    unclipped, clipped = -terms * ratio[:, None], -terms * clamped[:, None]
+    losses = torch.maximum(unclipped, clipped)
     if config.dual_clip is not None:
-        loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * config.dual_clip), loss)
-    dropped = torch.zeros_like(ratio, dtype=torch.bool)
+        losses = torch.where(terms < 0, torch.minimum(losses, -terms * config.dual_clip), losses)
+    dropped = torch.zeros_like(losses, dtype=torch.bool)
     if config.dppo_threshold is not None:
-        outwards = ((ratio > 1) & (advantage > 0)) | ((ratio < 1) & (advantage < 0))
-        dropped = outwards & (config.dppo_threshold <= Q / 2)
-        loss = torch.where(dropped, torch.zeros_like(loss), loss)
+        above, below = (ratio > 1)[:, None], (ratio < 1)[:, None]
+        outwards = (above & (terms > 0)) | (below & (terms < 0))
+        dropped = outwards & (config.dppo_threshold <= Q / 2)[:, None]
+        losses = torch.where(dropped, torch.zeros_like(losses), losses)
+    loss = losses.sum(dim=1)
     if Q_reference is not None:
         loss = loss + config.kl_weight * Q_reference / 2
     total = (weight * loss).sum()
 
     with torch.no_grad():
         kl = (Q if Q_reference is None else Q_reference) / 2
-        columns = (ratio, clipped > unclipped, kl, dropped, loss, torch.ones_like(ratio))
+        shares = [mask.to(ratio.dtype).mean(dim=1) for mask in (clipped > unclipped, dropped)]
+        columns = (ratio, shares[0], kl, shares[1], loss, torch.ones_like(ratio))
         sums = torch.stack([(weight * column).sum(dtype=torch.float64) for column in columns])
         deviation = torch.where(weight > 0, (ratio - 1).abs(), torch.zeros_like(ratio)).amax().double()
     return total, Statistics(sums, deviation)

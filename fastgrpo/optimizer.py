@@ -20,11 +20,11 @@ from fastgrpo.config import Update
 class OptimizerState:
     """The optimizer of a run. `steps` counts optimizer steps; `total_steps` is where a cosine schedule ends."""
 
-    def __init__(self, transformer: nn.Module, config: Update, total_steps: int) -> None:
+    def __init__(self, policy: nn.Module, config: Update, total_steps: int) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
-        self.transformer = transformer
-        self.names = [name for name, p in transformer.named_parameters() if p.requires_grad]
-        self.parameters = [p for p in transformer.parameters() if p.requires_grad]
+        self.policy = policy
+        self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
         opt = config.optimizer
         self.adamw = torch.optim.AdamW(
             self.parameters,
@@ -94,9 +94,10 @@ class OptimizerState:
     def _swap(self) -> None:
         """Exchanges weights and EMA, shard by shard."""
         assert self.ema is not None
-        if isinstance(self.transformer, FSDPModule):
-            # FSDP2 leaves the root's parameters gathered after a forward pass: the next one would use the old values.
-            self.transformer.reshard()
+        for module in self.policy.modules():
+            if isinstance(module, FSDPModule):
+                # FSDP2 leaves a root's parameters gathered after a forward pass: the next one would use the old values.
+                module.reshard()
         for weight, average in zip(_local(self.parameters), _local(self.ema), strict=True):
             kept = weight.clone()
             weight.copy_(average)

@@ -8,16 +8,20 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastgrpo.errors import ConfigError, nearest, require
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to draw. `image` is a path (the first frame, for image-to-video); `metadata` goes to the rewards."""
+    """One thing to draw. `image` is the first frame, for image-to-video: a path, or what `open_image` takes;
+    `metadata` goes to the rewards."""
 
     text: str
     negative: str | None = None
@@ -30,13 +34,16 @@ def load_prompts(source: str) -> list[Prompt]:
 
     `x.txt`: one prompt a line, blank lines skipped. `x.jsonl`, `x.csv`: `prompt`, and where given `negative_prompt`
     and `image` (relative to the file); every other column goes to the metadata. `shapes:train`, `shapes:heldout`: the
-    embedded world. `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
+    embedded world; `moving:train`, `moving:heldout`: its videos, each prompt with a first frame of its own.
+    `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
 
     Raises ConfigError, naming file and line where there is one, and UserError where an extra is missing.
     """
     kind, _, rest = source.partition(":")
     if kind == "shapes":
         prompts = _shapes(rest)
+    elif kind == "moving":
+        prompts = _moving(rest)
     elif kind == "hf":
         prompts = _hub(rest)
     else:
@@ -77,6 +84,39 @@ class PromptSampler:
         return self._cached[1]
 
 
+class SpreadSampler(PromptSampler):
+    """Prompts drawn by the recent spread of their groups' rewards: where all samples score alike, nothing is learned.
+
+    What an iteration draws follows from (seed, iteration) and the spreads observed before it, which a checkpoint keeps.
+    A prompt not seen yet counts as much as the widest one; every prompt keeps a share of `FLOOR` of the mean.
+    """
+
+    FLOOR = 0.2
+    # Weight of the newest observation of a prompt.
+    RECENT = 0.5
+
+    def __init__(self, count: int, per_iteration: int, seed: int) -> None:
+        super().__init__(count, per_iteration, seed)
+        self.spread = np.full(count, np.nan)
+
+    def at(self, iteration: int) -> np.ndarray:
+        if self.count <= self.per_iteration:
+            return super().at(iteration)
+        seen = self.spread[~np.isnan(self.spread)]
+        spread = np.where(np.isnan(self.spread), seen.max(initial=1e-8), self.spread)
+        weight = spread + self.FLOOR * max(spread.mean(), 1e-8)
+        # The largest of log-weights with Gumbel noise: draws without replacement in proportion to the weights.
+        gumbel = np.random.default_rng([self.seed, iteration]).gumbel(size=self.count)
+        return np.argsort(-(np.log(weight) + gumbel), kind="stable")[: self.per_iteration].astype(np.int64)
+
+    def observe(self, indices: np.ndarray, spread: np.ndarray) -> None:
+        """Takes in the spread (standard deviation of rewards, NaN where none was scored) of prompts' groups."""
+        for index, value in zip(indices, spread, strict=True):
+            if not np.isnan(value):
+                before = self.spread[index]
+                self.spread[index] = value if np.isnan(before) else before + self.RECENT * (value - before)
+
+
 def _shapes(part: str) -> list[Prompt]:
     """A split of the shapes world with its six categories in equal numbers, as GenEval weighs them.
 
@@ -91,6 +131,40 @@ def _shapes(part: str) -> list[Prompt]:
         raise ConfigError(f"shapes:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
     balanced = world.eval_set(parts[part], 160 * len(world.CATEGORIES), seed=0)
     return [Prompt(p.text, metadata={"category": p.category}) for p in balanced]
+
+
+def _moving(part: str) -> list[Prompt]:
+    """A split of the moving world with its categories in equal numbers; every prompt has a first frame of its own."""
+    from fastgrpo.shapes import moving_world, world
+
+    parts = dict(zip(("train", "heldout"), moving_world.split(), strict=True))
+    if part not in parts:
+        names = [f"moving:{name}" for name in parts]
+        hint = nearest(f"moving:{part}", names)
+        raise ConfigError(f"moving:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
+    categories = moving_world.CATEGORIES
+    balanced = world.eval_set(parts[part], 160 * len(categories), seed=0, categories=categories)
+    return [
+        Prompt(p.text, image=f"moving:{i}:{p.text}", metadata={"category": p.category}) for i, p in enumerate(balanced)
+    ]
+
+
+def open_image(image: str) -> Image.Image:
+    """The RGB picture of a prompt: a file, or `moving:<seed>:<caption>`, a first frame of the moving world.
+
+    Raises ConfigError where it cannot be read.
+    """
+    from PIL import Image
+
+    if image.startswith("moving:"):
+        from fastgrpo.shapes.moving_render import first_frame
+
+        _, seed, caption = image.split(":", 2)
+        return Image.fromarray(first_frame(caption, int(seed)))
+    try:
+        return Image.open(image).convert("RGB")
+    except OSError as error:
+        raise ConfigError(f"{image}: cannot read the image: {error.strerror or 'not a picture'}") from None
 
 
 def _hub(spec: str) -> list[Prompt]:
@@ -128,8 +202,8 @@ def _file(path: Path) -> Iterator[Prompt]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(
-            f"{path}: unknown prompt source; it should be a .txt, .jsonl or .csv file, shapes:train, shapes:heldout or "
-            "hf:<dataset>[:split[:column]]"
+            f"{path}: unknown prompt source; it should be a .txt, .jsonl or .csv file, shapes:train, shapes:heldout, "
+            "moving:train, moving:heldout or hf:<dataset>[:split[:column]]"
         )
     try:
         raw = path.read_bytes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import math
 import os
@@ -19,10 +18,8 @@ import yaml
 from fastgrpo import __version__
 from fastgrpo.charts import curve_chart, time_chart
 from fastgrpo.errors import UserError
+from fastgrpo.pictures import read_tiles
 from fastgrpo.telemetry import read_metrics
-
-# Of the contact sheets that fastgrpo.evaluate writes.
-GRID_COLUMNS, GRID_MARGIN = 8, 4
 
 
 @dataclass(frozen=True)
@@ -236,7 +233,7 @@ def _images(runs: list[RunData]) -> str:
         if last["iteration"] != base["iteration"] and last["prompts"] == base["prompts"]:
             name = f"{run.name}, " if len(shown) > 1 else ""
             columns.append((f"{name}iteration {last['iteration']}", run, last))
-    tiles = [grid_tiles(run.directory / "eval" / e["grid"], len(e["prompts"])) for _, run, e in columns]
+    tiles = [grid_tiles(run.directory / "eval" / e.get("video", e["grid"]), len(e["prompts"])) for _, run, e in columns]
     cards = []
     for prompt, *row in zip(base["prompts"], *tiles, strict=True):
         caption = html.escape(prompt)
@@ -248,23 +245,9 @@ def _images(runs: list[RunData]) -> str:
 
 
 def grid_tiles(path: Path, count: int, largest: int = 256) -> list[str]:
-    """The `count` pictures of a contact sheet of `fastgrpo.evaluate`, as data URLs; shrunk to `largest` pixels."""
-    from PIL import Image
-
-    with Image.open(path) as file:
-        sheet = file.convert("RGB")
-    columns = min(GRID_COLUMNS, count)
-    rows = -(-count // columns)
-    width, height = (sheet.width - GRID_MARGIN) // columns, (sheet.height - GRID_MARGIN) // rows
-    tiles = []
-    for place in range(count):
-        left, top = GRID_MARGIN + place % columns * width, GRID_MARGIN + place // columns * height
-        tile = sheet.crop((left, top, left + width - GRID_MARGIN, top + height - GRID_MARGIN))
-        tile.thumbnail((largest, largest))
-        buffer = io.BytesIO()
-        tile.save(buffer, "PNG", optimize=True)
-        tiles.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return tiles
+    """The `count` pictures of a sheet of `fastgrpo.evaluate`, still or moving, as data URLs."""
+    kind = path.suffix.removeprefix(".")
+    return [f"data:image/{kind};base64," + base64.b64encode(tile).decode() for tile in read_tiles(path, count, largest)]
 
 
 def _config(runs: list[RunData]) -> str:

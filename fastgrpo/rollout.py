@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import Rollout
-from fastgrpo.models.base import Conditioning, ModelFamily
+from fastgrpo.models.base import Conditioning, ModelFamily, to_device
 from fastgrpo.schedule import RolloutPlan
-from fastgrpo_kernels import gaussian_step, noise
+from fastgrpo_kernels import gaussian_step, log_prob, noise
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Trajectory:
 
     latents: [n, *shape] float32 final latents. x: [R, *shape] float32 latents of each row. v_old: [R, *shape] model
     output of each row, compute dtype. noise: [M, *shape] of each pair, or None where it is drawn again from its key.
+    y, log_prob: with old_values log_prob, the latents after each pair's step [M, *shape] and their log-probability [M],
+    float32; the noise is not kept then.
     """
 
     layout: Layout
@@ -57,6 +59,8 @@ class Trajectory:
     x: Tensor
     v_old: Tensor
     noise: Tensor | None
+    y: Tensor | None = None
+    log_prob: Tensor | None = None
 
 
 def rank_samples(total: int, optimizer_steps: int, world: int, rank: int) -> np.ndarray:
@@ -95,16 +99,18 @@ def forward_batches(index: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, 
 
 
 def predict_rows(
-    family: ModelFamily, x: Tensor, sigma: float, conditioning: Conditioning, row_prompt: np.ndarray, batch: int
-) -> Tensor:
-    """The model output of every row of x [R, *shape], evaluated in batches of exactly `batch` rows."""
+    family: ModelFamily, x: Tensor, time: float, module: str, conditioning: Conditioning, row_prompt: np.ndarray,
+    batch: int,
+) -> Tensor:  # fmt: skip
+    """The output of a component for every row of x [R, *shape], evaluated in batches of exactly `batch` rows."""
     output = torch.empty(x.shape, dtype=family.dtype, device=x.device)
-    level = torch.full((batch,), sigma, dtype=torch.float32, device=x.device)
+    times = torch.full((batch,), time, dtype=torch.float32, device=x.device)
+    model = family.modules[module]
     done = 0
     for index, real in forward_batches(np.arange(len(x)), batch):
         inputs = x[done : done + batch] if real == batch else x.index_select(0, to_device(index, x.device))
-        rows = conditioning.rows(to_device(row_prompt[index], x.device))
-        output[done : done + real] = family.predict(inputs, level, rows)[:real]
+        rows = conditioning.rows(row_prompt[index])
+        output[done : done + real] = family.predict(inputs, times, rows, model)[:real]
         done += real
     return output
 
@@ -124,17 +130,20 @@ def rollout(
     conditioning: rows of the local prompts, [u]. Reads nothing back to the host.
     """
     device, shape, batch = family.device, family.latent_shape, config.forward_batch
-    keep_noise = config.noise == "keep" or (config.noise == "auto" and device.type == "cpu")
+    subtract = config.old_values == "log_prob"
+    keep_noise = not subtract and (config.noise == "keep" or (config.noise == "auto" and device.type == "cpu"))
     x_kept = torch.empty((len(layout.row_step), *shape), device=device)
     v_kept = torch.empty((len(layout.row_step), *shape), dtype=family.dtype, device=device)
     noise_kept = torch.empty((len(layout.pair_row), *shape), device=device) if keep_noise else None
+    y_kept = torch.empty((len(layout.pair_row), *shape), device=device) if subtract else None
+    log_prob_kept = torch.empty(len(layout.pair_row), device=device) if subtract else None
 
     # Before the group parts, a row of x is a prompt; after it, a sample.
     parted = not layout.shared
     row_prompt = layout.sample_prompt if parted else np.arange(len(layout.prompts))
     x = initial_noise(layout, config, shape, seed, iteration, device, parted)
     for step, (a, b, s) in enumerate(plan.transitions):
-        v = predict_rows(family, x, plan.sigmas[step], conditioning, row_prompt, batch)
+        v = predict_rows(family, x, plan.times[step], plan.modules[step], conditioning, row_prompt, batch)
         rows = layout.rows_of(step)
         if rows.stop > rows.start:
             source = to_device(layout.row_source[rows], device)
@@ -148,13 +157,19 @@ def rollout(
             continue
         key = noise.noise_key(seed, to_device(layout.samples, device), step, iteration, noise.STREAM_SDE, device)
         pairs = layout.pairs_of(step)
-        if noise_kept is None or pairs.stop == pairs.start:
-            x = gaussian_step(x, v, a, b, s, key)
-            continue
-        drawn = noise.normal(key, shape)
-        torch.index_select(drawn, 0, to_device(layout.pair_sample[pairs], device), out=noise_kept[pairs])
-        x = gaussian_step(x, v, a, b, s, drawn)
-    return Trajectory(layout, x, x_kept, v_kept, noise_kept)
+        chosen = to_device(layout.pair_sample[pairs], device) if pairs.stop > pairs.start else None
+        drawn: Tensor | noise.NoiseKey = key
+        if noise_kept is not None and chosen is not None:
+            drawn = noise.normal(key, shape)
+            torch.index_select(drawn, 0, chosen, out=noise_kept[pairs])
+        y = gaussian_step(x, v, a, b, s, drawn)
+        if y_kept is not None and log_prob_kept is not None and chosen is not None:
+            torch.index_select(y, 0, chosen, out=y_kept[pairs])
+            log_prob_kept[pairs] = log_prob(
+                x.index_select(0, chosen), v.index_select(0, chosen), y_kept[pairs], a, b, s
+            )
+        x = y
+    return Trajectory(layout, x, x_kept, v_kept, noise_kept, y_kept, log_prob_kept)
 
 
 def initial_noise(
@@ -183,9 +198,3 @@ def decode(family: ModelFamily, latents: Tensor, batch: int) -> Tensor:
     for index, real in forward_batches(np.arange(len(latents)), batch):
         parts.append(family.decode(latents.index_select(0, to_device(index, latents.device)))[:real])
     return torch.cat(parts)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A host array as a tensor on `device`, without waiting for the device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

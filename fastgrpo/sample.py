@@ -10,6 +10,7 @@ import torch
 from fastgrpo.evaluate import apply_checkpoint, draw, open_run
 from fastgrpo.models import load_family
 from fastgrpo.parallel import World
+from fastgrpo.pictures import write_samples
 from fastgrpo.prompts import Prompt, load_prompts
 
 
@@ -20,14 +21,15 @@ def sample_run(
     count: int = 1,
     seed: int | None = None,
     checkpoint: str = "latest",
+    mp4: bool = False,
 ) -> list[Path]:
-    """Writes `count` images of each prompt as PNG, deterministically sampled, and gives their paths.
+    """Writes `count` samples of each prompt, deterministically drawn, and gives their paths.
+
+    An image is a PNG; a video an animated WebP, or with `mp4` an MP4.
 
     prompts: texts, or one source of `load_prompts`. seed: of the initial noise, the run's by default; image i of two
     checkpoints starts from the same noise. checkpoint: latest, best, an iteration, or base.
     """
-    from PIL import Image
-
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     wanted = _prompts(prompts)
     config, store, iteration = open_run(run_dir, "latest" if checkpoint == "base" else checkpoint)
@@ -38,12 +40,8 @@ def sample_run(
     if checkpoint != "base":
         apply_checkpoint(family, config, store, iteration)
     images = draw(family, [p for p in wanted for _ in range(count)], config, world)
-    pixels = (images.permute(0, 2, 3, 1).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    paths = [out_dir / f"{i // count:04d}-{i % count:02d}.png" for i in range(len(pixels))]
-    for path, picture in zip(paths, pixels, strict=True):
-        Image.fromarray(picture).save(path)
-    return paths
+    names = [f"{i // count:04d}-{i % count:02d}" for i in range(len(images))]
+    return write_samples(images, out_dir, names, config.model.fps, mp4)
 
 
 def _prompts(given: Sequence[str]) -> list[Prompt]:
@@ -52,4 +50,4 @@ def _prompts(given: Sequence[str]) -> list[Prompt]:
 
 
 def _is_source(text: str) -> bool:
-    return text.startswith(("shapes:", "hf:")) or Path(text).suffix in (".txt", ".jsonl", ".csv")
+    return text.startswith(("shapes:", "moving:", "hf:")) or Path(text).suffix in (".txt", ".jsonl", ".csv")

@@ -7,24 +7,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from fastgrpo.config import ObjectiveConfig, Rollout, SubsetSteps, WindowSteps
+from fastgrpo.errors import ConfigError
 from fastgrpo_kernels import noise, transitions
 from fastgrpo_kernels.transitions import Transition
+
+# Samplers of each paradigm; the first is what an error message recommends.
+FLOW_SAMPLERS = ("dance_sde", "flow_sde", "cps")
+DIFFUSION_SAMPLERS = ("ddim",)
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The noise levels of a sampling run of T steps, as a family's pipeline uses them.
+
+    start, end: [T], where a step begins and ends: σ falling to 0 (flow), or ᾱ rising to the scheduler's final one
+    (diffusion). times: [T], what the model is told at each step: σ, or a diffusion timestep. modules: [T], the pipeline
+    component that acts there.
+    """
+
+    start: tuple[float, ...]
+    end: tuple[float, ...]
+    times: tuple[float, ...]
+    modules: tuple[str, ...]
+    prediction: Literal["flow", "epsilon", "v_prediction", "sample"] = "flow"
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    def gap(self, t: int) -> float:
+        """The standard deviation of step t's noise at η = 1: √−Δ for a flow, that of DDIM for a diffusion model."""
+        now, following = self.start[t], self.end[t]
+        if self.prediction == "flow":
+            return (now - following) ** 0.5
+        return ((1 - following) / (1 - now) * (1 - now / following)) ** 0.5
+
+
+def flow_levels(sigmas: Sequence[float], modules: str | Sequence[str]) -> NoiseLevels:
+    """Levels of a flow through T + 1 sigmas, whose model is told σ itself. modules: one name, or one for each step."""
+    steps = len(sigmas) - 1
+    names = (modules,) * steps if isinstance(modules, str) else tuple(modules)
+    return NoiseLevels(tuple(sigmas[:-1]), tuple(sigmas[1:]), tuple(sigmas[:-1]), names)
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
     """What each of the T steps does in one iteration.
 
-    sigmas: T + 1 noise levels, descending to 0. transitions: (a, b, s) of every step, s = 0 where deterministic.
-    trained: [T, N] bool, sample n trains step t. first_stochastic: steps before it depend on the initial noise
-    and the prompt alone.
+    times: [T], what the model is told at each step. modules: [T], which component acts. gaps: [T], NoiseLevels.gap.
+    transitions: (a, b, s) of every step, s = 0 where deterministic. trained: [T, N] bool, sample n trains step t.
+    first_stochastic: steps before it depend on the initial noise and the prompt alone.
     """
 
-    sigmas: tuple[float, ...]
+    times: tuple[float, ...]
+    modules: tuple[str, ...]
+    gaps: tuple[float, ...]
     transitions: tuple[Transition, ...]
     trained: np.ndarray
     first_stochastic: int
@@ -50,13 +92,14 @@ def linear_levels(steps: int) -> list[float]:
 
 
 def window_start(trained: WindowSteps, steps: int, iteration: int, seed: int) -> int:
-    """The first trained step of a window at an iteration; it never reaches the last transition."""
-    places = steps - 1 - trained.size + 1
+    """The first trained step of a window at an iteration; it stays in [start, stop) and off the last transition."""
+    stop = steps - 1 if trained.stop is None else trained.stop
+    places = stop - trained.start - trained.size + 1
     move = iteration // trained.every
     if trained.move == "progressive":
-        return (trained.start + move * trained.stride) % places
+        return trained.start + (move * trained.stride) % places
     if trained.move == "random":
-        return int(np.random.default_rng([seed, noise.STREAM_SUBSET, move]).integers(places))
+        return trained.start + int(np.random.default_rng([seed, noise.STREAM_SUBSET, move]).integers(places))
     return trained.start
 
 
@@ -78,45 +121,101 @@ def trained_steps(rollout: Rollout, samples: int, iteration: int, seed: int) -> 
     return chosen
 
 
+def thinned(levels: NoiseLevels, end: int, steps: int) -> NoiseLevels:
+    """The levels with the steps from `end` on thinned to `steps`, evenly by index; fewer stay as they are.
+
+    The fast rollouts of MixGRPO-Flash (arXiv 2507.21802): what comes after the trained window needs no fine steps.
+    """
+    rest = levels.steps - end
+    if steps >= rest:
+        return levels
+    kept = [*range(end), *(end + round(i * rest / steps) for i in range(steps))]
+    stops = [levels.start[t] for t in kept[end + 1 :]] + [levels.end[-1]]
+    return NoiseLevels(
+        tuple(levels.start[t] for t in kept),
+        (*levels.end[:end], *stops),
+        tuple(levels.times[t] for t in kept),
+        tuple(levels.modules[t] for t in kept),
+        levels.prediction,
+    )
+
+
 def plan_rollout(
-    rollout: Rollout, sigmas: Sequence[float], samples: int, iteration: int, seed: int, deterministic: bool = False
+    rollout: Rollout, levels: NoiseLevels, samples: int, iteration: int, seed: int, deterministic: bool = False
 ) -> RolloutPlan:
     """The plan of one iteration for `samples` global samples, at the family's noise levels.
 
-    With `deterministic` every step is an ODE step and nothing is trained (evaluation).
+    With `deterministic` no step is stochastic and nothing is trained (evaluation).
     """
-    steps = len(sigmas) - 1
+    steps = levels.steps
     if deterministic:
         trained = np.zeros((steps, samples), dtype=bool)
     else:
         trained = trained_steps(rollout, samples, iteration, seed)
+        if rollout.suffix_steps is not None:
+            levels = thinned(levels, int(np.flatnonzero(trained.any(axis=1))[-1]) + 1, rollout.suffix_steps)
+            steps = levels.steps
+            trained = trained[:steps]
     stochastic = [bool(row.any()) for row in trained]
     if not deterministic and isinstance(rollout.trained, SubsetSteps):
-        # Untrained transitions are stochastic too; the last one, to σ = 0, never is.
+        # Untrained transitions are stochastic too; the last one never is.
         stochastic = [True] * (steps - 1) + [False]
     moves = tuple(
-        stochastic_transition(rollout.sampler, sigmas[t], sigmas[t + 1], rollout.eta, sigmas[1])
+        stochastic_transition(rollout.sampler, levels, t, rollout.eta)
         if stochastic[t]
-        else transitions.ode(sigmas[t], sigmas[t + 1])
+        else deterministic_transition(levels, t)
         for t in range(steps)
     )
     first = stochastic.index(True) if any(stochastic) else steps
-    return RolloutPlan(tuple(sigmas), moves, trained, first)
+    times = levels.times
+    if rollout.truncate_timesteps and levels.prediction == "flow":
+        times = tuple(int(1000 * time) / 1000 for time in times)
+    gaps = tuple(levels.gap(t) for t in range(steps))
+    return RolloutPlan(times, levels.modules, gaps, moves, trained, first)
 
 
-def stochastic_transition(sampler: str, sigma: float, sigma_next: float, eta: float, sigma_max: float) -> Transition:
-    """The (a, b, s) of a named sampler's transition; see fastgrpo_kernels.transitions for the formulas."""
+def deterministic_transition(levels: NoiseLevels, t: int) -> Transition:
+    """Step t without noise: the Euler step of a flow, DDIM with η = 0."""
+    now, following = levels.start[t], levels.end[t]
+    if levels.prediction == "flow":
+        return transitions.ode(now, following)
+    if now == following:
+        # A scheduler whose last timestep is 0 and whose final ᾱ is that of timestep 0 stays where it is.
+        return Transition(1.0, 0.0, 0.0)
+    return transitions.ddim(now, following, 0.0, levels.prediction)
+
+
+def stochastic_transition(sampler: str, levels: NoiseLevels, t: int, eta: float) -> Transition:
+    """The (a, b, s) of step t by a named sampler; see fastgrpo_kernels.transitions for the formulas.
+
+    Raises ConfigError for a sampler of the other paradigm, and for an η that leaves a DDIM step no signal.
+    """
+    now, following = levels.start[t], levels.end[t]
+    if levels.prediction != "flow":
+        try:
+            return transitions.ddim(now, following, eta, levels.prediction)
+        except ValueError as error:
+            raise ConfigError(f"rollout.eta: {eta:g} is not possible at step {t} of {levels.steps}: {error}") from None
     if sampler == "dance_sde":
-        return transitions.dance_sde(sigma, sigma_next, eta)
+        return transitions.dance_sde(now, following, eta)
     if sampler == "flow_sde":
-        return transitions.flow_sde(sigma, sigma_next, eta, sigma_max)
-    return transitions.cps(sigma, sigma_next, eta)
+        return transitions.flow_sde(now, following, eta, levels.end[0])
+    return transitions.cps(now, following, eta)
+
+
+def check_sampler(sampler: str, paradigm: str, family: str) -> None:
+    """Raises ConfigError for a sampler that is not of a family's paradigm ("flow" or "diffusion")."""
+    allowed = FLOW_SAMPLERS if paradigm == "flow" else DIFFUSION_SAMPLERS
+    if sampler not in allowed:
+        kind = "a rectified flow" if paradigm == "flow" else "a diffusion model"
+        raise ConfigError(
+            f"rollout.sampler: '{sampler}' does not sample {kind}, which {family} is (one of: {', '.join(allowed)})"
+        )
 
 
 def loss_scale(objective: ObjectiveConfig, plan: RolloutPlan) -> float:
-    """The constant a loss is multiplied by: GRPO-Guard divides it by mean(√−Δ)² over the trained steps."""
+    """The constant a loss is multiplied by: GRPO-Guard divides it by mean(gap)² over the trained steps."""
     if objective.ratio != "ratio_norm":
         return 1.0
     used = np.flatnonzero(plan.trained.any(axis=1))
-    gaps = [(plan.sigmas[t] - plan.sigmas[t + 1]) ** 0.5 for t in used]
-    return float(1.0 / np.mean(gaps) ** 2)
+    return float(1.0 / np.mean([plan.gaps[t] for t in used]) ** 2)

@@ -49,12 +49,12 @@ def load_settings(kind: type[SectionType], path: str | Path, overrides: Sequence
     return validate_settings(kind, data)
 
 
-def validate_settings(kind: type[SectionType], data: Any) -> SectionType:
-    """Settings from plain data. Raises ConfigError: one line, for the first thing that is wrong."""
+def validate_settings(kind: type[SectionType], data: Any, where: str = "") -> SectionType:
+    """Settings from plain data, named `where.<key>` in the one line of the ConfigError that it raises."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_one_line(kind, error)) from None
+        raise ConfigError(f"{where}.{_one_line(kind, error)}".lstrip(".")) from None
 
 
 def dump_settings(settings: Section) -> str:

@@ -6,7 +6,6 @@ The host is asked once an iteration, at scoring: images come to it there, and th
 from __future__ import annotations
 
 import copy
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,28 +14,26 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgrpo.advantages import Advantages, compute_advantages
+from fastgrpo.advantages import Advantages, compute_advantages, group_spread
 from fastgrpo.arithmetic import arithmetic
 from fastgrpo.checkpoint import CheckpointStore, training_tensors
-from fastgrpo.config import Config, dump
-from fastgrpo.errors import UserError
+from fastgrpo.config import Config
+from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.evaluate import evaluate, heldout_prompts, record
-from fastgrpo.models import load_family
+from fastgrpo.models import check_family, load_family
 from fastgrpo.objective import SUMMED
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import World, checkpoint_activations, shard, start_world
-from fastgrpo.prompts import Prompt, PromptSampler, load_prompts
-from fastgrpo.rewards import Scores, load_reward
-from fastgrpo.rollout import Layout, decode, lay_out, rank_samples, rollout
+from fastgrpo.prompts import PromptSampler, SpreadSampler, load_prompts
+from fastgrpo.resume import GOING_ON, PREEMPTED, claim_directory, listening
+from fastgrpo.rewards import Scores, load_reward, release
+from fastgrpo.rollout import decode, lay_out, rank_samples, rollout
 from fastgrpo.schedule import plan_rollout
+from fastgrpo.scoring import Gathered, gather, score_samples
 from fastgrpo.telemetry import Lap, PhaseTimer, Progress, Telemetry, peak_memory_bytes
 from fastgrpo.update import Updater, UpdateResult
-
-# A checkpoint of another value of these does not continue the same run.
-FIXED = ("run.seed", "model", "prompts.train", "rollout", "rewards", "advantage", "objective", "update")
 
 
 class Trainer:
@@ -50,39 +47,42 @@ class Trainer:
         self.dir = Path(config.run.dir)
         self.prompts = load_prompts(config.prompts.train)
         self.heldout = heldout_prompts(config, config.eval.images) if config.eval.every else []
-        self.rewards = {spec.name: load_reward(spec) for spec in config.rewards}
+        self.rewards = {spec.key: load_reward(spec) for spec in config.scored}
+        check_family(config)
         self.world: World = start_world(config)
         self.store = CheckpointStore.of_run(self.dir, self.world.main)
-        start = self._claim_directory()
+        start = claim_directory(config, self.store, self.world)
         self.family = load_family(config.model, self.world.device)
         self._prepare_weights()
         total = config.train.iterations * config.update.optimizer_steps
-        self.optimizer = OptimizerState(self.family.transformer, config.update, total)
+        self.optimizer = OptimizerState(self.family.policy, config.update, total)
         self.updater = Updater(self.family, config, self.world, self.optimizer, self._reference())
         roll = config.rollout
         self.samples = roll.prompts_per_iteration * roll.group_size
-        self.sampler = PromptSampler(len(self.prompts), roll.prompts_per_iteration, config.run.seed)
+        kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
+        self.sampler = kind(len(self.prompts), roll.prompts_per_iteration, config.run.seed)
         self.levels = self.family.noise_levels(roll.steps, roll.shift)
         shares = rank_samples(self.samples, config.update.optimizer_steps, self.world.size, self.world.rank)
         # In the order of the optimizer steps that take them; one order on every rank.
         self.mine = np.sort(shares.reshape(-1))
-        self.weights = np.array([spec.weight for spec in config.rewards])
+        self.weights = np.array([spec.weight for spec in config.scored])
         self.iteration, self.train_seconds = 0, 0.0
         self.best: tuple[int | None, float] = (None, -np.inf)
-        self.stopping = False
+        self.stopping = GOING_ON
         self._pending: tuple[int, dict[str, float], Tensor, Lap] | None = None
         self._apart: dict[str, float] = {}
         if start is not None:
             self._restore(start)
 
     def run(self) -> None:
-        """Trains, evaluates and checkpoints. A first Ctrl-C or SIGTERM ends it after one (KeyboardInterrupt)."""
+        """Trains, evaluates and checkpoints. A first Ctrl-C ends it after one (KeyboardInterrupt), SIGTERM and
+        SIGUSR1 too (PreemptedError)."""
         config = self.config
         self.telemetry = Telemetry(self.dir, config, self.world.main)
         self.telemetry.rewind(self.iteration)
         self.timer = PhaseTimer(self.world.device)
         with (
-            _signals(self),
+            listening(self._stop),
             Progress(
                 config.train.iterations, self.iteration, config.telemetry.progress and self.world.main
             ) as self.progress,
@@ -103,15 +103,23 @@ class Trainer:
             self._flush()
             if saved != self.iteration:
                 self._save()
+            self.store.wait()
         self.telemetry.close()
+        if self.stopping == PREEMPTED:
+            raise PreemptedError(f"{self.dir}: stopped at iteration {self.iteration} with a checkpoint, to be requeued")
         if self.stopping:
             raise KeyboardInterrupt
+
+    def _stop(self, why: int) -> None:
+        self.stopping = max(self.stopping, why)
+        self.progress.note("stopping after this iteration, with a checkpoint; once more to stop at once")
 
     def iterate(self) -> None:
         """One iteration: the prompts' groups are rolled out, decoded, scored, and the weights updated."""
         config, iteration = self.config, self.iteration
         self.timer.lap()
-        chosen = [self.prompts[i] for i in self.sampler.at(iteration)]
+        drawn = self.sampler.at(iteration)
+        chosen = [self.prompts[i] for i in drawn]
         plan = plan_rollout(config.rollout, self.levels, self.samples, iteration, config.run.seed)
         layout = lay_out(plan, config.rollout, self.mine)
         with self.timer.phase("conditioning"):
@@ -124,16 +132,25 @@ class Trainer:
             images = images.cpu()
             self._flush()
         with self.timer.phase("reward"):
-            scores = self._score(images, [chosen[layout.prompts[i]] for i in layout.sample_prompt])
+            prompts = [chosen[layout.prompts[i]] for i in layout.sample_prompt]
+            fps = config.model.fps if images.ndim == 5 else None
+            scores = score_samples(self.rewards, images, prompts, fps, self.progress.note)
+            release(self.rewards.values())
         with self.timer.phase("sync"):
-            rewards, valid, components = self._gather(scores, layout)
-        advantages = compute_advantages(rewards, valid, config.rollout.group_size, self.weights, config.advantage)
+            scored = self._gather(scores)
+        advantages = compute_advantages(
+            scored.values, scored.valid, config.rollout.group_size, self.weights, config.advantage
+        )
+        if isinstance(self.sampler, SpreadSampler):
+            self.sampler.observe(
+                drawn, group_spread(scored.values, scored.valid, config.rollout.group_size, self.weights)
+            )
         with self.timer.phase("update"):
             result = self.updater.run(
-                plan, trajectory, conditioning, advantages.values, advantages.valid & self._worth(advantages), iteration
+                plan, trajectory, conditioning, advantages.terms, advantages.valid & self._worth(advantages), iteration
             )
         self.iteration += 1
-        metrics = self._metrics(rewards, valid, components, advantages)
+        metrics = self._metrics(scored, advantages)
         self._pending = (iteration, metrics, _packed(result), self.timer.lap())
 
     def _worth(self, advantages: Advantages) -> np.ndarray:
@@ -141,54 +158,30 @@ class Trainer:
         flat = advantages.zero_spread.repeat(self.config.rollout.group_size)
         return ~flat if self.config.objective.kl_weight == 0 else np.ones_like(flat)
 
-    def _score(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Scores]:
-        """Scores of every reward. One that raises has failed for these samples; they are masked, never invented."""
-        scores = {}
-        for name, reward in self.rewards.items():
-            try:
-                scores[name] = reward.score(images, prompts)
-            except Exception as error:
-                self.progress.note(
-                    f"reward '{name}' failed for {len(prompts)} samples: {type(error).__name__}: {error}"
-                )
-                scores[name] = Scores(np.zeros(len(prompts)), np.zeros(len(prompts), dtype=bool))
-        return scores
+    def _gather(self, scores: dict[str, Scores]) -> Gathered:
+        """Every rank's scores. A signal that reached one rank stops them all, at the same iteration."""
 
-    def _gather(
-        self, scores: dict[str, Scores], layout: Layout
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Every rank's scores in the order of the global samples: values, valid [R, N] and components [N]."""
-        names = [(name, component) for name in scores for component in sorted(scores[name].components)]
-        rows = [scores[name].values for name in scores] + [scores[name].valid for name in scores]
-        rows += [scores[name].components[component] for name, component in names]
-        mine = np.concatenate([np.stack(rows).astype(np.float64).reshape(-1), [float(self.stopping)]])
-        everyone = self.world.gather(mine)
-        # A signal that reached one rank stops them all, at the same iteration.
-        self.stopping = bool(everyone[:, -1].any())
-        table = np.empty((len(rows), self.samples))
-        for rank, vector in enumerate(everyone):
-            owned = rank_samples(self.samples, self.config.update.optimizer_steps, self.world.size, rank).reshape(-1)
-            table[:, np.sort(owned)] = vector[:-1].reshape(len(rows), -1)
-        count = len(scores)
-        values, valid = table[:count], table[count : 2 * count] > 0
-        if not valid.all(axis=0).any():
+        def owned(rank: int) -> np.ndarray:
+            return np.sort(rank_samples(self.samples, self.config.update.optimizer_steps, self.world.size, rank), None)
+
+        scored = gather(scores, owned, self.world, self.stopping)
+        self.stopping = scored.flagged
+        if not scored.valid.all(axis=0).any():
             raise UserError(f"rewards: no sample of iteration {self.iteration} could be scored; see the messages above")
-        return values, valid, {f"{name}.{component}": table[2 * count + i] for i, (name, component) in enumerate(names)}
+        return scored
 
-    def _metrics(
-        self, rewards: np.ndarray, valid: np.ndarray, components: dict[str, np.ndarray], advantages: Advantages
-    ) -> dict[str, float]:
+    def _metrics(self, scored: Gathered, advantages: Advantages) -> dict[str, float]:
+        rewards, valid = scored.values, scored.valid
         ok = valid.all(axis=0)
         total = (self.weights[:, None] * rewards)[:, ok].sum(axis=0)
         groups = total.reshape(-1, self.config.rollout.group_size) if ok.all() else total[None]
-        per_reward = {
-            f"reward/{name}": float(r[v].mean()) for name, r, v in zip(self.rewards, rewards, valid, strict=True)
-        }
+        counted = np.where(valid & scored.asked, rewards, np.nan)
+        columns = dict(zip(self.rewards, counted, strict=True)) | scored.components
+        known = {name: column[~np.isnan(column)] for name, column in columns.items()}
         return {
             "reward/mean": float(total.mean()),
             "reward/std": float(groups.std(axis=1).mean()),
-            **per_reward,
-            **{f"reward/{name}": float(values[ok].mean()) for name, values in components.items()},
+            **{f"reward/{name}": float(column.mean()) for name, column in known.items() if len(column)},
             "advantage/abs_mean": float(np.abs(advantages.values).mean()),
             "groups/zero_spread": float(advantages.zero_spread.mean()),
             "samples/trained": float((advantages.values != 0).sum()),
@@ -217,13 +210,14 @@ class Trainer:
         with self._aside("eval"), self.optimizer.averaged(self.config.eval.ema):
             result = evaluate(self.family, self.rewards, self.heldout, self.config, self.world)
         summary = result.summary()
-        score = sum(spec.weight * summary["rewards"][spec.name] for spec in self.config.rewards)
+        score = sum(spec.weight * summary["rewards"][spec.key] for spec in self.config.scored)
         if score > self.best[1]:
             self.best = (self.iteration, score)
             if self.iteration and self.iteration % (self.config.checkpoint.every or 1):
                 self._save()
         if self.world.main:
-            grid = record(result, self.dir, self.iteration, self.config.eval.grid)
+            config = self.config
+            grid = record(result, self.dir, self.iteration, config.eval.grid, config.model.fps, config.eval.mp4)
             self.telemetry.images(
                 self.iteration, "heldout", grid, [p.text for p in result.prompts[: self.config.eval.grid]]
             )
@@ -240,8 +234,12 @@ class Trainer:
                 "best_iteration": self.best[0],
                 "best_score": self.best[1] if self.best[0] is not None else None,
             }
-            self.store.save(self.iteration, training_tensors(self.optimizer), state)
-            self.store.prune(self.config.checkpoint.keep, self.best[0])
+            if isinstance(self.sampler, SpreadSampler):
+                state["prompt_spread"] = [None if np.isnan(x) else x for x in self.sampler.spread.tolist()]
+            policy = self.config.checkpoint
+            self.store.save(
+                self.iteration, training_tensors(self.optimizer), state, policy.keep, self.best[0], policy.background
+            )
 
     @contextmanager
     def _aside(self, name: str) -> Iterator[None]:
@@ -251,81 +249,38 @@ class Trainer:
         self._apart[name] = self._apart.get(name, 0.0) + time.perf_counter() - begin
 
     def _restore(self, iteration: int) -> None:
-        state = self.store.state(iteration)
+        state = self.store.state(iteration, verified=True)
         with torch.no_grad():
             self.store.load(iteration, training_tensors(self.optimizer))
         self.iteration, self.optimizer.steps = state["iteration"], state["optimizer_steps"]
         self.train_seconds = state["train_seconds"]
+        if isinstance(self.sampler, SpreadSampler):
+            self.sampler.spread[:] = np.array(state["prompt_spread"], dtype=np.float64)
         if state["best_iteration"] is not None:
             self.best = (state["best_iteration"], state["best_score"])
-
-    def _claim_directory(self) -> int | None:
-        """The iteration to continue from, or None to start; writes the resolved config. Raises UserError."""
-        resume, there = self.config.run.resume, self.store.iterations()
-        if resume is True and not there:
-            raise UserError(f"run.resume: {self.dir} holds no checkpoint to continue; drop run.resume to start anew")
-        used = (self.dir / "config.yaml").exists()
-        if resume is False and used:
-            raise UserError(
-                f"run.dir: {self.dir} already holds a run; continue it with run.resume=true, or name another"
-            )
-        if used and there:
-            self._compare(yaml.safe_load((self.dir / "config.yaml").read_text()))
-        self.world.barrier()
-        if self.world.main:
-            try:
-                self.dir.mkdir(parents=True, exist_ok=True)
-                (self.dir / "config.yaml").write_text(dump(self.config), encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"run.dir: cannot write to {self.dir}: {error.strerror}") from None
-        self.world.barrier()
-        return there[-1] if there and resume is not False else None
-
-    def _compare(self, before: dict[str, Any]) -> None:
-        now = self.config.model_dump(mode="json")
-        for key in FIXED:
-            old: Any = before
-            new: Any = now
-            for part in key.split("."):
-                old, new = old.get(part), new.get(part)
-            if old != new:
-                raise UserError(
-                    f"run.resume: {key} differs from the run in {self.dir} ({_difference(old, new)}); "
-                    "put it back, or start anew in another run.dir"
-                )
 
     def _prepare_weights(self) -> None:
         torch.manual_seed(self.config.run.seed)
         family, model = self.family, self.config.model
         self._frozen = None
-        if model.lora:
-            family.add_lora()
-        else:
-            if self.config.objective.kl_weight:
-                self._frozen = copy.deepcopy(family.transformer).to(family.dtype)
-            family.transformer.requires_grad_(True)
-        checkpoint_activations(family.blocks(), model.activation_checkpointing)
-        shard(family.transformer, family.blocks(), self.world, model.dtype)
+        if self.config.objective.kl_weight and not model.lora:
+            self._frozen = {name: copy.deepcopy(m).to(family.dtype) for name, m in family.modules.items()}
+        family.make_trainable()
+        for module in family.modules.values():
+            blocks = family.blocks(module)
+            checkpoint_activations(blocks, model.activation_checkpointing)
+            shard(module, blocks, self.world, model.dtype)
 
     def _reference(self) -> Any:
-        """What gives the KL's reference transformer: a frozen copy, or the model with its LoRA switched off."""
+        """What gives the KL's reference components: frozen copies, or the family's own with their LoRA switched off."""
         if not self.config.objective.kl_weight:
             return None
         return self._without_lora if self._frozen is None else lambda: nullcontext(self._frozen)
 
     @contextmanager
-    def _without_lora(self) -> Iterator[nn.Module | None]:
+    def _without_lora(self) -> Iterator[None]:
         with self.family.lora_disabled():
-            yield None
-
-
-def _difference(old: Any, new: Any) -> str:
-    """The first setting of a section that differs, for a message."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            if old.get(key) != new.get(key):
-                return f"{key}: {_difference(old.get(key), new.get(key))}"
-    return f"{old!r} then, {new!r} now"
+            yield
 
 
 def _packed(result: UpdateResult) -> Tensor:
@@ -354,29 +309,6 @@ def _unpacked(vectors: np.ndarray) -> dict[str, float]:
         "grad_norm": norm,
         "optimizer_steps/skipped": skipped,
     }
-
-
-@contextmanager
-def _signals(trainer: Trainer) -> Iterator[None]:
-    """A first SIGINT or SIGTERM asks for a checkpoint and an end; a second one is taken as it is."""
-
-    def ask(number: int, _frame: Any) -> None:
-        trainer.stopping = True
-        signal.signal(number, before[signal.Signals(number)])
-        trainer.progress.note("stopping after this iteration, with a checkpoint; once more to stop at once")
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, ask)
-    except ValueError:
-        # Not the main thread (a notebook, a server): signals stay as they are.
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(config: Config) -> None:

@@ -6,7 +6,7 @@ of its pairs. Nothing is read back to the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -15,22 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.config import Config
-from fastgrpo.models.base import Conditioning, ModelFamily
+from fastgrpo.models.base import Conditioning, ModelFamily, to_device
 from fastgrpo.objective import Statistics, policy_loss
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import World, set_gradient_sync
-from fastgrpo.rollout import Layout, Trajectory, lay_out, rank_samples, to_device
+from fastgrpo.rollout import Layout, Trajectory, lay_out, rank_samples
 from fastgrpo.schedule import RolloutPlan, loss_scale
-from fastgrpo_kernels import noise, shift_moments
+from fastgrpo_kernels import log_prob, noise, shift_moments
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Host arrays: rows [F] to evaluate; pairs [F, W] that read each row; weight [F, W], 0 where there is none."""
+    """Host arrays: rows [F] to evaluate; pairs [F, W] that read each row; weight [F, W], 0 where there is none.
+
+    module: which component evaluates them. syncs: its gradients are complete after this one.
+    """
 
     rows: np.ndarray
     pairs: np.ndarray
     weight: np.ndarray
+    module: str = ""
+    syncs: bool = False
 
 
 @dataclass
@@ -43,12 +48,15 @@ class UpdateResult:
     skipped_steps: list[Tensor] = field(default_factory=list)
 
 
-def micro_batches(layout: Layout, kept: np.ndarray, size: int, count: int) -> list[MicroBatch]:
+def micro_batches(
+    layout: Layout, kept: np.ndarray, size: int, count: int, module: str = "", acts: np.ndarray | None = None
+) -> list[MicroBatch]:
     """`count` micro-batches of `size` rows covering the pairs of the kept samples (bool [n], local).
 
-    What is left over is padding of weight 0, so that every rank runs equally many.
+    acts: bool [T], the steps at which `module` acts; None: all. What is left over is padding of weight 0, so that every
+    rank runs equally many.
     """
-    pairs = np.flatnonzero(kept[layout.pair_sample])
+    pairs = np.flatnonzero(_pairs_to_train(layout, kept, acts))
     rows, first = np.unique(layout.pair_row[pairs], return_index=True)
     width = np.diff(np.append(first, len(pairs)))
     batches = []
@@ -60,52 +68,61 @@ def micro_batches(layout: Layout, kept: np.ndarray, size: int, count: int) -> li
         for place, (begin, number) in enumerate(zip(first[part], wide, strict=True)):
             grid[place, :number] = pairs[begin : begin + number]
             weight[place, :number] = 1
-        batches.append(MicroBatch(np.pad(real, (0, size - len(real))), grid, weight))
+        last = start + size == count * size
+        batches.append(MicroBatch(np.pad(real, (0, size - len(real))), grid, weight, module, last))
     return batches
 
 
-def rows_to_train(layout: Layout, kept: np.ndarray) -> int:
-    """How many rows the kept samples' pairs read."""
-    return len(np.unique(layout.pair_row[kept[layout.pair_sample]]))
+def rows_to_train(layout: Layout, kept: np.ndarray, acts: np.ndarray | None = None) -> int:
+    """How many rows the kept samples' pairs read, at the steps of `acts` (bool [T]; None: all)."""
+    return len(np.unique(layout.pair_row[_pairs_to_train(layout, kept, acts)]))
+
+
+def _pairs_to_train(layout: Layout, kept: np.ndarray, acts: np.ndarray | None) -> np.ndarray:
+    pairs = kept[layout.pair_sample]
+    return pairs if acts is None else pairs & acts[layout.row_step[layout.pair_row]]
 
 
 @dataclass
 class Updater:
-    """The update phase of a run: `reference` gives the KL's reference model, None without a KL term."""
+    """The update phase of a run: `reference` gives the KL's reference components by name (None: the family's own, its
+    LoRA being off); there is none without a KL term."""
 
     family: ModelFamily
     config: Config
     world: World
     optimizer: OptimizerState
-    reference: Callable[[], AbstractContextManager[nn.Module | None]] | None = None
+    reference: Callable[[], AbstractContextManager[Mapping[str, nn.Module] | None]] | None = None
 
     def run(
         self, plan: RolloutPlan, trajectory: Trajectory, conditioning: Conditioning, advantages: np.ndarray,
         trainable: np.ndarray, iteration: int,
     ) -> UpdateResult:  # fmt: skip
-        """The optimizer steps of one iteration. advantages, trainable: [N] of all global samples, on every rank."""
+        """The optimizer steps of one iteration. advantages [N] or [N, T], trainable [N]: of all global samples."""
         device = self.family.device
         coefficients = np.array([plan.transitions[t] for t in trajectory.layout.row_step], dtype=np.float64).reshape(
             -1, 3
         )
         batch = _Tensors(
-            sigma=to_device(np.array(plan.sigmas, dtype=np.float32)[trajectory.layout.row_step], device),
+            time=to_device(np.array(plan.times, dtype=np.float32)[trajectory.layout.row_step], device),
+            a=to_device(coefficients[trajectory.layout.pair_row, 0], device),
             b=to_device(coefficients[trajectory.layout.pair_row, 1], device),
             s=to_device(coefficients[trajectory.layout.pair_row, 2], device),
             advantage=to_device(advantages[trajectory.layout.samples[trajectory.layout.pair_sample]], device).float(),
         )
         result = UpdateResult(Statistics.zeros(device), Statistics.zeros(device))
         steps, samples = self.config.update.optimizer_steps, len(advantages)
-        worth = trainable & ((advantages != 0) | (self.config.objective.kl_weight > 0))
+        moves = (advantages.reshape(samples, -1) != 0).any(axis=1)
+        worth = trainable & (moves | (self.config.objective.kl_weight > 0))
         scale = loss_scale(self.config.objective, plan) * self.world.size * steps / (samples * plan.pairs_per_sample)
         for k in range(steps):
             chosen = self._choose(plan, trajectory.layout, worth, k)
             if not chosen:
                 continue
             statistics = Statistics.zeros(device)
-            for place, micro in enumerate(chosen):
-                last = place == len(chosen) - 1
-                set_gradient_sync(self.family.transformer, last or self.config.update.grad_sync == "per_micro_batch")
+            for micro in chosen:
+                sync = micro.syncs or self.config.update.grad_sync == "per_micro_batch"
+                set_gradient_sync(self.family.modules[micro.module], sync)
                 loss, counted = self._loss(micro, trajectory, conditioning, batch, iteration)
                 (loss * scale).backward()
                 statistics.add(counted)
@@ -120,14 +137,19 @@ class Updater:
     def _choose(self, plan: RolloutPlan, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
         """The micro-batches of the k-th optimizer step, as many as the rank that needs the most."""
         roll, steps, size = self.config.rollout, self.config.update.optimizer_steps, self.config.rollout.forward_batch
-        needed = []
+        ranks = []
         for rank in range(self.world.size):
             samples = rank_samples(len(worth), steps, self.world.size, rank)
             theirs = layout if rank == self.world.rank else lay_out(plan, roll, samples.reshape(-1))
-            needed.append(rows_to_train(theirs, worth[theirs.samples] & np.isin(theirs.samples, samples[k])))
-        mine = rank_samples(len(worth), steps, self.world.size, self.world.rank)[k]
-        kept = worth[layout.samples] & np.isin(layout.samples, mine)
-        return micro_batches(layout, kept, size, -(-max(needed) // size))
+            ranks.append((theirs, worth[theirs.samples] & np.isin(theirs.samples, samples[k])))
+        chosen = []
+        # A component's rows stand together, so that every rank runs the same components in the same order.
+        for module in dict.fromkeys(plan.modules):
+            acts = np.array([name == module for name in plan.modules])
+            needed = max(rows_to_train(theirs, kept, acts) for theirs, kept in ranks)
+            _, mine = ranks[self.world.rank]
+            chosen += micro_batches(layout, mine, size, -(-needed // size), module, acts)
+        return chosen
 
     def _loss(
         self, micro: MicroBatch, trajectory: Trajectory, conditioning: Conditioning, batch: _Tensors, iteration: int
@@ -135,20 +157,27 @@ class Updater:
         device, layout = self.family.device, trajectory.layout
         rows, pairs = to_device(micro.rows, device), to_device(micro.pairs.reshape(-1), device)
         x = trajectory.x.index_select(0, rows)
-        sigma = batch.sigma.index_select(0, rows)
-        condition = conditioning.rows(to_device(layout.row_prompt[micro.rows], device))
-        v = _per_pair(self.family.predict(x, sigma, condition), micro)
-        v_old = _per_pair(trajectory.v_old.index_select(0, rows), micro)
+        time = batch.time.index_select(0, rows)
+        model = self.family.modules[micro.module]
+        condition = conditioning.rows(layout.row_prompt[micro.rows])
+        v = _per_pair(self.family.predict(x, time, condition, model), micro)
         b, s = batch.b.index_select(0, pairs), batch.s.index_select(0, pairs)
+        weight = to_device(micro.weight.reshape(-1), device)
+        advantage = batch.advantage.index_select(0, pairs)
+        if trajectory.log_prob is not None and trajectory.y is not None:
+            y, a = trajectory.y.index_select(0, pairs), batch.a.index_select(0, pairs)
+            new = log_prob(_per_pair(x, micro), v, y, a, b, s)
+            P = new - trajectory.log_prob.index_select(0, pairs)
+            return policy_loss(P, torch.zeros_like(P), s.float(), advantage, weight, self.config.objective)
+        v_old = _per_pair(trajectory.v_old.index_select(0, rows), micro)
         eps = self._noise(micro, trajectory, iteration)
         P, Q = shift_moments(v, v_old, b, s, eps)
         Q_reference = None
         if self.reference is not None:
-            with torch.no_grad(), self.reference() as transformer:
-                v_reference = _per_pair(self.family.predict(x, sigma, condition, transformer), micro)
+            with torch.no_grad(), self.reference() as frozen:
+                other = model if frozen is None else frozen[micro.module]
+                v_reference = _per_pair(self.family.predict(x, time, condition, other), micro)
             _, Q_reference = shift_moments(v, v_reference, b, s, eps)
-        weight = to_device(micro.weight.reshape(-1), device)
-        advantage = batch.advantage.index_select(0, pairs)
         return policy_loss(P, Q, s.float(), advantage, weight, self.config.objective, Q_reference)
 
     def _noise(self, micro: MicroBatch, trajectory: Trajectory, iteration: int) -> Tensor | noise.NoiseKey:
@@ -162,10 +191,11 @@ class Updater:
 
 @dataclass(frozen=True)
 class _Tensors:
-    sigma: Tensor  # [R] float32
+    time: Tensor  # [R] float32
+    a: Tensor  # [M] float64
     b: Tensor  # [M] float64
     s: Tensor  # [M] float64
-    advantage: Tensor  # [M] float32
+    advantage: Tensor  # [M] or [M, T] float32
 
 
 def _per_pair(rows: Tensor, micro: MicroBatch) -> Tensor:

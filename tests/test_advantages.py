@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastgrpo.advantages import compute_advantages
+from fastgrpo.advantages import compute_advantages, group_spread
 from fastgrpo.config import Advantage
 
 ONE = np.ones(1)
@@ -81,3 +81,33 @@ def test_a_reward_of_weight_zero_is_only_watched():
 def test_not_whole_groups():
     with pytest.raises(ValueError, match="whole groups of 3"):
         compute_advantages(np.zeros((1, 8)), np.ones((1, 8), bool), 3, ONE, Advantage())
+
+
+def test_spread_of_groups_counts_valid_samples_and_weighted_rewards_only():
+    rewards = np.array([[1.0, 3.0, 5.0, 2.0, 2.0, 9.0, 1.0, 7.0, 7.0], np.arange(9.0)])
+    valid = np.ones((2, 9), dtype=bool)
+    valid[0, [5, 7, 8]] = False
+    spread = group_spread(rewards, valid, 3, np.array([2.0, 0.0]))
+    assert spread[0] == pytest.approx(2 * np.std([1, 3, 5]))
+    assert spread[1] == 0
+    assert np.isnan(spread[2])
+
+
+def test_losses_keeps_one_clamped_weighted_advantage_for_each_reward():
+    rewards = np.random.default_rng(3).normal(size=(3, 8))
+    weights = np.array([1.0, -0.5, 0.0])
+    config = Advantage(combine="losses", clip=1.0)
+    result = compute_advantages(rewards, valid(rewards), 8, weights, config)
+    each = [compute_advantages(r[None], valid(r[None]), 8, ONE, Advantage(clip=1.0)).values for r in rewards]
+    assert np.array_equal(result.terms, np.stack([each[0], -0.5 * each[1]], axis=1))
+    assert np.allclose(result.values, each[0] - 0.5 * each[1])
+
+
+def test_a_reward_not_asked_for_a_group_adds_nothing_to_it():
+    rewards = np.random.default_rng(4).normal(size=(2, 8))
+    rewards[1, 4:] = 0
+    for combine in ("advantage", "reward", "losses"):
+        both = compute_advantages(rewards, valid(rewards), 4, np.ones(2), Advantage(combine=combine))
+        alone = compute_advantages(rewards[:1], valid(rewards[:1]), 4, ONE, Advantage(combine=combine))
+        assert np.array_equal(both.values[4:], alone.values[4:])
+        assert not np.array_equal(both.values[:4], alone.values[:4])

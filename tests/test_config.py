@@ -41,7 +41,7 @@ FULL = {
         "trained": {"kind": "window", "size": 2, "move": "progressive"},
         "eta": 0.5,
     },
-    "rewards": [{"name": "shapes", "weight": 1.0, "options": {}}],
+    "rewards": [{"name": "shapes", "label": None, "weight": 1.0, "path": None, "when": {}, "options": {}}],
     "update": {"optimizer_steps": 2, "optimizer": {"lr": 3e-5, "warmup": 2}, "ema_decay": 0.9},
     "train": {"iterations": 5},
     "eval": {"every": 2, "images": 16},
@@ -128,7 +128,8 @@ SAYS = {
     "rollout.group_sise=4": "rollout.group_sise: unknown setting; did you mean 'group_size'? (one of: decode_batch, …",
     "trian.iterations=3": "trian: unknown setting; did you mean 'train'? (one of: advantage, checkpoint, …",
     "rollout.trained.frac=0.5": "rollout.trained.frac: unknown setting; (one of: every, kind, move, size, …",
-    "rewards.0.wieght=1": "rewards.0.wieght: unknown setting; did you mean 'weight'? (one of: name, options, weight)",
+    "rewards.0.wieght=1": "rewards.0.wieght: unknown setting; did you mean 'weight'? (one of: label, name, "
+    "options, path, weight, when)",
     "model.lora.rnk=1": "model.lora.rnk: unknown setting; did you mean 'rank'? (one of: alpha, rank, targets)",
     "rollout.sampler=dancesde": "rollout.sampler: 'dancesde' is not valid; did you mean 'dance_sde'? it should be "
     "'dance_sde', 'flow_sde' or 'cps'",
@@ -160,7 +161,7 @@ SAYS = {
     "rewards=shapes": "rewards: 'shapes' is not valid; it should be a list",
     "rewards.1.name=x": "rewards.1.name: '1' is not an index of a list of 1, which counts from 0",
     "rewards.0.options={1: 2}": "rewards.0.options.1: 1 is not valid; it should be text",
-    "rewards=[{name: a}, {name: a}]": "rewards: 'a' is named twice; give its weights as one",
+    "rewards=[{name: a}, {name: a}]": "rewards: 'a' is named twice; give its weights as one, or each a label",
     "rewards.0.weight=0": "rewards: every weight is 0, so nothing would be learned; give one a weight",
     "run.dir.x=3": "run.dir.x: 'run.dir' is text, not a section",
     "train.iterations": "'train.iterations': an override is written key.sub=value, such as train.iterations=10",
@@ -170,6 +171,10 @@ SAYS = {
     "(rollout.prompts_per_iteration × rollout.group_size)",
     "rollout.trained.start=8": "rollout.trained: the window of 2 from step 8 reaches the last of 10 transitions, which "
     "is never trained; start + size must be at most 9",
+    "rollout.trained.stop=1": "rollout.trained.stop: 1 should be from 2 (start + size) to 9 (the last of 10 "
+    "transitions, which is never trained)",
+    "model.trainable=[to_v]": "model.trainable: chooses among full weights, and model.lora trains none; drop one "
+    "of them",
     "prompts.heldout=": "eval.every: needs prompts.heldout; give held-out prompts, or set eval.every to 0",
 }
 

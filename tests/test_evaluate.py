@@ -17,11 +17,11 @@ from fastgrpo.evaluate import (
     heldout_prompts,
     open_run,
     paired_interval,
-    write_grid,
 )
 from fastgrpo.export import export_run
 from fastgrpo.models import load_family
 from fastgrpo.parallel import World
+from fastgrpo.pictures import write_grid
 from fastgrpo.shapes.world import CATEGORIES
 from fastgrpo.trainer import train
 

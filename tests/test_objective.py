@@ -113,3 +113,25 @@ def test_gaussian_log_ratio_is_the_difference_of_log_densities():
     d = b * (v - v_old) / s[:, None]
     P, Q = (d * eps).mean(1), (d * d).mean(1)
     assert torch.allclose(log_ratio(P, Q, s, "gaussian"), new - old, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.ratio + str(c.dual_clip) + str(c.dppo_threshold))
+def test_a_loss_for_each_reward_is_the_sum_of_their_losses(config):
+    P, Q, s, A, weight = moments()
+    other = torch.linspace(-2, 2, len(P), dtype=torch.float64)
+    both, statistics = policy_loss(P, Q, s, torch.stack([A, other], dim=1), weight, config)
+    each = [policy_loss(P, Q, s, a, weight, config) for a in (A, other)]
+    assert both.item() == pytest.approx(sum(loss.item() for loss, _ in each), rel=1e-12)
+    assert statistics.sums[1].item() == pytest.approx(sum(s.sums[1].item() for _, s in each) / 2)
+
+
+def test_a_loss_for_each_reward_differs_from_the_loss_of_their_sum():
+    r = torch.tensor([3e-4], dtype=torch.float64).log1p().requires_grad_()
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    config = ObjectiveConfig(clip_low=1e-4, clip_high=1e-4)
+    gradients = []
+    for advantage in (torch.tensor([[2.0, -1.0]]).double(), torch.tensor([[1.0]]).double()):
+        loss, _ = policy_loss(r, zero, one, advantage, one, config)
+        gradients.append(torch.autograd.grad(loss, r)[0].item())
+    # +2 is clipped, −1 is not; their sum, +1, is clipped.
+    assert gradients == [pytest.approx(1 + 3e-4), 0.0]

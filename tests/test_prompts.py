@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastgrpo.errors import ConfigError, UserError
-from fastgrpo.prompts import Prompt, PromptSampler, load_prompts
+from fastgrpo.prompts import Prompt, PromptSampler, SpreadSampler, load_prompts
 
 
 @pytest.fixture
@@ -162,3 +162,23 @@ def test_what_a_caller_does_to_a_draw_does_not_reach_the_next():
     expected = first.copy()
     first[:] = 0
     assert np.array_equal(sampler.at(0), expected)
+
+
+def test_prompts_of_wide_spread_are_drawn_more_often_and_none_is_forgotten():
+    sampler = SpreadSampler(count=40, per_iteration=8, seed=0)
+    sampler.observe(np.arange(40), np.where(np.arange(40) < 20, 0.0, 0.3))
+    drawn = np.concatenate([sampler.at(i) for i in range(600)])
+    counts = np.bincount(drawn, minlength=40)
+    assert all(len(set(sampler.at(i))) == 8 for i in range(50))
+    assert counts[20:].min() > 2 * counts[:20].max()
+    assert counts.min() > 0
+    assert np.array_equal(sampler.at(5), sampler.at(5))
+    assert not np.array_equal(sampler.at(5), sampler.at(6))
+
+
+def test_the_spread_follows_what_is_observed_and_a_group_without_scores_changes_nothing():
+    sampler = SpreadSampler(count=9, per_iteration=2, seed=0)
+    sampler.observe(np.array([3, 4]), np.array([0.4, np.nan]))
+    sampler.observe(np.array([3]), np.array([0.2]))
+    assert sampler.spread[3] == pytest.approx(0.3)
+    assert np.isnan(sampler.spread[4])

@@ -15,7 +15,7 @@ from tiny import tiny_config
 from fastgrpo.charts import moving_mean
 from fastgrpo.config import dump
 from fastgrpo.errors import UserError
-from fastgrpo.evaluate import write_grid
+from fastgrpo.pictures import write_grid
 from fastgrpo.report import grid_tiles, write_report
 
 PROMPTS = ["a red circle", "two <blue> squares & a cross", 'a "green" triangle']

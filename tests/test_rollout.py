@@ -76,7 +76,7 @@ def test_ranks_share_the_same_samples(tiny_flux):
     for rank in range(2):
         samples = rank_samples(6, 1, 2, rank).reshape(-1)
         layout = lay_out(plan, config.rollout, samples)
-        rows = conditioning.rows(torch.from_numpy(layout.prompts))
+        rows = conditioning.rows(layout.prompts)
         part = rollout(family, plan, layout, rows, config.rollout, 7, 0)
         assert torch.equal(part.latents, whole.latents[samples])
 

@@ -18,9 +18,9 @@ ROOMS = [
     {"schedule", "objective", "advantages", "optimizer", "arithmetic"},
     {"prompts", "telemetry", "checkpoint", "compat"},
     {"models", "rewards"},
-    {"parallel", "charts"},
+    {"parallel", "charts", "pictures"},
     {"rollout"},
-    {"update", "evaluate"},
+    {"update", "scoring", "evaluate", "resume"},
     {"trainer", "export", "sample", "report"},
     {"doctor", "bench_cli"},
     {"cli"},
@@ -80,7 +80,15 @@ def test_no_folder_shadows_the_package_kernels():
 def test_nothing_is_pickled(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if path.name == "convert.py":
+                continue
             assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save"), ("np", "load")}, path
+    # convert-reward names the error of an archive that holds more than tensors; it unpickles with weights_only alone.
+    if path.name == "convert.py":
+        text = path.read_text(encoding="utf-8")
+        assert text.count("torch.load(") == text.count("weights_only=True)") == 1
+        assert "pickle.load" not in text
+        return
     assert not {"pickle", "dill", "joblib", "cloudpickle"} & {m.split(".")[0] for m in imports_of(path)}
 
 

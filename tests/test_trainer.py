@@ -13,7 +13,7 @@ import torch
 from tiny import tiny_config
 
 from fastgrpo.checkpoint import CheckpointStore, training_tensors
-from fastgrpo.errors import UserError
+from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.rewards import Scores
 from fastgrpo.trainer import Trainer, train
 
@@ -42,21 +42,22 @@ def finished(config) -> Trainer:
 class HalfFails:
     """Scores half of the samples, by their mean."""
 
-    def score(self, samples, prompts):
+    def score(self, samples, prompts, fps):
         values = samples.mean(dim=(1, 2, 3)).double().numpy()
         return Scores(values, np.arange(len(values)) % 2 == 0)
 
 
 class Raises:
-    def score(self, samples, prompts):
+    def score(self, samples, prompts, fps):
         raise RuntimeError("the reward server is on fire")
 
 
-@pytest.mark.parametrize("variant", ["full", "lora_kl", "subset_two_steps"])
+@pytest.mark.parametrize("variant", ["full", "lora_kl", "subset_two_steps", "spread"])
 def test_resumed_is_bit_identical_to_uninterrupted(tiny_flux, tmp_path, variant):
     sections = {
         "full": {"update": {"ema_decay": 0.9}, "eval": {"every": 2, "images": 6}},
         "lora_kl": {"model": {"lora": {"rank": 4}}, "objective": {"kl_weight": 0.1}},
+        "spread": {"prompts": {"select": "spread"}, "rollout": {"suffix_steps": 1}, "model": {"trainable": ["to_v"]}},
         "subset_two_steps": {"rollout": {"trained": {"kind": "subset"}}, "update": {"optimizer_steps": 2}},
     }[variant]
     straight = finished(tiny_config(tiny_flux, tmp_path / "a", train={"iterations": 4}, **sections))
@@ -114,22 +115,23 @@ def test_a_reward_that_always_fails_ends_the_run_in_one_line(tiny_flux, tmp_path
         train(config)
 
 
-def test_an_interrupt_leaves_a_checkpoint_that_continues(tiny_flux, tmp_path):
+@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGUSR1, PreemptedError)])
+def test_a_signal_leaves_a_checkpoint_that_continues(tiny_flux, tmp_path, number, raised):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3})
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     trainer = Trainer(config)
     original = trainer.iterate
 
     def iterate():
         original()
         if trainer.iteration == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     trainer.iterate = iterate
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         trainer.run()
     assert CheckpointStore.of_run(tmp_path / "run").iterations() == [2]
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     finished(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
     straight = finished(tiny_config(tiny_flux, tmp_path / "straight", train={"iterations": 3}))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
@@ -175,6 +177,46 @@ def test_a_damaged_checkpoint_is_never_loaded(tiny_flux, tmp_path, damage, suffi
         )
     with pytest.raises(UserError, match=r"damaged|not a readable checkpoint"):
         Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": True})}))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_flux, tmp_path, capsys):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 2}, checkpoint={"every": 1})
+    done = weights(finished(config))
+    store = CheckpointStore.of_run(tmp_path / "run")
+    [file] = store.path(2).glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-1])
+    again = Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
+    assert again.iteration == 1
+    assert "damaged (its checksum differs)" in capsys.readouterr().err
+    again.run()
+    assert store.iterations() == [1, 2]
+    assert all(torch.equal(tensor, done[name]) for name, tensor in weights(again).items())
+
+
+@pytest.mark.parametrize("where", ["gradient", "activation"])
+def test_a_nan_skips_the_step_or_the_samples_and_is_counted(tiny_flux, tmp_path, where):
+    trainer = Trainer(tiny_config(tiny_flux, tmp_path / "run"))
+    original = trainer.iterate
+
+    def poison(*_):
+        return torch.full_like(_[-1], torch.nan) if trainer.iteration == 0 else None
+
+    if where == "gradient":
+        trainer.optimizer.parameters[3].register_hook(poison)
+    else:
+        trainer.family.transformer.register_forward_hook(
+            lambda module, _, out: (out[0] * torch.nan,) if torch.is_grad_enabled() and trainer.iteration == 0 else None
+        )
+    before = weights(trainer)
+    skipped = []
+    trainer.iterate = lambda: (
+        original(),
+        skipped.append(all(torch.equal(before[k], v) for k, v in weights(trainer).items())),
+    )
+    trainer.run()
+    assert skipped == [True, False]
+    assert [line["optimizer_steps/skipped"] for line in metrics(tmp_path / "run")] == [1, 0]
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, tmp_path, monkeypatch):

@@ -22,8 +22,8 @@ SUBSET = {"kind": "subset", "fraction": 0.6}
 class Recorder(OptimizerState):
     """Keeps the accumulated gradients of every optimizer step and changes no weight."""
 
-    def __init__(self, transformer, config):
-        super().__init__(transformer, config, 1)
+    def __init__(self, policy, config):
+        super().__init__(policy, config, 1)
         self.seen = []
 
     def step(self):
@@ -73,8 +73,8 @@ def textbook_loss(transformer, family, plan, trajectory, conditioning, A, config
     for pair, row in enumerate(layout.pair_row):
         step, sample = int(layout.row_step[row]), int(layout.pair_sample[pair])
         x, v_old = trajectory.x[row][None].double(), trajectory.v_old[row][None].double()
-        sigma = torch.tensor([plan.sigmas[step]], dtype=torch.float64)
-        condition = Conditioning(rows).rows(torch.tensor([layout.row_prompt[row]]))
+        sigma = torch.tensor([plan.times[step]], dtype=torch.float64)
+        condition = Conditioning(rows).rows(np.array([layout.row_prompt[row]]))
         v = family.predict(x, sigma, condition, transformer)
         key = noise.noise_key(7, [int(layout.samples[sample])], step, 0, noise.STREAM_SDE, "cpu")
         a, b, s = plan.transitions[step]

@@ -1,0 +1,276 @@
+"""What a run survives, measured: kills, corruption, other world sizes, and what staying up costs.
+
+Every trial is a process forked from this one, which has imported everything: the runs are of the shipped FLUX with four
+samples an iteration.
+
+fastgrpo bench stay kills --count 50
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgrpo.checkpoint import CheckpointStore, DamagedError, training_tensors
+from fastgrpo.config import load_config
+from fastgrpo.telemetry import PhaseTimer, Telemetry, peak_memory_bytes
+from fastgrpo.trainer import Trainer
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "shapes-flux.yaml"
+SMALL = (
+    "rollout.prompts_per_iteration=1",
+    "rollout.group_size=4",
+    "rollout.steps=3",
+    "rollout.forward_batch=4",
+    "eval.every=0",
+    "checkpoint.every=1",
+    "telemetry.progress=false",
+    "run.resume=auto",
+)
+
+
+def trainer_of(folder: Path, iterations: int, *settings: str) -> Trainer:
+    return Trainer(load_config(CONFIG, [*SMALL, f"run.dir={folder}", f"train.iterations={iterations}", *settings]))
+
+
+def fork(work: Callable[[], None], rank: int = 0, ranks: int = 1, port: int = 0) -> int:
+    """The process id of a copy of this process that does `work` and ends with 0, or with 1 and its error printed."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        work()
+        sys.stdout.flush()
+        os._exit(0)
+    except BaseException as error:
+        print(f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[:1]}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def train(folder: Path, iterations: int, *settings: str) -> None:
+    """Trains to the end, and leaves the SHA-256 of every training tensor (of rank 0's shards) in end.txt."""
+    trainer = trainer_of(folder, iterations, *settings)
+    (folder / f"started-{trainer.world.rank}").touch()
+    trainer.run()
+    digest = hashlib.sha256()
+    for tensors in training_tensors(trainer.optimizer).values():
+        for tensor in tensors.values():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            digest.update(full.detach().contiguous().numpy().tobytes())
+    if trainer.world.main:
+        (folder / "end.txt").write_text(digest.hexdigest())
+
+
+def start(folder: Path, ranks: int, iterations: int, *settings: str) -> list[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for marker in folder.glob("started-*"):
+        marker.unlink()
+    return [fork(lambda: train(folder, iterations, *settings), rank, ranks, port) for rank in range(ranks)]
+
+
+def finish(processes: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def complete(folder: Path, ranks: int, iterations: int, *settings: str) -> str:
+    """The digest of a run that is trained, or continued, to its end."""
+    codes = finish(start(folder, ranks, iterations, *settings))
+    assert not any(codes), codes
+    return (folder / "end.txt").read_text()
+
+
+def kills(count: int, iterations: int = 3, seed: int = 0) -> dict[str, Any]:
+    """kill -9 at random moments of a run: every rank, or one of two ranks; resumed, the end is bit-identical."""
+    chance = random.Random(seed)
+    outcome = {"trials": 0, "identical": 0, "before the end": 0, "in a checkpoint's write": 0, "of one rank of two": 0}
+    slowest = 0.0
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        reference, span = {}, {}
+        for ranks in (1, 2):
+            begin = time.perf_counter()
+            reference[ranks] = complete(root / f"straight-{ranks}", ranks, iterations)
+            span[ranks] = time.perf_counter() - begin
+        for trial in range(count):
+            ranks = 2 if trial % 5 == 4 else 1
+            folder = root / "run"
+            processes = start(folder, ranks, iterations)
+            time.sleep(chance.uniform(0, span[ranks]))
+            outcome["before the end"] += not (folder / "end.txt").exists()
+            os.kill(processes[-1], signal.SIGKILL)
+            outcome["in a checkpoint's write"] += bool(list((folder / "checkpoints").glob("tmp-*")))
+            begin = time.perf_counter()
+            finish(processes)
+            if ranks == 2:
+                outcome["of one rank of two"] += 1
+                slowest = max(slowest, time.perf_counter() - begin)
+            (folder / "end.txt").unlink(missing_ok=True)
+            outcome["identical"] += complete(folder, ranks, iterations) == reference[ranks]
+            outcome["trials"] += 1
+            shutil.rmtree(folder)
+            print(outcome, file=sys.stderr, flush=True)
+    return outcome | {"slowest end of the other rank, seconds": round(slowest, 1)}
+
+
+def ranks(iterations: int = 2) -> dict[str, Any]:
+    """A run continued on 1 → 2 → 1 ranks beside one on 1 rank: the distance of weights over what training moved."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        steps = [iterations, 2 * iterations, 3 * iterations]
+        constant = "update.optimizer.schedule=constant"
+        complete(root / "straight", 1, steps[-1], constant, "checkpoint.keep=9")
+        for count, last in zip((1, 2, 1), steps, strict=True):
+            complete(root / "moved", count, last, constant)
+        base = {n: t.detach().clone() for n, t in _weights(root / "empty", None).items()}
+        one, moved = (_weights(root / name, steps[-1]) for name in ("straight", "moved"))
+        norm = lambda a, b: torch.stack([(a[n] - b[n]).norm() for n in a]).norm().item()  # noqa: E731
+        rewards = [_column(root / name, "reward/mean") for name in ("straight", "moved")]
+        return {
+            "weights apart / moved": norm(one, moved) / norm(one, base),
+            "weights apart / norm": norm(one, moved) / torch.stack([t.norm() for t in one.values()]).norm().item(),
+            "rewards": rewards,
+        }
+
+
+def _weights(folder: Path, iteration: int | None) -> dict[str, torch.Tensor]:
+    """Of a checkpoint, or of the start."""
+    trainer = trainer_of(folder, 1 if iteration is None else iteration)
+    return training_tensors(trainer.optimizer)["model"]
+
+
+def _column(folder: Path, name: str) -> list[float]:
+    from fastgrpo.telemetry import read_metrics
+
+    return [line[name] for line in read_metrics(folder)]
+
+
+def corruptions(count: int, seed: int = 0) -> dict[str, Any]:
+    """Random damage to the newest of two checkpoints: is it seen, and is the one before it used?"""
+    chance, outcome = random.Random(seed), {"trials": 0, "detected, the previous one used": 0, "loaded silently": 0}
+    kinds = {"flip": 0, "truncate": 0, "remove": 0, "append": 0}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        complete(folder, 1, 2)
+        store = CheckpointStore.of_run(folder)
+        for _ in range(count):
+            file = chance.choice(sorted(store.path(2).iterdir()))
+            kind = chance.choice(sorted(kinds))
+            data = file.read_bytes()
+            _damage(file, data, kind, chance)
+            try:
+                used = store.newest_good(lambda text: None)
+            except DamagedError:
+                used = None
+            outcome["trials"] += 1
+            kinds[kind] += 1
+            outcome["detected, the previous one used"] += used == 1
+            outcome["loaded silently"] += used == 2
+            aside = store.directory / "damaged-000002"
+            if aside.exists():
+                aside.rename(store.path(2))
+            file.write_bytes(data)
+        assert store.newest_good(print) == 2
+    return outcome | kinds
+
+
+def _damage(file: Path, data: bytes, kind: str, chance: random.Random) -> None:
+    place = chance.randrange(len(data))
+    if kind == "remove":
+        file.unlink()
+    elif kind == "truncate":
+        file.write_bytes(data[:place])
+    elif kind == "append":
+        file.write_bytes(data + chance.randbytes(1 + place % 64))
+    else:
+        file.write_bytes(data[:place] + bytes([data[place] ^ chance.randrange(1, 256)]) + data[place + 1 :])
+
+
+def costs(count: int = 5) -> dict[str, Any]:
+    """Seconds that a checkpoint takes from training, written at once and in the background; telemetry's own."""
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer = trainer_of(Path(temporary) / "run", 1)
+        tensors = training_tensors(trainer.optimizer)
+        size = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for turn in range(count + 1):
+            for background in (False, True):
+                begin = time.perf_counter()
+                trainer.store.save(2 * turn + background, tensors, {}, 2, None, background)
+                if turn:
+                    seconds[background].append(time.perf_counter() - begin)
+                trainer.store.wait()
+        at_once, behind = statistics.median(seconds[False]), statistics.median(seconds[True])
+        return {
+            "MB": size / 1e6,
+            "at once": at_once,
+            "in the background": behind,
+            "share": behind / at_once,
+            "telemetry an iteration": _telemetry_seconds(trainer),
+        }
+
+
+def _telemetry_seconds(trainer: Trainer, count: int = 200) -> float:
+    telemetry, timer = Telemetry(trainer.dir, trainer.config), PhaseTimer("cpu")
+    metrics = {f"metric/{i}": float(i) for i in range(30)}
+    begin = time.process_time()
+    for iteration in range(count):
+        for name in ("conditioning", "rollout", "decode", "sync", "reward", "update"):
+            with timer.phase(name):
+                pass
+        seconds = timer.lap().read()
+        memory = {"memory/peak_bytes": float(peak_memory_bytes())}
+        telemetry.log(iteration, metrics | seconds | memory)
+    telemetry.close()
+    return (time.process_time() - begin) / count
+
+
+def soak(seconds: float = 3600) -> dict[str, Any]:
+    """Resident memory of a run at its tenth iteration and at its end, checkpoints written every ten."""
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer = trainer_of(Path(temporary) / "run", 10**6, "checkpoint.every=10")
+        original, begin, memory = trainer.iterate, time.perf_counter(), []
+
+        def iterate() -> None:
+            original()
+            memory.append(_resident())
+            if time.perf_counter() - begin > seconds:
+                trainer.stopping = 1
+
+        trainer.iterate = iterate
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.run()
+        after, last = memory[10:21], memory[-10:]
+        return {
+            "seconds": time.perf_counter() - begin,
+            "iterations": len(memory),
+            "MB after ten iterations": statistics.median(after) / 1e6,
+            "MB at the end": statistics.median(last) / 1e6,
+            "ratio": statistics.median(last) / statistics.median(after),
+        }
+
+
+def _resident() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+
+MEASURES = {"kills": kills, "ranks": ranks, "corruptions": corruptions, "costs": costs, "soak": soak}

@@ -1,0 +1,67 @@
+"""The sequential baseline: it learns what ours learns, one row at a time, and the command reports both."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_config
+from typer.testing import CliRunner
+
+from fastgrpo.bench_cli import app, load
+from fastgrpo.config import load_config
+from fastgrpo.errors import ConfigError
+from fastgrpo.models.flux import Flux
+from fastgrpo.settings import dump_settings
+
+sequential = load("sequential")
+
+
+def test_the_baseline_takes_the_same_step_as_ours(tiny_flux, tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_settings(tiny_config(tiny_flux, rollout={"trained": {"kind": "subset"}})))
+    rows = {"ours": [], "sequential": []}
+    norms = {}
+    predict = Flux.predict
+    for name, settings in (("ours", ()), ("sequential", sequential.BASELINE)):
+
+        def counted(self, x, *args, seen=rows[name], **kwargs):
+            seen.append(len(x))
+            return predict(self, x, *args, **kwargs)
+
+        monkeypatch.setattr(Flux, "predict", counted)
+        bench = sequential.Bench(load_config(path, [*settings, f"run.dir={tmp_path / name}"]))
+        bench.iterate()
+        norms[name] = bench.result(0)
+        lines = sequential.read_metrics(tmp_path / name)
+        norms[name] = lines[0]["grad_norm"], lines[0]["reward/mean"]
+    # 6 samples of 5 steps; 2 trained steps of each, recomputed once.
+    assert rows["sequential"] == [1] * (6 * 5 + 6 * 2)
+    assert set(rows["ours"]) == {4}
+    # Subtracted float32 log-probabilities cost the gradient some digits.
+    assert np.allclose(norms["ours"], norms["sequential"], rtol=1e-3)
+
+
+def test_the_command_gives_speedup_and_phases(tiny_flux, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_settings(tiny_config(tiny_flux)))
+    run = CliRunner().invoke(app, ["train", str(path), "--compare", "sequential", "--json", "--iterations", "1"])
+    assert run.exit_code == 0, run.output
+    result = json.loads(run.stdout)
+    assert result["speedup"] == pytest.approx(result["sequential"]["seconds"] / result["ours"]["seconds"])
+    for side in ("ours", "sequential"):
+        assert {"rollout", "decode", "update", "reward", "total"} <= set(result[side]["phases"])
+
+
+def test_log_probabilities_know_the_ratio_alone(tiny_flux):
+    with pytest.raises(ConfigError, match=r"rollout\.old_values: log_prob knows the ratio alone"):
+        tiny_config(tiny_flux, rollout={"old_values": "log_prob"}, objective={"kl_weight": 0.1})
+
+
+def test_no_host_read_with_log_probabilities(tiny_flux):
+    from test_no_host_read import run_iteration, tiny_pipeline
+
+    config = tiny_config(tiny_flux, rollout={"old_values": "log_prob", "forward_batch": 1})
+    sizes = tiny_pipeline().transformer.config
+    run_iteration(tiny_pipeline(), config, sizes.joint_attention_dim, sizes.pooled_projection_dim)
+    assert torch.is_grad_enabled()
