@@ -14,6 +14,8 @@ from fastgrpo.schedule import check_sampler
 FAMILIES = {
     "flux": "fastgrpo.models.flux:Flux",
     "hunyuan_video": "fastgrpo.models.hunyuan_video:HunyuanVideo",
+    "qwen_image": "fastgrpo.models.qwen_image:QwenImage",
+    "sd3": "fastgrpo.models.sd3:StableDiffusion3",
     "skyreels": "fastgrpo.models.skyreels:SkyReels",
     "stable_diffusion": "fastgrpo.models.stable_diffusion:StableDiffusion",
     "wan": "fastgrpo.models.wan:Wan",

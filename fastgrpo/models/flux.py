@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.config import Model
-from fastgrpo.models.base import Conditioning, ModelFamily, check_image_size, to_pixels
+from fastgrpo.models.base import (
+    Conditioning,
+    ModelFamily,
+    check_image_size,
+    check_text_length,
+    dynamic_mu,
+    to_pixels,
+    vae_factor,
+)
 from fastgrpo.prompts import Prompt
 
 
@@ -28,7 +36,8 @@ class Flux(ModelFamily):
 
     @classmethod
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
-        check_image_size(config, 2 ** len(parts["vae"]["block_out_channels"]), cls.name)
+        check_image_size(config, 2 * vae_factor(parts["vae"]), cls.name)
+        check_text_length(config, 512, cls.name)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -45,8 +54,7 @@ class Flux(ModelFamily):
         config = self.pipeline.scheduler.config
         if not config.use_dynamic_shifting:
             return float(config.shift)
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        mu = config.base_shift + slope * (self.latent_shape[0] - config.base_image_seq_len)
+        mu = dynamic_mu(config, self.latent_shape[0])
         # time_shift_type "linear" takes μ itself as the factor.
         return float(mu if config.time_shift_type == "linear" else torch.tensor(mu, dtype=torch.float64).exp())
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgrpo.config import Model
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.base import Conditioning, ModelFamily, check_image_size, guide, to_pixels
+from fastgrpo.models.base import Conditioning, ModelFamily, check_image_size, guide, to_pixels, vae_factor
 from fastgrpo.prompts import Prompt
 from fastgrpo.schedule import NoiseLevels
 
@@ -114,11 +114,6 @@ class StableDiffusion(ModelFamily):
         vae = self.pipeline.vae
         drawn = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.sample(generator)
         return drawn.float() * vae.config.scaling_factor
-
-
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels a latent, along a side."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def unet_factor(config: Mapping[str, Any]) -> int:

@@ -12,15 +12,11 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video imp
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE, HunyuanVideoPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from pydantic import Field
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from fastgrpo.settings import Section
-from fastgrpo.shapes.tiny_parts import END, PAD, SPECIAL_TOKENS, START, UNKNOWN, build_clip
+from fastgrpo.shapes.tiny_parts import END, PAD, START, build_clip, build_template_tokenizer
 
-# A token of the template: a marker, a word, a number, a sign or a line's end. Its prefix then has exactly the 95
-# tokens that the pipeline cuts off.
-TEMPLATE_TOKEN = r"<\|[a-z_]+\|>|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]|\n"
 # The pipeline encodes the pooled text at this length, whatever it is asked for.
 CLIP_LENGTH = 77
 
@@ -48,23 +44,7 @@ class TinyHunyuanVideoSizes(Section):
 
 def build_tokenizer(words: tuple[str, ...], length: int, template: bool) -> PreTrainedTokenizerFast:
     """A tokenizer of one token a word or sign; that of the `template` adds nothing to a text, else <s> … </s>."""
-    prefix = DEFAULT_PROMPT_TEMPLATE["template"] if template else ""
-    split = pre_tokenizers.Split(Regex(TEMPLATE_TOKEN), behavior="removed", invert=True)
-    known = dict.fromkeys([*SPECIAL_TOKENS, *words, *(piece for piece, _ in split.pre_tokenize_str(prefix))])
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token=SPECIAL_TOKENS[UNKNOWN]))
-    tokenizer.pre_tokenizer = split
-    if not template:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=length,
-        pad_token=SPECIAL_TOKENS[PAD],
-        bos_token=SPECIAL_TOKENS[START],
-        unk_token=SPECIAL_TOKENS[UNKNOWN],
-        eos_token=SPECIAL_TOKENS[END],
-    )
+    return build_template_tokenizer(words, length, DEFAULT_PROMPT_TEMPLATE["template"] if template else None)
 
 
 def build_llama(width: int, vocabulary: int, length: int) -> LlamaModel:

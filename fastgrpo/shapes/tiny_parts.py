@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -16,6 +16,8 @@ from transformers import (
 # The end-of-text id must not be 2: CLIPTextModel then takes a legacy branch that pools at the largest token id.
 SPECIAL_TOKENS = ("<pad>", "<s>", "<unk>", "</s>")
 PAD, START, UNKNOWN, END = range(4)
+# A token of a template: a marker, a word, a number, a sign or a line's end.
+TEMPLATE_TOKEN = r"<\|[a-z_]+\|>|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]|\n"
 
 
 def build_tokenizer(words: tuple[str, ...], length: int, start: bool) -> PreTrainedTokenizerFast:
@@ -27,6 +29,27 @@ def build_tokenizer(words: tuple[str, ...], length: int, start: bool) -> PreTrai
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>" if start else "$A </s>", special_tokens=[("<s>", START), ("</s>", END)]
     )
+    return _with_special_tokens(tokenizer, length)
+
+
+def build_template_tokenizer(words: tuple[str, ...], length: int, template: str | None) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token a word or sign, that knows a `template`'s too and adds nothing; None: <s> … </s>.
+
+    The published templates of HunyuanVideo and Qwen-Image then have exactly as many tokens as their pipelines cut off.
+    """
+    split = pre_tokenizers.Split(Regex(TEMPLATE_TOKEN), behavior="removed", invert=True)
+    pieces = (piece for piece, _ in split.pre_tokenize_str(template or ""))
+    known = dict.fromkeys([*SPECIAL_TOKENS, *words, *pieces])
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token=SPECIAL_TOKENS[UNKNOWN]))
+    tokenizer.pre_tokenizer = split
+    if template is None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)]
+        )
+    return _with_special_tokens(tokenizer, length)
+
+
+def _with_special_tokens(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=length,
