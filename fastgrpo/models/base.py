@@ -339,34 +339,6 @@ def guide(branches: Tensor, scale: float, rescale_norm: bool = False) -> Tensor:
     return guided.to(branches.dtype)
 
 
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels a latent of an AutoencoderKL, along a side."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def dynamic_mu(config: Any, tokens: int) -> float:
-    """μ of a scheduler that shifts by resolution: linear in the number of image tokens (`calculate_shift`)."""
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return config.base_shift + slope * (tokens - config.base_image_seq_len)
-
-
-def scheduler_levels(scheduler: Any, module: str, **settings: Any) -> NoiseLevels:
-    """The levels of a flow that a FlowMatchEulerDiscreteScheduler has after `set_timesteps(**settings)`."""
-    # A copy, as the pipeline's own may be in use.
-    own = type(scheduler).from_config(scheduler.config)
-    own.set_timesteps(**settings)
-    return flow_levels(own.sigmas.tolist(), module)
-
-
-def check_text_length(config: Model, longest: int, family: str) -> None:
-    """Raises ConfigError for more text tokens than a family's pipeline takes."""
-    if config.max_sequence_length > longest:
-        raise ConfigError(
-            f"model.max_sequence_length: {config.max_sequence_length}, but the pipeline of {family} takes at most "
-            f"{longest} text tokens"
-        )
-
-
 def check_image_size(config: Model, multiple: int, family: str) -> None:
     """Raises ConfigError unless model.height and width are multiples of `multiple` and model.frames is 1."""
     for key in ("height", "width"):

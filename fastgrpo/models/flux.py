@@ -10,15 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.config import Model
-from fastgrpo.models.base import (
-    Conditioning,
-    ModelFamily,
-    check_image_size,
-    check_text_length,
-    dynamic_mu,
-    to_pixels,
-    vae_factor,
-)
+from fastgrpo.models.base import Conditioning, ModelFamily, check_image_size, to_pixels
+from fastgrpo.models.image import check_text_length, dynamic_mu, vae_factor
 from fastgrpo.prompts import Prompt
 
 

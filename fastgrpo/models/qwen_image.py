@@ -15,16 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrpo.config import Model
-from fastgrpo.models.base import (
-    Conditioning,
-    ModelFamily,
-    check_image_size,
-    check_text_length,
-    dynamic_mu,
-    guide,
-    scheduler_levels,
-    to_pixels,
-)
+from fastgrpo.models.base import Conditioning, ModelFamily, check_image_size, guide, to_pixels
+from fastgrpo.models.image import check_text_length, dynamic_mu, scheduler_levels
 from fastgrpo.prompts import Prompt
 from fastgrpo.schedule import NoiseLevels
 

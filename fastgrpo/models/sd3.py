@@ -11,17 +11,8 @@ from torch import Tensor, nn
 
 from fastgrpo.config import Model
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.base import (
-    Conditioning,
-    ModelFamily,
-    check_image_size,
-    check_text_length,
-    dynamic_mu,
-    guide,
-    scheduler_levels,
-    to_pixels,
-    vae_factor,
-)
+from fastgrpo.models.base import Conditioning, ModelFamily, check_image_size, guide, to_pixels
+from fastgrpo.models.image import check_text_length, dynamic_mu, scheduler_levels, vae_factor
 from fastgrpo.prompts import Prompt
 from fastgrpo.schedule import NoiseLevels
 
