@@ -152,9 +152,9 @@ def doctor(
 
 @app.command()
 def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train an embedded pipeline of fastgrpo/shapes from scratch, as its shipped weights were."""
+    """Train an embedded model of fastgrpo/shapes from scratch, as its shipped weights were."""
     require_extra("train", "fastgrpo pretrain")
-    from fastgrpo.shapes.pretrain import main as run
+    from fastgrpo.pretrain import main as run
 
     typer.echo(run(config, overrides or ()))
 

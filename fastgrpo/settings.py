@@ -33,6 +33,11 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 def load_settings(kind: type[SectionType], path: str | Path, overrides: Sequence[str] = ()) -> SectionType:
     """The settings of a YAML file and `key.sub=value` overrides. Raises ConfigError."""
+    return validate_settings(kind, load_data(path, overrides))
+
+
+def load_data(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain data of a YAML file with overrides, not validated yet. Raises ConfigError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -46,7 +51,7 @@ def load_settings(kind: type[SectionType], path: str | Path, overrides: Sequence
         raise ConfigError(f"{path}: a config should be a mapping of sections, not {_kind(data)}")
     for item in overrides:
         _override(data, item)
-    return validate_settings(kind, data)
+    return data
 
 
 def validate_settings(kind: type[SectionType], data: Any, where: str = "") -> SectionType:

@@ -132,7 +132,7 @@ SAYS = {
     "options, path, weight, when)",
     "model.lora.rnk=1": "model.lora.rnk: unknown setting; did you mean 'rank'? (one of: alpha, rank, targets)",
     "rollout.sampler=dancesde": "rollout.sampler: 'dancesde' is not valid; did you mean 'dance_sde'? it should be "
-    "'dance_sde', 'flow_sde' or 'cps'",
+    "'dance_sde', 'flow_sde', 'cps' or 'ddim'",
     "rollout.shift=abc": "rollout.shift: 'abc' is not valid; it should be a number or 'pipeline'",
     "rollout.shift=-1": "rollout.shift: -1 is not valid; it should be above 0 or 'pipeline'",
     "rollout.shift=Pipline": "rollout.shift: 'Pipline' is not valid; did you mean 'pipeline'? it should be a number or "
@@ -226,9 +226,11 @@ def test_an_unreadable_file_is_refused(tmp_path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_the_recipes_load(path):
     if path.name.startswith("pretrain-"):
-        from fastgrpo.shapes.pretrain import PretrainConfig
+        from fastgrpo.pretrain.clip import ClipConfig
+        from fastgrpo.pretrain.recipe import PretrainConfig
 
-        assert isinstance(load_settings(PretrainConfig, path), PretrainConfig)
+        kind = ClipConfig if "clip" in path.name else PretrainConfig
+        assert isinstance(load_settings(kind, path), kind)
     else:
         assert isinstance(load_config(path), Config)
 

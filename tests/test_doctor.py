@@ -10,7 +10,7 @@ from tiny import tiny_config
 from fastgrpo.cli import main
 from fastgrpo.config import dump
 from fastgrpo.doctor import q_floor, self_test
-from fastgrpo.schedule import plan_rollout
+from fastgrpo.schedule import flow_levels, plan_rollout
 from fastgrpo_kernels import shift_moments
 
 
@@ -57,7 +57,7 @@ def test_a_threshold_in_the_rounding_noise_is_named(tiny_flux):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_floor_is_what_rounding_adds_to_a_measured_q(tiny_flux, dtype):
     config = tiny_config(tiny_flux)
-    levels = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    levels = flow_levels([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], "transformer")
     plan = plan_rollout(config.rollout, levels, 4, 0, 0)
     step = int(np.flatnonzero(plan.trained[:, 0])[0])
     b, s = plan.transitions[step].b, plan.transitions[step].s

@@ -61,7 +61,7 @@ def test_the_export_draws_the_same_images_in_diffusers(trained_run, tmp_path, me
         pipe.load_lora_weights(str(out))
     base = load_family(config.model, ALONE.device)
     untouched = draw(base, heldout_prompts(config, 4), config, ALONE)
-    base.pipeline.transformer = pipe.transformer
+    base.modules["transformer"] = pipe.transformer
     theirs = draw(base, heldout_prompts(config, 4), config, ALONE)
     assert (ours - theirs).abs().max() < 1e-5
     assert (ours - untouched).abs().max() > 1e-4

@@ -94,6 +94,7 @@ def test_the_base_install_is_small(wheel):
 def test_every_extra_that_an_error_names_exists_and_brings_the_package():
     extras = PROJECT["optional-dependencies"]
     distributions = {"PIL": "pillow", "pynvml": "nvidia-ml-py", "flash_attn": "flash-attn"}
+    distributions["prometheus_client"] = "prometheus-client"
     for package, extra in EXTRAS.items():
         names = {re.match(r"[\w-]+", r)[0] for r in extras[extra]}  # pyright: ignore[reportOptionalSubscript]
         assert distributions.get(package, package) in names, f"fastgrpo[{extra}] does not bring {package}"

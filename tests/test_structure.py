@@ -21,7 +21,7 @@ ROOMS = [
     {"parallel", "charts", "pictures"},
     {"rollout"},
     {"update", "scoring", "evaluate", "resume"},
-    {"trainer", "export", "sample", "report"},
+    {"trainer", "export", "sample", "report", "pretrain"},
     {"doctor", "bench_cli"},
     {"cli"},
     {"__main__"},

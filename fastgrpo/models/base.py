@@ -79,6 +79,8 @@ class ModelFamily(abc.ABC):
     guidance_style: ClassVar[Literal["embedded", "cfg"]]
     # Components that are trained; `noise_levels` says which of them acts at a step.
     trained: ClassVar[tuple[str, ...]] = ("transformer",)
+    # The encoding of a prompt's image, if the family conditions on one: latents of one frame.
+    first_frame: ClassVar[str | None] = None
     # Encodings that stay on the host (`Conditioning.host`).
     host_names: ClassVar[tuple[str, ...]] = ()
     # Components that only encoding prompts needs.
@@ -197,6 +199,10 @@ class ModelFamily(abc.ABC):
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Embeddings of prompts' texts (and images) by `encoder`, [len(prompts), …] each; of negatives alike."""
+
+    def encode_texts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """`encode_prompts` without what images bring."""
+        return self.encode_prompts(prompts)
 
     @abc.abstractmethod
     def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:

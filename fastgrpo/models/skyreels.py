@@ -27,6 +27,7 @@ class SkyReels(HunyuanVideo):
     name = "skyreels"
     pipeline_classes = ("HunyuanSkyreelsImageToVideoPipeline",)
     guidance_style = "cfg"
+    first_frame = "first_frame"
 
     @classmethod
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -38,6 +39,9 @@ class SkyReels(HunyuanVideo):
                 "and a first frame); the family of a text-to-video model is hunyuan_video"
             )
 
+    def encode_texts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        return super().encode_prompts(prompts)
+
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         vae = self.pipeline.vae
         pixels = first_frames(self.pipeline, prompts, self.config, self.device).to(vae.dtype)
@@ -46,7 +50,7 @@ class SkyReels(HunyuanVideo):
             vae.encode(image[None, :, None]).latent_dist.sample(torch.Generator().manual_seed(0)) for image in pixels
         ]
         first = torch.cat(latents).float() * vae.config.scaling_factor
-        return {**super().encode_prompts(prompts), "first_frame": first}
+        return {**self.encode_texts(prompts), "first_frame": first}
 
     def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
         # The branches have the same first frame: a negative prompt keeps its prompt's image.

@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline of about a million parameters: diffusers' own classes, a closed vocabulary.
+"""A Stable Diffusion pipeline of under two million parameters: diffusers' own classes, a closed vocabulary.
 
 `StableDiffusionPipeline.from_pretrained` loads what `build_pipeline(...).save_pretrained` writes.
 """
@@ -23,7 +23,7 @@ class TinyStableDiffusionSizes(Section):
     latent_channels: int = 3
     vae_channels: list[int] = Field(default_factory=lambda: [16, 32, 48])
     # Channels of the UNet at 8×8 and at 4×4 latents; the latter alone attends to the text.
-    unet_channels: list[int] = Field(default_factory=lambda: [48, 128])
+    unet_channels: list[int] = Field(default_factory=lambda: [32, 80])
     attention_head_dim: int = 32
     text_width: int = 64
     text_layers: int = 2
