@@ -160,6 +160,11 @@ class Rollout(Section):
         default="auto",
         description="Of the trained steps: kept, or drawn again from its key; auto keeps it on a CPU only.",
     )
+    gather: Literal["auto", "once", "per_block"] = Field(
+        default="auto",
+        description="Sharded weights: once: gathered for the whole rollout; per_block: for each block's forward, and "
+        "freed after it; auto: once where memory allows.",
+    )
     old_values: Literal["velocity", "log_prob"] = Field(
         default="velocity",
         description="What an update compares with. velocity: the model's output, exact. log_prob: latents and their "
@@ -243,6 +248,9 @@ class ObjectiveConfig(Section):
 
 
 class Optimizer(Section):
+    kind: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit: moments of one byte (bitsandbytes), 2 bytes a weight for 8."
+    )
     lr: PositiveFloat = 1e-5
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -261,8 +269,15 @@ class Update(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no EMA.")
-    grad_sync: Literal["once", "per_micro_batch"] = Field(
-        default="once", description="Gradients reduced over ranks once per optimizer step, or after each micro-batch."
+    gather: Literal["auto", "once", "per_block"] = Field(
+        default="auto",
+        description="Sharded weights: once: kept gathered over the micro-batches of an optimizer step; per_block: "
+        "gathered for each block's forward, and again for its backward; auto: once where memory allows.",
+    )
+    grad_sync: Literal["auto", "once", "per_micro_batch"] = Field(
+        default="auto",
+        description="Gradients reduced over ranks once per optimizer step, which keeps 4 bytes of every trained weight "
+        "on every rank, or after each micro-batch; auto: once where that is small (a LoRA, a small model).",
     )
 
 
@@ -300,7 +315,21 @@ class Telemetry(Section):
 class Parallel(Section):
     fsdp: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="FSDP2 sharding over all ranks; auto: on for several ranks, or where dtype is bfloat16.",
+        description="FSDP2 sharding; auto: on for several ranks, or where dtype is bfloat16.",
+    )
+    replicate: PositiveInt = Field(default=1, description="Copies of the sharded model: HSDP, as one for each node.")
+    shard: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="Ranks a copy is sharded over, beside context; auto: all there are."
+    )
+    context: PositiveInt = Field(
+        default=1,
+        description="Ranks that share the tokens of a sample (Ulysses), which must be of one node; weights are sharded "
+        "over them too.",
+    )
+    frozen: Literal["shard", "replicate"] = Field(
+        default="shard",
+        description="The weights that a LoRA run, or model.trainable, does not train: sharded and gathered like the "
+        "others, or whole on every rank and never gathered.",
     )
 
 

@@ -25,7 +25,7 @@ from fastgrpo.evaluate import evaluate, heldout_prompts, record
 from fastgrpo.models import check_family, load_family
 from fastgrpo.objective import SUMMED
 from fastgrpo.optimizer import OptimizerState
-from fastgrpo.parallel import World, checkpoint_activations, shard, start_world
+from fastgrpo.parallel import World, checkpoint_activations, gathered, residency, shard, start_world
 from fastgrpo.prompts import PromptSampler, SpreadSampler, load_prompts
 from fastgrpo.resume import GOING_ON, PREEMPTED, claim_directory, listening
 from fastgrpo.rewards import Scores, load_reward, release
@@ -56,7 +56,8 @@ class Trainer:
         self._prepare_weights()
         total = config.train.iterations * config.update.optimizer_steps
         self.optimizer = OptimizerState(self.family.policy, config.update, total)
-        self.updater = Updater(self.family, config, self.world, self.optimizer, self._reference())
+        self.residency = residency(config, self.family.policy, self.world)
+        self.updater = Updater(self.family, config, self.world, self.optimizer, self._reference(), self.residency)
         roll = config.rollout
         self.samples = roll.prompts_per_iteration * roll.group_size
         kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
@@ -124,7 +125,8 @@ class Trainer:
         layout = lay_out(plan, config.rollout, self.mine)
         with self.timer.phase("conditioning"):
             conditioning = self.family.encode([chosen[i] for i in layout.prompts])
-        with self.timer.phase("rollout"):
+        kept = gathered(self.family.modules.values(), self.residency.rollout_gathered)
+        with self.timer.phase("rollout"), kept:
             trajectory = rollout(self.family, plan, layout, conditioning, config.rollout, config.run.seed, iteration)
         with self.timer.phase("decode"):
             images = decode(self.family, trajectory.latents, config.rollout.decode_batch)
@@ -269,7 +271,7 @@ class Trainer:
         for module in family.modules.values():
             blocks = family.blocks(module)
             checkpoint_activations(blocks, model.activation_checkpointing)
-            shard(module, blocks, self.world, model.dtype)
+            shard(module, blocks, self.world, self.config)
 
     def _reference(self) -> Any:
         """What gives the KL's reference components: frozen copies, or the family's own with their LoRA switched off."""

@@ -18,7 +18,7 @@ from fastgrpo.config import Config
 from fastgrpo.models.base import Conditioning, ModelFamily, to_device
 from fastgrpo.objective import Statistics, policy_loss
 from fastgrpo.optimizer import OptimizerState
-from fastgrpo.parallel import World, set_gradient_sync
+from fastgrpo.parallel import KEPT, Residency, World, hold_weights, set_gradient_sync
 from fastgrpo.rollout import Layout, Trajectory, lay_out, rank_samples
 from fastgrpo.schedule import RolloutPlan, loss_scale
 from fastgrpo_kernels import log_prob, noise, shift_moments
@@ -93,6 +93,7 @@ class Updater:
     world: World
     optimizer: OptimizerState
     reference: Callable[[], AbstractContextManager[Mapping[str, nn.Module] | None]] | None = None
+    residency: Residency = KEPT
 
     def run(
         self, plan: RolloutPlan, trajectory: Trajectory, conditioning: Conditioning, advantages: np.ndarray,
@@ -114,15 +115,17 @@ class Updater:
         steps, samples = self.config.update.optimizer_steps, len(advantages)
         moves = (advantages.reshape(samples, -1) != 0).any(axis=1)
         worth = trainable & (moves | (self.config.objective.kl_weight > 0))
-        scale = loss_scale(self.config.objective, plan) * self.world.size * steps / (samples * plan.pairs_per_sample)
+        scale = loss_scale(self.config.objective, plan) * self.world.ranks * steps / (samples * plan.pairs_per_sample)
         for k in range(steps):
             chosen = self._choose(plan, trajectory.layout, worth, k)
             if not chosen:
                 continue
             statistics = Statistics.zeros(device)
             for micro in chosen:
-                sync = micro.syncs or self.config.update.grad_sync == "per_micro_batch"
-                set_gradient_sync(self.family.modules[micro.module], sync)
+                module = self.family.modules[micro.module]
+                set_gradient_sync(module, micro.syncs or not self.residency.sync_once)
+                if self.residency.update_gathered:
+                    hold_weights(module, last=micro.syncs)
                 loss, counted = self._loss(micro, trajectory, conditioning, batch, iteration)
                 (loss * scale).backward()
                 statistics.add(counted)

@@ -1,0 +1,133 @@
+"""Ranks: one rank is two ranks, sharded or replicated, however weights are gathered and gradients reduced; a mesh that
+cannot be is one line before anything loads. Two processes on gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_trainer import metrics
+from tiny import tiny_config
+
+from fastgrpo.errors import ConfigError
+from fastgrpo.parallel import World, check_world, residency
+from fastgrpo.trainer import Trainer
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, "tests")
+from test_parallel import finished
+torch.set_num_threads(1)
+path, folder = sys.argv[1:3]
+for name, settings in json.loads(sys.argv[3]).items():
+    finished(path, Path(folder) / name, settings)
+"""
+
+UPDATE = {"optimizer_steps": 2, "ema_decay": 0.9}
+ALONE = {"update": UPDATE}
+VARIANTS = {
+    "once": {"update": {**UPDATE, "grad_sync": "once", "gather": "once"}, "rollout": {"gather": "once"}},
+    "per block": {
+        "update": {**UPDATE, "grad_sync": "per_micro_batch", "gather": "per_block"},
+        "rollout": {"gather": "per_block"},
+    },
+    "replicated": {"update": UPDATE, "parallel": {"replicate": 2}},
+}
+
+
+def finished(path: Path, folder: Path, settings: dict) -> None:
+    """A short run with evaluations, and its whole weights."""
+    settings = {**settings, "rollout": {"group_size": 4, **settings.get("rollout", {})}}
+    trainer = Trainer(tiny_config(path, folder, train={"iterations": 2}, eval={"every": 1, "images": 5}, **settings))
+    trainer.run()
+    named = trainer.family.transformer.named_parameters()
+    full = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().contiguous() for n, p in named}
+    if trainer.world.main:
+        save_file(full, folder / "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_flux, tmp_path_factory):
+    """Every variant on two ranks, and the run of one rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    port = ["--master-port", str(29500 + os.getpid() % 1000)]
+    arguments = [str(folder / "script.py"), str(tiny_flux), str(folder), json.dumps(VARIANTS)]
+    done = subprocess.run([*command, *port, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr.partition("Traceback")[2][:3000]
+    finished(tiny_flux, folder / "alone", ALONE)
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_are_one_rank(tiny_flux, runs, variant):
+    compare(tiny_flux, runs / "alone", runs / variant)
+
+
+def compare(path: Path, alone: Path, together: Path) -> None:
+    one, two = load_file(alone / "weights.safetensors"), load_file(together / "weights.safetensors")
+    start = load_file(next(Path(path).glob("transformer/*.safetensors")))
+    moved = torch.stack([(one[n] - start[n]).norm() for n in one]).norm()
+    apart = torch.stack([(one[n] - two[n]).norm() for n in one]).norm()
+    # Adam divides by √v: where a gradient is nearly 0, its rounding decides the sign of a step.
+    assert apart / moved < 1e-2
+    for a, b in zip(metrics(alone), metrics(together), strict=True):
+        assert a["reward/mean"] == pytest.approx(b["reward/mean"], abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["ratio/first_max_deviation"] == b["ratio/first_max_deviation"] == 0
+    for iteration in range(3):
+        rewards = [
+            json.loads((d / "eval" / f"00000{iteration}.json").read_text())["rewards"] for d in (alone, together)
+        ]
+        assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parallel, ranks, local, said",
+    [
+        (
+            {"replicate": 3},
+            4,
+            4,
+            "replicate 3 × shard auto × context 1 needs a multiple of 3 ranks, and there are 4",
+        ),
+        ({"replicate": 2, "shard": 4}, 4, 4, "replicate 2 × shard 4 × context 1 needs 8 ranks, and there are 4"),
+        ({"context": 3}, 6, 2, "parallel.context: groups of 3 ranks do not fit nodes of 2; make it a divisor of 2"),
+        ({}, 4, 4, "6 samples an iteration do not divide over 4 ranks × 1 optimizer steps"),
+        ({"fsdp": "off"}, 2, 2, "parallel.fsdp: off, but there are several ranks"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_cannot_be_is_one_line(tiny_flux, parallel, ranks, local, said):
+    with pytest.raises(ConfigError, match=said):
+        check_world(tiny_config(tiny_flux, parallel=parallel), ranks, local)
+
+
+def test_what_makes_a_mesh(tiny_flux):
+    for parallel, ranks in (
+        ({"replicate": 3}, 6),
+        ({"shard": 2}, 2),
+        ({"context": 2}, 4),
+        ({"replicate": 2, "context": 2}, 12),
+    ):
+        check_world(tiny_config(tiny_flux, parallel=parallel), ranks, ranks)
+
+
+def test_auto_keeps_what_memory_allows(tiny_flux):
+    config = tiny_config(tiny_flux)
+    policy = torch.nn.Linear(1000, 1000, bias=False)
+    # 4 MB of weights, 8 of moments, 4 of gradients; nothing is sharded, so nothing is gathered.
+    for megabytes, kept in ((0, (True, True, True)), (100, (True, True, True)), (30, (True, True, False)),
+                            (20, (True, False, False)), (14, (False, False, False))):  # fmt: skip
+        found = residency(config, policy, World(0, 1, torch.device("cpu"), memory=megabytes * 10**6))
+        assert (found.rollout_gathered, found.update_gathered, found.sync_once) == kept, megabytes
+    fixed = tiny_config(tiny_flux, rollout={"gather": "once"}, update={"gather": "per_block", "grad_sync": "once"})
+    found = residency(fixed, policy, World(0, 1, torch.device("cpu"), memory=1))
+    assert (found.rollout_gathered, found.update_gathered, found.sync_once) == (True, False, True)
