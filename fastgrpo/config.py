@@ -248,9 +248,6 @@ class ObjectiveConfig(Section):
 
 
 class Optimizer(Section):
-    kind: Literal["adamw", "adamw_8bit"] = Field(
-        default="adamw", description="adamw_8bit: moments of one byte (bitsandbytes), 2 bytes a weight for 8."
-    )
     lr: PositiveFloat = 1e-5
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -110,6 +110,8 @@ def check_world(config: Config, ranks: int, local: int) -> None:
     """Raises ConfigError unless `ranks` processes, `local` of them on each node, make the mesh of `parallel`, and share
     an iteration's samples equally. Called before anything loads."""
     parallel = config.parallel
+    if parallel.context > 1:
+        raise ConfigError("parallel.context: splitting a sample's tokens is not there yet; leave it at 1")
     fixed = parallel.replicate * parallel.context
     if ranks % fixed or (parallel.shard != "auto" and ranks != fixed * parallel.shard):
         shape = f"replicate {parallel.replicate} × shard {parallel.shard} × context {parallel.context}"
@@ -174,8 +176,8 @@ def residency(config: Config, policy: nn.Module, world: World) -> Residency:
     state of a rank beside the gathered weights, against its device's memory (where that is unknown, all is kept)."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     held = sum(p.numel() * p.element_size() for p in map(local, policy.parameters()))
-    moments = 2 if config.update.optimizer.kind == "adamw_8bit" else 8
-    state = sum(map(torch.Tensor.numel, map(local, trained))) * (moments + (4 if config.update.ema_decay else 0))
+    # AdamW's moments, and the EMA.
+    state = sum(map(torch.Tensor.numel, map(local, trained))) * (12 if config.update.ema_decay else 8)
     compute = DTYPES[config.model.dtype].itemsize
     gathered = sum(p.numel() * compute for p in policy.parameters() if isinstance(p, DTensor))
     gradients = 4 * sum(p.numel() for p in trained)
