@@ -6,6 +6,7 @@ in model.dtype), at one rank too; a float32 run on one rank needs no wrapping an
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgrpo.config import Config
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.base import DTYPES
+from fastgrpo.models.base import DTYPES, ModelFamily
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,23 @@ def check_world(config: Config, ranks: int, local: int) -> None:
             f"rollout.prompts_per_iteration: {samples} samples an iteration do not divide over {groups} × "
             f"{config.update.optimizer_steps} optimizer steps; make prompts × group_size a multiple of {shares}"
         )
+
+
+def prepare_weights(family: ModelFamily, config: Config, world: World) -> dict[str, nn.Module] | None:
+    """Makes trainable what the config trains, with checkpointing and sharding, in place; gives the frozen copies that a
+    KL term of full fine-tuning compares with."""
+    torch.manual_seed(config.run.seed)
+    frozen = None
+    if config.objective.kl_weight and not config.model.lora:
+        frozen = {name: copy.deepcopy(module).to(family.dtype) for name, module in family.modules.items()}
+        for module in frozen.values():
+            shard(module, family.blocks(module), world, config)
+    family.make_trainable()
+    for module in family.modules.values():
+        blocks = family.blocks(module)
+        checkpoint_activations(blocks, config.model.activation_checkpointing)
+        shard(module, blocks, world, config)
+    return frozen
 
 
 def shard(transformer: nn.Module, blocks: list[nn.Module], world: World, config: Config) -> None:

@@ -5,7 +5,6 @@ The host is asked once an iteration, at scoring: images come to it there, and th
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +24,7 @@ from fastgrpo.evaluate import evaluate, heldout_prompts, record
 from fastgrpo.models import check_family, load_family
 from fastgrpo.objective import SUMMED
 from fastgrpo.optimizer import OptimizerState
-from fastgrpo.parallel import World, checkpoint_activations, gathered, residency, shard, start_world
+from fastgrpo.parallel import World, gathered, prepare_weights, residency, start_world
 from fastgrpo.prompts import PromptSampler, SpreadSampler, load_prompts
 from fastgrpo.resume import GOING_ON, PREEMPTED, claim_directory, listening
 from fastgrpo.rewards import Scores, load_reward, release
@@ -53,7 +52,7 @@ class Trainer:
         self.store = CheckpointStore.of_run(self.dir, self.world.main)
         start = claim_directory(config, self.store, self.world)
         self.family = load_family(config.model, self.world.device)
-        self._prepare_weights()
+        self._frozen = prepare_weights(self.family, config, self.world)
         total = config.train.iterations * config.update.optimizer_steps
         self.optimizer = OptimizerState(self.family.policy, config.update, total)
         self.residency = residency(config, self.family.policy, self.world)
@@ -260,18 +259,6 @@ class Trainer:
             self.sampler.spread[:] = np.array(state["prompt_spread"], dtype=np.float64)
         if state["best_iteration"] is not None:
             self.best = (state["best_iteration"], state["best_score"])
-
-    def _prepare_weights(self) -> None:
-        torch.manual_seed(self.config.run.seed)
-        family, model = self.family, self.config.model
-        self._frozen = None
-        if self.config.objective.kl_weight and not model.lora:
-            self._frozen = {name: copy.deepcopy(m).to(family.dtype) for name, m in family.modules.items()}
-        family.make_trainable()
-        for module in family.modules.values():
-            blocks = family.blocks(module)
-            checkpoint_activations(blocks, model.activation_checkpointing)
-            shard(module, blocks, self.world, self.config)
 
     def _reference(self) -> Any:
         """What gives the KL's reference components: frozen copies, or the family's own with their LoRA switched off."""
