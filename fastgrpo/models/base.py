@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastgrpo.config import Model
 from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.models.embeddings import EmbeddingCache, key_of, model_digest
+from fastgrpo.models.lora import check_targets, without_weights
 from fastgrpo.prompts import Prompt
 from fastgrpo.schedule import NoiseLevels, flow_levels, linear_levels, shifted
 
@@ -102,7 +103,12 @@ class ModelFamily(abc.ABC):
     def from_config(cls, config: Model, device: torch.device) -> ModelFamily:
         """Loads the pipeline at model.path. Raises ConfigError, before any weight is loaded where it can be told."""
         path = resolve_path(config.path)
-        cls.check(config, cls._read_configs(config, path))
+        parts = cls._read_configs(config, path)
+        cls.check(config, parts)
+        if config.lora and config.lora.targets:
+            with _loading(config, cls):
+                for name in parts.keys() & cls.trained:
+                    check_targets(config.lora.targets, without_weights(parts[name]))
         cache = None
         if config.embedding_cache is not None:
             settings = {"family": cls.name, "dtype": config.dtype, "max_sequence_length": config.max_sequence_length}
@@ -138,7 +144,11 @@ class ModelFamily(abc.ABC):
         master = compute if config.lora else torch.float32
         dtypes = {**dict.fromkeys(cls.trained, master), "default": compute}
         with _loading(config, cls):
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **without)
+            index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
+            # Components that the directory goes without (SD 3's T5) must be given as None.
+            absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
+            parts = {**dict.fromkeys(absent), **without}
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -289,23 +299,17 @@ class ModelFamily(abc.ABC):
                 )
 
     def add_lora(self) -> None:
-        """Adds trainable float32 LoRA layers (PEFT) to the frozen components. Raises ConfigError without a match."""
+        """Adds trainable float32 LoRA layers (PEFT) to the frozen components. Raises ConfigError for no match."""
         from peft import LoraConfig
 
         lora = self.config.lora
         assert lora is not None
         targets = list(lora.targets or self.lora_targets)
         for module in self.modules.values():
-            try:
-                # PEFT's alpha may be any number, whatever its annotation says.
-                adapter = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets)
-                cast(Any, module).add_adapter(adapter)
-            except ValueError:
-                linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-                names = sorted({n.rsplit(".", 1)[-1] for n in linear})
-                raise ConfigError(
-                    f"model.lora.targets: {targets} match no layer; layers end in: {', '.join(names)}"
-                ) from None
+            check_targets(targets, module)
+            # PEFT's alpha may be any number, whatever its annotation says.
+            adapter = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets)
+            cast(Any, module).add_adapter(adapter)
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
@@ -334,11 +338,11 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def guide(branches: Tensor, scale: float, rescale_norm: bool = False) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598) of a model output [2B, …], negative rows first: [B, …].
 
-    negative + scale·(positive − negative), in float32, rounded to the output's dtype (the gradient passes straight
-    through to both branches); with `rescale_norm`, scaled along the last dimension to the norm of the positive branch,
-    as Qwen-Image's pipeline does.
+    negative + scale·(positive − negative), in float32 at least, rounded to the output's dtype (the gradient passes
+    straight through to both branches); with `rescale_norm`, scaled along the last dimension to the norm of the positive
+    branch, as Qwen-Image's pipeline does.
     """
-    negative, positive = branches.float().chunk(2)
+    negative, positive = branches.to(torch.promote_types(branches.dtype, torch.float32)).chunk(2)
     guided = negative + scale * (positive - negative)
     if rescale_norm:
         guided = guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrpo.config import Model
@@ -59,13 +58,25 @@ class QwenImage(ModelFamily):
         return scheduler_levels(scheduler, "transformer", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        text, mask = self.encoder.encode_prompt(
-            [p.text for p in prompts], device=self.device, max_sequence_length=self.config.max_sequence_length
+        """`text` [B, L, D], zero where a prompt has ended, and `mask` [B, L], bool.
+
+        The pipeline pads to a batch's longest prompt, and other lengths give other bits: here the length is constant.
+        """
+        pipeline = self.encoder
+        cut = pipeline.prompt_template_encode_start_idx
+        tokens = pipeline.tokenizer(
+            [pipeline.prompt_template_encode.format(p.text) for p in prompts],
+            max_length=cut + self.config.max_sequence_length,
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        output = pipeline.text_encoder(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
         )
-        if mask is None:
-            mask = torch.ones(text.shape[:2], device=text.device)
-        missing = self.config.max_sequence_length - text.shape[1]
-        return {"text": F.pad(text, (0, 0, 0, missing)), "mask": F.pad(mask.bool(), (0, missing))}
+        text, mask = output.hidden_states[-1][:, cut:], tokens.attention_mask[:, cut:].bool()
+        return {"text": text * mask[..., None], "mask": mask}
 
     def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
         inputs, times = x.to(self.dtype), time
