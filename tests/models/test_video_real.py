@@ -8,16 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_no_host_read import fake
+from test_no_host_read import run_iteration
 from tiny_video import video_config
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from fastgrpo.models import Conditioning, family_class
-from fastgrpo.optimizer import OptimizerState
-from fastgrpo.parallel import World
-from fastgrpo.rollout import decode, lay_out, rollout
-from fastgrpo.schedule import plan_rollout
-from fastgrpo.update import Updater
 
 WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "cross_attn_norm": True}
 WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "cross_attn_norm": True, "in_channels": 48, "out_channels": 48}
@@ -78,7 +70,7 @@ def real_pipeline(kind: str, depth: dict[str, int]) -> Any:
     return pipeline(**parts)
 
 
-def run(kind: str, depth: dict[str, int], lora: dict[str, Any] | None) -> dict[str, tuple[int, ...]]:
+def run(kind: str, depth: dict[str, int], lora: dict[str, Any] | None) -> dict[str, torch.Size]:
     """One iteration of one prompt's pair of videos of 9 frames, 384 × 384."""
     tokens = REAL[kind][2]["text"][0]
     model = {"family": kind.split("_5b")[0].removesuffix("_i2v"), "guidance": 5.0, "max_sequence_length": tokens,
@@ -86,26 +78,8 @@ def run(kind: str, depth: dict[str, int], lora: dict[str, Any] | None) -> dict[s
     roll = {"prompts_per_iteration": 1, "group_size": 2, "steps": 2, "forward_batch": 2, "decode_batch": 2,
             "trained": {"kind": "window", "size": 1, "start": 0}}  # fmt: skip
     config = video_config("unused", "wan", model=model, rollout=roll)
-    pipeline = real_pipeline(kind, depth)
-    family = family_class(config.model.family)(pipeline, config.model, torch.device("meta"))
-    family.make_trainable()
-    family.device = device = torch.device("cpu")
-    plan = plan_rollout(config.rollout, family.noise_levels(2, "pipeline"), 2, 0, 0)
-    layout = lay_out(plan, config.rollout, np.arange(2))
-    with FakeTensorMode():
-        fake(family.policy)
-        fake(pipeline.vae)
-        if "latent_statistics" in dir(family):
-            mean = torch.empty(1, REAL[kind][3], 1, 1, 1)
-            vars(family)["latent_statistics"] = mean, mean
-        lengths = {"text_length": np.array([37]), "negative_text_length": np.array([1])}
-        conditioning = Conditioning({name: torch.empty(1, *shape) for name, shape in REAL[kind][2].items()}, lengths)
-        trajectory = rollout(family, plan, layout, conditioning, config.rollout, 0, 0)
-        videos = decode(family, trajectory.latents, config.rollout.decode_batch)
-        updater = Updater(family, config, World(0, 1, device), OptimizerState(family.policy, config.update, 1))
-        result = updater.run(plan, trajectory, conditioning, np.array([1.0, -1.0]), np.ones(2, bool), 0)
-    assert len(result.grad_norms) == 1
-    return {"latents": tuple(trajectory.latents.shape), "videos": tuple(videos.shape)}
+    lengths = {"text_length": np.array([37]), "negative_text_length": np.array([1])}
+    return run_iteration(real_pipeline(kind, depth), config, REAL[kind][2], lengths)
 
 
 # One of Wan here: its image to video takes all that its text to video takes.
@@ -117,7 +91,7 @@ def test_one_layer_of_the_real_width(kind):
     shapes = run(kind, dict.fromkeys(REAL[kind][1], 1), None)
     factor = 16 if "5b" in kind else 8
     assert shapes["latents"] == (2, REAL[kind][3], 3, 384 // factor, 384 // factor)
-    assert shapes["videos"] == (2, 3, 9, 384, 384)
+    assert shapes["images"] == (2, 3, 9, 384, 384)
 
 
 @pytest.mark.full
@@ -129,4 +103,4 @@ def test_the_whole_model(kind, lora):
     assert {"hunyuan_video": 12.8, "skyreels": 12.8, "wan": 14.3, "wan_i2v": 16.4, "wan_5b_i2v": 5.0}[
         kind
     ] == pytest.approx(size, abs=0.2)
-    assert run(kind, REAL[kind][1], lora)["videos"] == (2, 3, 9, 384, 384)
+    assert run(kind, REAL[kind][1], lora)["images"] == (2, 3, 9, 384, 384)

@@ -1,0 +1,145 @@
+"""Rollout, decode and update of the image models at their real configurations, under FakeTensorMode: every shape and
+keyword of the real thing, no host read, without its weights. Reduced depth here, whole in `make test-full`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from test_no_host_read import run_iteration
+from tiny_images import image_config
+
+from fastgrpo.config import Config
+
+# Stable Diffusion 1.5, FLUX.1-dev, Stable Diffusion 3.5 large and Qwen-Image, as their config.json files have them.
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
+    "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+SD_15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
+SD_XL = {
+    "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "sample_size": 128, "use_linear_projection": True,
+    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+SD_35_LARGE = {
+    "num_attention_heads": 38, "attention_head_dim": 64, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm", "pooled_projection_dim": 2048, "joint_attention_dim": 4096,
+}  # fmt: skip
+FLUX = {"in_channels": 64, "guidance_embeds": True}
+# kind: (family, whole depth, reduced depth, size, what a prompt is encoded to, billions of parameters)
+REAL: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, dict[str, tuple[int, ...]], float]] = {
+    "sd15": ("stable_diffusion", {"layers_per_block": 2}, {"layers_per_block": 1}, 512, {"text": (77, 768)}, 0.86),
+    "sdxl": (
+        "stable_diffusion",
+        {"layers_per_block": 2},
+        {"layers_per_block": 1, "transformer_layers_per_block": 1},
+        1024,
+        {"text": (77, 2048), "pooled": (1280,)},
+        2.57,
+    ),
+    "flux": (
+        "flux",
+        {"num_layers": 19, "num_single_layers": 38},
+        {"num_layers": 1, "num_single_layers": 1},
+        720,
+        {"text": (512, 4096), "pooled": (768,)},
+        11.9,
+    ),
+    "sd35_large": (
+        "sd3", {"num_layers": 38}, {"num_layers": 2}, 1024, {"text": (77 + 256, 4096), "pooled": (2048,)}, 8.06
+    ),
+    "qwen_image": (
+        "qwen_image", {"num_layers": 60}, {"num_layers": 1}, 720, {"text": (256, 3584), "mask": (256,)}, 20.4
+    ),
+}  # fmt: skip
+
+
+def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
+    """The pipeline as it is configured, of any depth, on the meta device."""
+    flow = diffusers.FlowMatchEulerDiscreteScheduler
+    with torch.device("meta"):
+        if kind in ("sd15", "sdxl"):
+            settings: Any = {"in_channels": 4, "out_channels": 4, **(SD_15 if kind == "sd15" else SD_XL), **depth}
+            vae: Any = {**VAE, "latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True}
+            parts: dict[str, Any] = {
+                "unet": diffusers.UNet2DConditionModel(**settings),
+                "vae": diffusers.AutoencoderKL(**vae),
+            }
+        elif kind == "flux":
+            settings, vae = {**FLUX, **depth}, {**VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+            parts = {"transformer": diffusers.FluxTransformer2DModel(**settings), "vae": diffusers.AutoencoderKL(**vae)}
+        elif kind == "sd35_large":
+            settings, vae = {**SD_35_LARGE, **depth}, {**VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+            parts = {"transformer": diffusers.SD3Transformer2DModel(**settings), "vae": diffusers.AutoencoderKL(**vae)}
+        else:
+            settings = {"guidance_embeds": False, **depth}
+            parts = {
+                "transformer": diffusers.QwenImageTransformer2DModel(**settings),
+                "vae": diffusers.AutoencoderKLQwenImage(),
+            }
+    encoders = {
+        "sd15": ("text_encoder", "tokenizer", "safety_checker", "feature_extractor"),
+        "sd35_large": ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
+        "qwen_image": ("text_encoder", "tokenizer"),
+    }
+    parts |= dict.fromkeys(encoders.get(kind, ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")))
+    if kind in ("sd15", "sdxl"):
+        parts["scheduler"] = diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1,
+            set_alpha_to_one=False,
+        )  # fmt: skip
+        if kind == "sd15":
+            return diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    if kind == "flux":
+        return diffusers.FluxPipeline(**parts, scheduler=flow(shift=3.0, use_dynamic_shifting=True))
+    if kind == "sd35_large":
+        return diffusers.StableDiffusion3Pipeline(**parts, scheduler=flow(shift=3.0))
+    dynamic: Any = {"max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02, "use_dynamic_shifting": True}
+    return diffusers.QwenImagePipeline(**parts, scheduler=flow(**dynamic))
+
+
+def config_of(kind: str, lora: dict[str, Any] | None) -> Config:
+    """One prompt's pair of images, two trained steps."""
+    family, _, _, size, encoded, _ = REAL[kind]
+    model = {"family": family, "guidance": 4.0, "height": size, "width": size, "lora": lora,
+             "max_sequence_length": encoded["text"][0]}  # fmt: skip
+    roll = {"prompts_per_iteration": 1, "group_size": 2, "steps": 3, "forward_batch": 2, "decode_batch": 1,
+            "trained": {"kind": "window", "size": 2, "start": 0}}  # fmt: skip
+    return image_config("unused", "flux", model=model, rollout=roll)
+
+
+def encoded_of(kind: str) -> dict[str, tuple[int, ...]]:
+    """Of a prompt, and where guidance has two branches, of its negative."""
+    encoded = REAL[kind][4]
+    return encoded if kind == "flux" else encoded | {f"negative_{name}": shape for name, shape in encoded.items()}
+
+
+LATENTS = {
+    "sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (2025, 64), "sd35_large": (16, 128, 128),
+    "qwen_image": (2025, 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.full) if k == "sdxl" else k for k in REAL])
+def test_reduced_depth_at_the_real_width(kind):
+    shapes = run_iteration(real_pipeline(kind, REAL[kind][2]), config_of(kind, None), encoded_of(kind))
+    size = REAL[kind][3]
+    assert shapes["latents"] == (2, *LATENTS[kind])
+    assert shapes["images"] == (2, 3, size, size)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("lora", [None, {"rank": 128, "alpha": 256.0}], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", REAL)
+def test_the_whole_model(kind, lora):
+    pipeline = real_pipeline(kind, REAL[kind][1])
+    trained = pipeline.unet if kind in ("sd15", "sdxl") else pipeline.transformer
+    assert sum(p.numel() for p in trained.parameters()) / 1e9 == pytest.approx(REAL[kind][5], rel=0.02)
+    assert run_iteration(pipeline, config_of(kind, lora), encoded_of(kind))["latents"] == (2, *LATENTS[kind])
