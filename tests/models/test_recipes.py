@@ -1,0 +1,115 @@
+"""The recipes of the real models: they load, and the parity ones hold DanceGRPO's published numbers."""
+
+import pytest
+
+from fastgrpo.config import SubsetSteps, WindowSteps, load_config
+from fastgrpo.models import check_family
+from fastgrpo.schedule import trained_steps
+
+VIDEOS = (
+    "hunyuan-video-parity-32xh100",
+    "hunyuan-video-fast-8xh100",
+    "skyreels-parity-32xh100",
+    "skyreels-fast-8xh100",
+    "wan-2.1-1.3b-fast-8xh100",
+)
+
+
+IMAGES = (
+    "sd-parity-8xh100",
+    "sd-fast-8xh100",
+    "flux-parity-8xh100",
+    "flux-lora-8xh100",
+    "flux-fast-8xh100",
+    "sd3.5-large-fast-8xh100",
+    "qwen-image-parity-8xh100",
+    "qwen-image-fast-8xh100",
+)
+
+
+@pytest.mark.parametrize("name", VIDEOS + IMAGES)
+def test_a_recipe_loads_and_divides_over_its_ranks(name):
+    config = load_config(f"configs/{name}.yaml")
+    check_family(config)
+    ranks = int(name.rsplit("-", 1)[-1].split("x")[0])
+    samples = config.rollout.prompts_per_iteration * config.rollout.group_size
+    assert samples % (ranks * config.update.optimizer_steps) == 0
+    assert (config.model.frames - 1) % 4 == 0
+    assert config.model.height % 16 == config.model.width % 16 == 0
+
+
+@pytest.mark.parametrize(
+    "name, guidance, shift, eta, size, iterations",
+    [
+        ("hunyuan-video-parity-32xh100", 6.018, 5.0, 0.25, (480, 480), 202),
+        ("skyreels-parity-32xh100", 5.0, 7.0, 0.3, (400, 640), 121),
+    ],
+)
+def test_the_video_recipes_hold_the_published_numbers(name, guidance, shift, eta, size, iterations):
+    config = load_config(f"configs/{name}.yaml")
+    model, roll, update = config.model, config.rollout, config.update
+    assert (model.guidance, roll.shift, roll.eta, config.train.iterations) == (guidance, shift, eta, iterations)
+    assert (model.height, model.width) == size
+    assert (model.frames, model.fps, roll.steps, roll.trained) == (53, 8, 16, SubsetSteps(fraction=0.6))
+    assert (update.optimizer.lr, update.optimizer.weight_decay, update.max_grad_norm) == (1e-5, 1e-4, 1)
+    assert config.objective.clip_low == config.objective.clip_high == 1e-4
+    assert roll.shared_noise
+
+
+# As DanceGRPO's scripts have them, for 8 GPUs: prompts a GPU, samples a prompt, samples of an optimizer step on one GPU,
+# trained steps of each sample (its SD trainer trains the last step too), learning rate, largest gradient norm.
+PUBLISHED = {
+    "sd-parity-8xh100": (4, 16, 32, 49, 1e-5, 1.0),
+    "flux-parity-8xh100": (2, 12, 12, 9, 1e-5, 0.01),
+    "flux-lora-8xh100": (2, 12, 12, 6, 3e-4, 1.0),
+    "qwen-image-parity-8xh100": (2, 12, 12, 11, 1e-5, 1.0),
+}
+# Guidance, steps, shift, η, side of the image, iterations, EMA.
+SAMPLED = {
+    "sd-parity-8xh100": (5.0, 50, "pipeline", 1.0, 512, 300, None),
+    "flux-parity-8xh100": (3.5, 16, 3.0, 0.3, 720, 300, 0.995),
+    "flux-lora-8xh100": (3.5, 12, 3.0, 0.3, 720, 301, None),
+    "qwen-image-parity-8xh100": (1.0, 20, 3.0, 0.3, 720, 300, None),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_image_recipes_hold_the_published_numbers(name):
+    config = load_config(f"configs/{name}.yaml")
+    model, roll, update, objective = config.model, config.rollout, config.update, config.objective
+    prompts, group, per_step, trained, lr, norm = PUBLISHED[name]
+    assert (roll.prompts_per_iteration, roll.group_size) == (8 * prompts, group)
+    samples = 8 * prompts * group
+    assert samples // 8 // update.optimizer_steps == per_step
+    assert update.optimizer_steps == 2
+    chosen = trained_steps(roll, samples, 0, config.run.seed)
+    assert set(chosen.sum(axis=0)) == {trained}
+    assert (update.optimizer.lr, update.max_grad_norm, update.optimizer.weight_decay) == (lr, norm, 1e-4)
+    assert (update.optimizer.beta1, update.optimizer.beta2, update.optimizer.eps) == (0.9, 0.999, 1e-8)
+    assert (objective.clip_low, objective.clip_high, objective.kl_weight, config.advantage.clip) == (1e-4, 1e-4, 0, 5)
+    assert roll.shared_noise
+    side = SAMPLED[name][4]
+    assert (model.height, model.width, model.frames) == (side, side, 1)
+    sampled = (model.guidance, roll.steps, roll.shift, roll.eta, side, config.train.iterations, update.ema_decay)
+    assert sampled == SAMPLED[name]
+    # Where the model is told a whole number of a thousand levels.
+    assert roll.truncate_timesteps is (model.family != "stable_diffusion")
+
+
+def test_the_lora_recipe_is_the_published_one():
+    lora = load_config("configs/flux-lora-8xh100.yaml").model.lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha, lora.targets) == (128, 256, ["to_q", "to_k", "to_v", "to_out.0"])
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGES if "fast" in name])
+def test_the_fast_recipes_do_what_makes_them_fast(name):
+    """A window of trained steps, replayed several rows at once, after a prefix drawn once for a prompt's group."""
+    roll = load_config(f"configs/{name}.yaml").rollout
+    assert isinstance(roll.trained, WindowSteps)
+    assert roll.trained.move == "progressive"
+    assert roll.shared_noise
+    assert roll.share_prefix
+    assert roll.forward_batch >= 4
+    slow = {"sd": 49, "fl": 9, "qw": 11}.get(name[:2], 9)
+    assert roll.trained.size < slow
