@@ -56,8 +56,8 @@ def test_the_video_recipes_hold_the_published_numbers(name, guidance, shift, eta
     assert roll.shared_noise
 
 
-# As DanceGRPO's scripts have them, for 8 GPUs: prompts a GPU, samples a prompt, samples of an optimizer step on one GPU,
-# trained steps of each sample (its SD trainer trains the last step too), learning rate, largest gradient norm.
+# As DanceGRPO's scripts have them, for 8 GPUs: prompts a GPU, samples a prompt, samples of an optimizer step on one
+# GPU, trained steps of each sample (its SD trainer trains the last step too), learning rate, largest gradient norm.
 PUBLISHED = {
     "sd-parity-8xh100": (4, 16, 32, 49, 1e-5, 1.0),
     "flux-parity-8xh100": (2, 12, 12, 9, 1e-5, 0.01),
@@ -111,5 +111,4 @@ def test_the_fast_recipes_do_what_makes_them_fast(name):
     assert roll.shared_noise
     assert roll.share_prefix
     assert roll.forward_batch >= 4
-    slow = {"sd": 49, "fl": 9, "qw": 11}.get(name[:2], 9)
-    assert roll.trained.size < slow
+    assert roll.trained.size <= 8
