@@ -167,6 +167,7 @@ def _command() -> Any:
 def _quiet() -> None:
     """Other libraries' chatter would bury the one line that matters."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # What checkpointing on one rank is told, at each of them.

@@ -25,12 +25,6 @@ class StableDiffusion(ModelFamily):
     trained = ("unet",)
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
-    def __init__(self, pipeline: Any, *args: Any, **settings: Any) -> None:
-        super().__init__(pipeline, *args, **settings)
-        # The layout that convolutions are fastest in, on CPUs and on GPUs.
-        for module in self.modules.values():
-            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
     @classmethod
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
         check_image_size(config, vae_factor(parts["vae"]) * unet_factor(parts["unet"]), cls.name)
