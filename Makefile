@@ -8,11 +8,12 @@ STAMP := $(VENV)/.setup-done
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup compiler demo lint test test-full bench-gpu check clean
+.PHONY: help setup compiler demo train-all lint test test-full bench-gpu check clean
 
 help:
 	@echo "make setup      .venv with everything the demo and the tests need"
 	@echo "make demo       train the embedded FLUX, evaluate before and after, report in $(RUN) (ARGS='key=value …')"
+	@echo "make train-all  the recipes of every embedded pipeline (an hour)"
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-full  the minutes-long ones too"
 	@echo "make bench-gpu  the tests that need a GPU, then the benchmarks, on this machine's"
@@ -39,6 +40,12 @@ demo: setup
 	@$(BIN)/fastgrpo train configs/shapes-flux.yaml run.dir=$(RUN) run.resume=auto $(ARGS)
 	@$(BIN)/fastgrpo eval $(RUN)
 	@$(BIN)/fastgrpo report $(RUN)
+
+# The recipes of every embedded pipeline, one after the other: an hour on two cores.
+train-all: setup
+	@for recipe in shapes-flux shapes-stable-diffusion; do \
+	  $(BIN)/fastgrpo train configs/$$recipe.yaml run.dir=runs/$$recipe run.resume=auto $(ARGS) && \
+	  $(BIN)/fastgrpo eval runs/$$recipe && $(BIN)/fastgrpo report runs/$$recipe || exit 1; done
 
 lint: setup
 	$(BIN)/ruff check .

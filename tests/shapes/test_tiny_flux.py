@@ -13,7 +13,7 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.pretrain import autoencoder, denoiser
 from fastgrpo.pretrain.recipe import PretrainConfig
 from fastgrpo.settings import load_settings, validate_settings
-from fastgrpo.shapes import verifier, weights_path, world
+from fastgrpo.shapes import weights_path, world
 from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
 from fastgrpo.shapes.tiny_parts import END, PAD, START, UNKNOWN
 
@@ -101,12 +101,6 @@ def test_impossible_sizes_are_refused(sizes, message):
         validate_settings(TinyFluxSizes, sizes)
 
 
-def test_shipped_weights_are_small_and_plain():
-    files = [f for f in weights_path("flux").rglob("*") if f.is_file()]
-    assert {f.suffix for f in files} == {".json", ".safetensors"}
-    assert sum(f.stat().st_size for f in files) <= SIZE_LIMIT
-
-
 def test_shipped_autoencoder_keeps_what_the_verifier_reads(shipped, recipe):
     family, prompts = denoiser.open_family(shipped, recipe), world.eval_set(world.split()[1], 240, seed=5)
     pixels = recipe.world.render(prompts, np.random.default_rng(5), recipe.checked_sizes)
@@ -114,21 +108,6 @@ def test_shipped_autoencoder_keeps_what_the_verifier_reads(shipped, recipe):
     assert abs(latents.mean()) < 0.1
     assert abs(latents.std() - 1) < 0.1
     assert autoencoder.strict_rate(shipped.vae, recipe, 480) >= 0.98
-
-
-def test_shipped_pipeline_draws_held_out_prompts(shipped):
-    prompts = world.eval_set(world.split()[1], 96, seed=7)
-    texts = [p.text for p in prompts]
-    images = sample(shipped, texts, seed=7)
-    assert images.shape == (96, 3, 32, 32)
-    strict = verifier.verify(images.float(), prompts).strict.mean()
-    assert strict >= 0.35
-    # The same images against prompts of another meaning, of their own category: the pictures follow the words.
-    others = prompts[6:] + prompts[:6]
-    differ = [a.meaning != b.meaning for a, b in zip(prompts, others, strict=True)]
-    assert sum(differ) >= 48
-    assert verifier.verify(images.float(), others).strict[differ].mean() <= 0.1
-    assert torch.equal(images[:6], sample(shipped, texts, seed=7)[:6])
 
 
 def test_unknown_weights_are_named():
