@@ -1,0 +1,45 @@
+"""From a pipeline's directory to a training run and out again: what is exported draws what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from tiny_images import PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
+
+from fastgrpo.cli import main
+from fastgrpo.config import dump
+from fastgrpo.evaluate import apply_checkpoint, open_run
+from fastgrpo.models import load_family
+
+LORA = {"rank": 2, "alpha": 4.0}
+SHORT = [("sd_v", None), ("sd3", LORA), ("qwen_image", None)]
+LONG = [(kind, lora) for kind in ("sd_v", "sdxl", "sd3", "qwen_image", "flux") for lora in (None, LORA)]
+
+
+@pytest.mark.parametrize(
+    "kind, lora", [*SHORT, *(pytest.param(*case, marks=pytest.mark.full) for case in LONG if case not in SHORT)]
+)
+def test_a_run_with_cached_prompts_exports_what_its_pipeline_loads(tmp_path: Path, kind, lora):
+    base, exported = tmp_path / "base", tmp_path / "exported"
+    build(kind).save_pretrained(base)
+    model = {"embedding_cache": str(tmp_path / "prompts"), "lora": lora}
+    rate = {"optimizer": {"lr": 1e-2}}
+    written = image_config(base, kind, tmp_path / "run", model=model, update=rate)
+    (tmp_path / "run.yaml").write_text(dump(written))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert main(["export", str(tmp_path / "run"), str(exported)]) == 0
+
+    config, store, iteration = open_run(tmp_path / "run", "latest")
+    assert iteration == 2
+    family = load_family(config.model, torch.device("cpu"))
+    before = drawn(family, config, PROMPTS[:2])
+    apply_checkpoint(family, config, store, iteration)
+    after = drawn(family, config, PROMPTS[:2])
+    assert (after - before).abs().max() > 5e-4
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base if lora else exported)
+    if lora:
+        pipeline.load_lora_weights(exported)
+    assert (after - by_pipeline(use_ddim(pipeline), family, PROMPTS[:2])).abs().max() <= 1e-4
