@@ -31,14 +31,16 @@ def key_of(prompt: Prompt) -> Key:
 def model_digest(path: str, parts: tuple[str, ...], settings: dict[str, object]) -> str:
     """Names a model's encoders: their files (names, sizes, times; JSON by content) and the settings they run with.
 
-    For a hub id the files are those of the snapshot in the hub's local cache.
+    Of a hub id, the revision in the hub's local cache says what they are, whether or not they are there yet.
     """
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(path, "model_index.json")
-        folder = Path(found).parent if isinstance(found, str) else folder
+        return _digest(
+            {"path": path, "revision": Path(found).parent.name if isinstance(found, str) else "", **settings}
+        )
     files = []
     for part in parts:
         for file in sorted((folder / part).rglob("*")):
@@ -46,7 +48,7 @@ def model_digest(path: str, parts: tuple[str, ...], settings: dict[str, object])
                 text = file.suffix == ".json"
                 stamp = hashlib.sha256(file.read_bytes()).hexdigest() if text else file.stat().st_mtime_ns
                 files.append([str(file.relative_to(folder)), file.stat().st_size, stamp])
-    return _digest({"path": str(folder.resolve()) if folder.is_dir() else path, "files": files, **settings})
+    return _digest({"path": str(folder.resolve()), "files": files, **settings})
 
 
 class EmbeddingCache:

@@ -89,6 +89,9 @@ def test_a_hub_id_loads_and_its_prompts_are_cached(saved, on_the_hub, tmp_path, 
     again = load_family(model, CPU)
     assert torch.equal(drawn(again, config, PROMPTS[1:2]), ours)
     assert "encoder" not in vars(again)
+    # Encoders that were never downloaded are not missed, and the prompts are still found.
+    shutil.rmtree(tmp_path / "hub/models--tiny--pipeline/snapshots/0123abc/text_encoder")
+    assert torch.equal(drawn(load_family(model, CPU), config, PROMPTS[1:2]), ours)
 
 
 @pytest.mark.parametrize("kind", ["flux", "sdxl", "sd3", "sd3_without_t5", "qwen_image"])
