@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,28 @@ def time_chart(phases: Mapping[str, Mapping[str, float]]) -> str:
         axes.set_xlim(0, left.max() * 1.001)
         figure.legend(loc="outside upper left", ncols=10, frameon=False, fontsize=8, handlelength=0.9, labelcolor=SOFT)
         return svg(figure)
+
+
+def scaling_chart(path: Path, sizes: Sequence[int], curves: Mapping[str, Any], selector: str) -> None:
+    """A PNG: of each reward the mean among the best of N, by model, with 95% intervals; N doubles along the axis."""
+    names = list(next(iter(curves.values())))
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(4.4 * len(names), 3.0), dpi=150, layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            for color, (model, rewards) in zip(_colors(len(curves)), curves.items(), strict=True):
+                low, high = np.transpose(rewards[name]["interval95"])
+                axes.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
+                axes.plot(
+                    sizes, rewards[name]["mean"], color=color, linewidth=1.7, marker="o", markersize=3, label=model
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, [str(n) for n in sizes])
+            axes.grid(axis="y", color=LINE, linewidth=0.7)
+            axes.tick_params(length=0)
+            axes.set_title(f"{name} (it chooses)" if name == selector else name, fontsize=9)
+            axes.set_xlabel("N: the best of")
+            axes.legend(frameon=False, fontsize=8, labelcolor=SOFT)
+        figure.savefig(path)
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -53,21 +53,33 @@ def train(
     run(resolved)
 
 
+Rewards = Annotated[
+    list[str] | None, typer.Option("--reward", help="A reward: name, name=path, or a .yaml list; else the config's.")
+]
+
+
 @app.command("eval")
 def evaluate(
-    run: RunDir,
-    images: Annotated[int, typer.Option(min=2, help="Held-out images of each model.")] = 480,
+    target: Annotated[Path, typer.Argument(metavar="RUN|CONFIG", help="A run directory, or a config: its base model.")],
+    images: Annotated[int, typer.Option(min=2, help="Images of each model.")] = 480,
     checkpoint: Checkpoint = "latest",
+    prompts: Annotated[str | None, typer.Option(help="A file, shapes:heldout, set:geneval …; else held-out.")] = None,
+    reward: Rewards = None,
+    samples: Annotated[int, typer.Option(min=1, help="Images of one prompt: shows diversity within it.")] = 1,
+    embedding: Annotated[str, typer.Option(help="The CLIP that measures diversity.")] = "shapes:clip",
+    out: Annotated[Path | None, typer.Option(help="Directory of the results.")] = None,
 ) -> None:
-    """Compare a run with its base model on held-out prompts: same prompts, same initial noise, no sampling noise."""
+    """Evaluate a run beside its base model, or a base model: same prompts, same initial noise, no sampling noise."""
     require_extra("train", "fastgrpo eval")
     from rich.console import Console
 
-    from fastgrpo.evaluate import evaluate_run
+    from fastgrpo.compare import Request, evaluate_target
 
-    with Console(stderr=True).status(f"drawing {images} held-out images with the base model, and with the run's"):
-        summary = evaluate_run(run, images=images, checkpoint=checkpoint)
-    _print_comparison(summary, run)
+    console = Console(stderr=True)
+    request = Request(images, checkpoint, prompts, reward or (), samples, embedding, out)
+    with console.status(f"drawing {images} images with each model"):
+        summary = evaluate_target(target, request, lambda text: console.print(text, highlight=False, markup=False))
+    _print_comparison(summary)
 
 
 @app.command()
@@ -79,13 +91,41 @@ def sample(
     seed: Annotated[int | None, typer.Option(min=0, help="Of the initial noise; else the run's.")] = None,
     checkpoint: Annotated[str, typer.Option(help="latest, best, an iteration, or base.")] = "latest",
     mp4: Annotated[bool, typer.Option("--mp4", help="Videos as MP4, which needs PyAV (fastgrpo[video]).")] = False,
+    best_of: Annotated[int | None, typer.Option(min=1, help="Draw so many of each prompt, write the best.")] = None,
+    reward: Rewards = None,
 ) -> None:
-    """Draw images with a run's weights, or with its base model's."""
+    """Draw images with a run's weights, or with its base model's; with --best-of the best by a reward."""
     require_extra("train", "fastgrpo sample")
     from fastgrpo.sample import sample_run
 
-    for path in sample_run(run, prompts, out, count=count, seed=seed, checkpoint=checkpoint, mp4=mp4):
+    written = sample_run(
+        run, prompts, out, count=count, seed=seed, checkpoint=checkpoint, mp4=mp4, best_of=best_of,
+        rewards=reward or (), note=_note,
+    )  # fmt: skip
+    for path in written:
         typer.echo(path)
+
+
+@app.command("best-of")
+def best_of_curve(
+    run: RunDir,
+    most: Annotated[int, typer.Option(min=2, help="Samples of each prompt: the largest N.")] = 256,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 24,
+    source: Annotated[str | None, typer.Option(help="Of the prompts; else held-out.")] = None,
+    reward: Rewards = None,
+    checkpoint: Checkpoint = "latest",
+    out: Annotated[Path | None, typer.Option(help="Directory of best-of.json and best-of.png; else the run's.")] = None,
+) -> None:
+    """Measure what the best of N samples scores, N = 1, 2, 4 …, for a run and its base: the first reward chooses."""
+    require_extra("train", "fastgrpo best-of")
+    from fastgrpo.best_of import best_of_run
+
+    result = best_of_run(run, most, prompts, source, reward or (), checkpoint, out, _note)
+    for name in result["curves"]["base"]:
+        for model, curves in result["curves"].items():
+            means = "  ".join(f"{n}: {x:.3f}" for n, x in zip(result["sizes"], curves[name]["mean"], strict=True))
+            typer.echo(f"{name}, {model}  {means}")
+    typer.echo((out or run) / "best-of.png")
 
 
 @app.command()
@@ -159,6 +199,10 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     typer.echo(run(config, overrides or ()))
 
 
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 @functools.cache
 def _command() -> Any:
     return typer.main.get_command(app)
@@ -225,26 +269,22 @@ def _check(config: Any, ranks: int) -> None:
     typer.echo(arithmetic(config, ranks))
 
 
-def _print_comparison(summary: dict[str, Any], run: Path) -> None:
+def _print_comparison(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    base, tuned = summary["base"], summary["tuned"]
-    table = Table(title=f"{base['images']} held-out images, iteration {summary['iteration']}", title_justify="left")
-    for column in ("", "base", "tuned", "difference", "95% interval"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, difference in summary["difference"].items():
-        low, high = difference["interval95"]
-        table.add_row(
-            name,
-            f"{base['rewards'][name]:.3f}",
-            f"{tuned['rewards'][name]:.3f}",
-            f"{difference['mean']:+.3f}",
-            f"{low:+.3f} … {high:+.3f}",
-        )
+    from fastgrpo.compare import table
+
+    head, rows = table(summary)
+    trained = f", iteration {summary['iteration']}" if "iteration" in summary else ""
+    shown = Table(title=f"{summary['base']['images']} images{trained}", title_justify="left")
+    for place, column in enumerate(head):
+        shown.add_column(column, justify="right" if place else "left")
+    for row in rows:
+        shown.add_row(*row)
     console = Console()
-    console.print(table)
-    console.print(f"trained for {summary['train_seconds']:.0f} s; written to {run / 'summary.json'}", highlight=False)
+    console.print(shown)
+    console.print(f"written to {summary['directory']}: summary.json, table.md, final/", highlight=False)
 
 
 def _mount_benchmarks() -> None:

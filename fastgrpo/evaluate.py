@@ -1,13 +1,12 @@
 """Held-out evaluation: deterministic samples from fixed noise, scored by the run's rewards, drawn as a grid.
 
-`fastgrpo eval RUN` compares the base model with a run's checkpoint on the same prompts and the same initial noise.
+What compares a run with its base stands in fastgrpo/compare.py.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import __version__
 from fastgrpo.checkpoint import CheckpointStore, load_weights
-from fastgrpo.config import Config, load_config
+from fastgrpo.config import Config, RewardSpec, flatten_rewards, load_config
 from fastgrpo.errors import UserError
-from fastgrpo.models import ModelFamily, load_family
+from fastgrpo.models import ModelFamily
 from fastgrpo.parallel import World
 from fastgrpo.pictures import animate, write_frames, write_grid, write_mp4, write_webp
 from fastgrpo.prompts import Prompt, PromptSampler, load_prompts
-from fastgrpo.rewards import Reward, load_reward, release
+from fastgrpo.rewards import Reward, release
 from fastgrpo.rollout import decode, lay_out, rollout
 from fastgrpo.schedule import plan_rollout
+from fastgrpo.scoring import gather, score_samples
+from fastgrpo.settings import Section, load_settings
 
 # The iteration word of an evaluation's noise keys: no training iteration reaches it.
 EVAL_ITERATION = 2**31 - 1
@@ -42,14 +42,14 @@ class Evaluation:
     images: Tensor
 
     def mean(self, name: str) -> float:
-        return float(np.nanmean(self.values[name]))
+        return known_mean(self.values[name])
 
     def summary(self) -> dict[str, Any]:
         """Means by reward, the strict pass rate where a reward has one, and both by prompt category."""
         strict = next((name for name in self.values if name.endswith(".strict")), None)
         categories = np.array([str(p.metadata.get("category", "")) for p in self.prompts])
         by_category = {
-            category: {name: float(np.nanmean(values[categories == category])) for name, values in self.values.items()}
+            category: {name: known_mean(values[categories == category]) for name, values in self.values.items()}
             for category in sorted(set(categories) - {""})
         }
         return {
@@ -60,25 +60,38 @@ class Evaluation:
         }
 
 
-def heldout_prompts(config: Config, count: int) -> list[Prompt]:
-    """`count` held-out prompts: whole seeded permutations of the set, so that every evaluation uses the same."""
-    if config.prompts.heldout is None:
+def known_mean(values: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN where nothing is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def heldout_prompts(config: Config, count: int, source: str | None = None) -> list[Prompt]:
+    """`count` held-out prompts: whole seeded permutations of the set, so that every evaluation uses the same.
+
+    source: another set than prompts.heldout.
+    """
+    source = source or config.prompts.heldout
+    if source is None:
         raise UserError("prompts.heldout: an evaluation needs held-out prompts; name a file or set")
-    prompts = load_prompts(config.prompts.heldout)
+    prompts = load_prompts(source)
     sampler = PromptSampler(len(prompts), len(prompts), config.run.seed)
     order = np.concatenate([sampler.at(i) for i in range(-(-count // len(prompts)))])
     return [prompts[i] for i in order[:count]]
 
 
-def draw(family: ModelFamily, prompts: Sequence[Prompt], config: Config, world: World) -> Tensor:
-    """Images of this rank's share of `prompts` ([ceil(n / world), 3, H, W]), deterministically from their noise."""
+def draw(family: ModelFamily, prompts: Sequence[Prompt], config: Config, world: World, first: int = 0) -> Tensor:
+    """Images of this rank's share of `prompts` ([ceil(n / world), 3, H, W]), deterministically from their noise.
+
+    first: the number of the first image; the initial noise is a function of (seed, number).
+    """
     share = -(-len(prompts) // world.size)
     mine = np.minimum(np.arange(world.rank * share, (world.rank + 1) * share), len(prompts) - 1)
     single = config.rollout.model_copy(update={"group_size": 1, "shared_noise": False})
     levels = family.noise_levels(config.eval.steps or config.rollout.steps, config.rollout.shift)
-    plan = plan_rollout(single, levels, len(prompts), EVAL_ITERATION, config.run.seed, deterministic=True)
+    plan = plan_rollout(single, levels, first + len(prompts), EVAL_ITERATION, config.run.seed, deterministic=True)
     unique, back = np.unique(mine, return_inverse=True)
-    layout = lay_out(plan, single, unique)
+    layout = lay_out(plan, single, first + unique)
     conditioning = family.encode([prompts[i] for i in unique])
     final = rollout(family, plan, layout, conditioning, single, config.run.seed, EVAL_ITERATION).latents
     images = decode(family, final, config.rollout.decode_batch)
@@ -86,20 +99,38 @@ def draw(family: ModelFamily, prompts: Sequence[Prompt], config: Config, world: 
 
 
 def evaluate(
-    family: ModelFamily, rewards: dict[str, Reward], prompts: list[Prompt], config: Config, world: World
+    family: ModelFamily,
+    rewards: Mapping[str, Reward],
+    prompts: list[Prompt],
+    config: Config,
+    world: World,
+    note: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Draws and scores `prompts`; every rank gets the whole result, the images of its own share only."""
+    """Draws and scores `prompts`; every rank gets the whole result, the images of its own share only.
+
+    A reward that fails leaves NaN; `note` is told.
+    """
     images = draw(family, prompts, config, world)
-    share = len(images)
-    mine = [prompts[min(world.rank * share + i, len(prompts) - 1)] for i in range(share)]
-    values = {}
-    for name, reward in rewards.items():
-        scores = reward.score(images, mine, config.model.fps if images.ndim == 5 else None)
-        values[name] = np.where(scores.counted, scores.values, np.nan)
-        values |= {f"{name}.{component}": numbers for component, numbers in scores.components.items()}
+    share, last = len(images), len(prompts) - 1
+
+    def owned(rank: int) -> np.ndarray:
+        return np.minimum(np.arange(rank * share, (rank + 1) * share), last)
+
+    mine = [prompts[i] for i in owned(world.rank)]
+    scores = score_samples(rewards, images, mine, config.model.fps if images.ndim == 5 else None, note)
     release(rewards.values())
-    everyone = {name: world.gather(numbers).reshape(-1)[: len(prompts)] for name, numbers in values.items()}
-    return Evaluation(prompts, everyone, images)
+    scored = gather(scores, owned, world, 0)
+    counted = np.where(scored.valid & scored.asked, scored.values, np.nan)
+    columns = dict(zip(rewards, counted, strict=True)) | scored.components
+    ordered = sorted(columns, key=lambda name: (list(rewards).index(_reward_of(name, rewards)), name))
+    return Evaluation(prompts, {name: columns[name][: len(prompts)] for name in ordered}, images)
+
+
+def _reward_of(column: str, rewards: Mapping[str, Reward]) -> str:
+    """The reward whose column this is: itself, or `<reward>.<component>`."""
+    return next(
+        name for name in sorted(rewards, key=len, reverse=True) if column == name or column.startswith(f"{name}.")
+    )
 
 
 def record(
@@ -130,49 +161,35 @@ def record(
     return path
 
 
-def paired_interval(difference: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """The bootstrap 95% interval of the mean of paired differences [n]."""
-    rng = np.random.default_rng(seed)
-    means = rng.choice(difference, (draws, len(difference))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+class RewardList(Section):
+    """A YAML file of rewards: `rewards: [{name: clip, path: "shapes:clip"}]`."""
+
+    rewards: list[RewardSpec]
 
 
-def evaluate_run(run_dir: str | Path, images: int = 480, checkpoint: str = "latest") -> dict[str, Any]:
-    """Base against tuned on held-out prompts, same initial noise; writes and gives `run_dir/summary.json`.
+def choose_rewards(config: Config, wanted: Sequence[str]) -> list[RewardSpec]:
+    """The rewards that a command line names; without any, the config's own.
 
-    checkpoint: latest, best, or an iteration. Raises UserError where the run holds no such checkpoint.
+    A name is one of the config's rewards, else a registered one (or module:Class), with `name=path` its weights; a
+    .yaml file lists rewards with their options. `clip` is shapes:clip for an embedded model unless it says otherwise.
     """
-    run_dir = Path(run_dir)
-    config, store, iteration = open_run(run_dir, checkpoint)
-    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    prompts = heldout_prompts(config, images)
-    rewards = {spec.key: load_reward(spec) for spec in config.scored}
-    state = store.state(iteration)
-
-    family = load_family(config.model, world.device)
-    base = evaluate(family, rewards, prompts, config, world)
-    record(base, run_dir / "final", 0, config.eval.grid, config.model.fps, config.eval.mp4)
-    apply_checkpoint(family, config, store, iteration)
-    tuned = evaluate(family, rewards, prompts, config, world)
-    record(tuned, run_dir / "final", iteration, config.eval.grid, config.model.fps, config.eval.mp4)
-
-    differences = {}
-    for name in base.values:
-        both = ~(np.isnan(base.values[name]) | np.isnan(tuned.values[name]))
-        gain = tuned.values[name][both] - base.values[name][both]
-        differences[name] = {"mean": float(gain.mean()), "interval95": paired_interval(gain)}
-    summary = {
-        "base": base.summary(),
-        "tuned": tuned.summary(),
-        "difference": differences,
-        "iteration": iteration,
-        "train_seconds": state["train_seconds"],
-        "seed": config.run.seed,
-        "versions": versions(),
-    }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
-    return summary
+    if not wanted:
+        return list(config.scored)
+    own, found = {spec.key: spec for spec in config.scored}, []
+    for text in wanted:
+        if text.endswith((".yaml", ".yml")):
+            found += flatten_rewards(load_settings(RewardList, text).rewards)
+            continue
+        name, _, path = text.partition("=")
+        if not path and name in own:
+            found.append(own[name])
+            continue
+        embedded = "shapes:clip" if name == "clip" and config.model.path.startswith("shapes:") else None
+        found.append(RewardSpec(name=name, path=path or embedded))
+    names = [spec.key for spec in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--reward: '{twice}' is named twice; give each a label in a .yaml file")
+    return found
 
 
 def open_run(run_dir: Path, checkpoint: str = "latest") -> tuple[Config, CheckpointStore, int]:
@@ -202,18 +219,3 @@ def apply_checkpoint(family: ModelFamily, config: Config, store: CheckpointStore
     family.make_trainable()
     load_weights(family.policy, store, iteration, config.eval.ema and config.update.ema_decay is not None)
     family.policy.requires_grad_(False)
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    import diffusers
-    import transformers
-
-    return {
-        "fastgrpo": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }

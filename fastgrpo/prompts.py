@@ -35,7 +35,8 @@ def load_prompts(source: str) -> list[Prompt]:
     `x.txt`: one prompt a line, blank lines skipped. `x.jsonl`, `x.csv`: `prompt`, and where given `negative_prompt`
     and `image` (relative to the file); every other column goes to the metadata. `shapes:train`, `shapes:heldout`: the
     embedded world; `moving:train`, `moving:heldout`: its videos, each prompt with a first frame of its own.
-    `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
+    `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise. `set:geneval`,
+    `set:hps`, `set:videoalign`: those of fastgrpo/prompt_sets.py.
 
     Raises ConfigError, naming file and line where there is one, and UserError where an extra is missing.
     """
@@ -46,6 +47,8 @@ def load_prompts(source: str) -> list[Prompt]:
         prompts = _moving(rest)
     elif kind == "hf":
         prompts = _hub(rest)
+    elif kind == "set":
+        prompts = _ready_made(rest)
     else:
         prompts = list(_file(Path(source)))
     if not prompts:
@@ -149,6 +152,16 @@ def _moving(part: str) -> list[Prompt]:
     ]
 
 
+def _ready_made(name: str) -> list[Prompt]:
+    from fastgrpo.prompt_sets import SETS
+
+    if name not in SETS:
+        names = [f"set:{known}" for known in SETS]
+        hint = nearest(f"set:{name}", names)
+        raise ConfigError(f"set:{name}: unknown prompts; {hint}(one of: {', '.join(names)})")
+    return [_prompt(dict(entry), f"set:{name}", None) for entry in SETS[name]()]
+
+
 def open_image(image: str) -> Image.Image:
     """The RGB picture of a prompt: a file, or `moving:<seed>:<caption>`, a first frame of the moving world.
 
@@ -203,7 +216,7 @@ def _file(path: Path) -> Iterator[Prompt]:
     if reader is None:
         raise ConfigError(
             f"{path}: unknown prompt source; it should be a .txt, .jsonl or .csv file, shapes:train, shapes:heldout, "
-            "moving:train, moving:heldout or hf:<dataset>[:split[:column]]"
+            "moving:train, moving:heldout, set:geneval, set:hps, set:videoalign or hf:<dataset>[:split[:column]]"
         )
     try:
         raw = path.read_bytes()

@@ -182,3 +182,30 @@ def test_the_spread_follows_what_is_observed_and_a_group_without_scores_changes_
     sampler.observe(np.array([3]), np.array([0.2]))
     assert sampler.spread[3] == pytest.approx(0.3)
     assert np.isnan(sampler.spread[4])
+
+
+def test_the_ready_made_sets_have_their_categories_and_are_fixed():
+    geneval = load_prompts("set:geneval")
+    counts = Counter(p.metadata["category"] for p in geneval)
+    assert counts == {"single_object": 80, **dict.fromkeys(
+        ("two_object", "counting", "colors", "position", "color_attr"), 100
+    )}  # fmt: skip
+    assert len({p.text for p in geneval}) == len(geneval)
+    for prompt in geneval:
+        things = prompt.metadata["include"]
+        if prompt.metadata["category"] == "counting":
+            assert prompt.metadata["exclude"][0] == {"class": things[0]["class"], "count": things[0]["count"] + 1}
+            assert {2: "two", 3: "three", 4: "four"}[things[0]["count"]] in prompt.text
+        if prompt.metadata["category"] == "position":
+            relation, of = things[1]["position"]
+            assert prompt.text.split(f" {relation} ")[1].endswith(things[of]["class"])
+        for thing in things:
+            assert thing.get("color", "") in prompt.text
+    assert Counter(p.metadata["category"] for p in load_prompts("set:hps")) == dict.fromkeys(
+        ("anime", "concept-art", "paintings", "photo"), 100
+    )
+    videos = load_prompts("set:videoalign")
+    assert len({p.text for p in videos}) == len(videos) == 200
+    assert [p.text for p in load_prompts("set:videoalign")] == [p.text for p in videos]
+    with pytest.raises(ConfigError, match="did you mean 'set:geneval'"):
+        load_prompts("set:genval")

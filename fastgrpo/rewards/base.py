@@ -79,8 +79,7 @@ class Scores:
 
 
 class Reward(Protocol):
-    """A class with a `score` method. It may have `release()`, called at the end of a scoring phase, and
-    `text_features` (fastgrpo.rewards.neural), which evaluations use to measure diversity."""
+    """A class with a `score` method. It may have `release()`, called at the end of a scoring phase."""
 
     def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         """samples: [B, 3, H, W] images, or [B, 3, F, H, W] videos of `fps` frames a second; float32 in [0, 1], on any

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,6 +74,12 @@ class ClipReward(NeuralReward):
         pixels = self.images(middle_frame(samples)).to(self.dtype)
         pooled = model.vision_model(pixel_values=pixels).pooler_output  # pyright: ignore
         return F.normalize(model.visual_projection(pooled).float(), dim=-1)  # pyright: ignore
+
+    @torch.no_grad()
+    def embed(self, samples: Tensor) -> Tensor:
+        """Normalised features [B, D] of any number of samples, float32 on the host: to measure how they differ."""
+        parts = [self.encode_images(part.to(self.device)).cpu() for part in samples.split(self.batch)]
+        return torch.cat(parts)
 
     def judge(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> dict[str, Tensor]:
         images = self.encode_images(samples)
