@@ -25,6 +25,11 @@ class Advantages:
     valid: np.ndarray
     zero_spread: np.ndarray
 
+    def of(self, kept: np.ndarray) -> Advantages:
+        """Those of the kept samples (bool [N]); the others are not trained."""
+        terms = np.where(kept[:, None], self.terms, 0.0)
+        return Advantages(terms.sum(axis=1), terms, self.valid & kept, self.zero_spread)
+
 
 def compute_advantages(
     rewards: np.ndarray, valid: np.ndarray, group_size: int, weights: np.ndarray, config: Advantage
@@ -61,6 +66,22 @@ def compute_advantages(
     trainable = ok & enough[:, None]
     terms = np.where(trainable, terms, 0.0).reshape(len(terms), -1).T
     return Advantages(terms.sum(axis=1), terms, trainable.reshape(-1), flat.all(axis=0) & enough)
+
+
+def extremes(values: np.ndarray, groups: np.ndarray, samples: np.ndarray, keep: int) -> np.ndarray:
+    """bool [n]: the keep/2 highest and keep/2 lowest values of each group (DanceGRPO's best of N); NaN is not kept.
+
+    Equal values are in the order of their sample numbers, so that what is kept of a stream of chunks, and of what was
+    kept before, is what is kept of them all at once.
+    """
+    chosen = np.zeros(len(values), dtype=bool)
+    order = np.lexsort((samples, values, groups))
+    order = order[~np.isnan(values[order])]
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    for members in np.split(order, starts[1:]):
+        kept = members if len(members) <= keep else np.concatenate([members[: keep // 2], members[-(keep // 2) :]])
+        chosen[kept] = True
+    return chosen
 
 
 def group_spread(rewards: np.ndarray, valid: np.ndarray, group_size: int, weights: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ def arithmetic(config: Config, world: int = 1) -> str:
     """The table printed before anything runs, as planned: groups without spread are skipped later."""
     roll, steps = config.rollout, config.update.optimizer_steps
     samples = roll.prompts_per_iteration * roll.group_size
+    drawn = roll.prompts_per_iteration * roll.candidates
     if isinstance(roll.trained, WindowSteps):
         trained, start = roll.trained.size, f"from step {roll.trained.start}"
     else:
@@ -19,7 +20,9 @@ def arithmetic(config: Config, world: int = 1) -> str:
         rows = samples * (trained - 1) + roll.prompts_per_iteration
     lines = [
         ("prompts", roll.prompts_per_iteration, "an iteration"),
-        ("samples", samples, f"= {roll.prompts_per_iteration} prompts × {roll.group_size} of each group"),
+        ("samples", drawn, f"= {roll.prompts_per_iteration} prompts × {roll.candidates} of each group"),
+        *[("trained samples", samples, f"the {roll.group_size // 2} best and worst of each group")]
+        * bool(roll.best_of),
         ("trained pairs", pairs, f"= {samples} samples × {trained} of {roll.steps} steps, {start}"),
         (
             "rows evaluated",
@@ -31,5 +34,5 @@ def arithmetic(config: Config, world: int = 1) -> str:
     ]
     width = max(len(name) for name, _, _ in lines)
     text = [f"{name:<{width}}  {number:>7,}  {note}" for name, number, note in lines]
-    each = f"{samples // world} samples each" if world > 1 else "all of it"
+    each = f"{drawn // world} samples each" if world > 1 else "all of it"
     return "\n".join([f"one iteration, {world} rank{'s' * (world > 1)} ({each}):", *text])

@@ -58,9 +58,11 @@ class CheckpointStore:
 
     def save(
         self, iteration: int, tensors: Mapping[str, Any], state: Mapping[str, Any], keep: int, best: int | None = None,
-        background: bool = False,
+        background: bool = False, extra: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Writes the checkpoint of `iteration`, then removes all but the latest `keep` and the best one.
+
+        extra: more tensors, of any shape, that nothing changes any more: they are not copied.
 
         In the background it returns once the tensors are copied to host memory; what then fails is raised by the next
         `save` or `wait`. Raises UserError (disk full, no permission); the earlier checkpoints stay.
@@ -76,6 +78,7 @@ class CheckpointStore:
                 # Without a GPU there is no pinned memory, which the stager would ask for.
                 self._stager.state_dict_cache = BlockingAsyncStager().stage(dict(tensors))
             tensors = self._stager.stage(dict(tensors))
+        tensors = {**tensors, **(extra or {})}
         work = partial(self._write, iteration, tensors, dict(state), keep, best)
         if background:
             self._writing = Thread(target=work, name=f"checkpoint {iteration}", daemon=True)

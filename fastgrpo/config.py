@@ -128,6 +128,10 @@ class SubsetSteps(Section):
 class Rollout(Section):
     prompts_per_iteration: PositiveInt = Field(default=8, description="Prompts an iteration, over all ranks.")
     group_size: Annotated[int, Field(ge=2)] = Field(default=12, description="Samples of each prompt.")
+    best_of: PositiveInt | None = Field(
+        default=None,
+        description="Roll out so many of each prompt and train on group_size of them: half the best, half the worst.",
+    )
     steps: Annotated[int, Field(ge=2)] = Field(default=16, description="Sampling steps.")
     shift: PositiveFloat | Literal["pipeline"] = Field(
         default="pipeline",
@@ -171,6 +175,15 @@ class Rollout(Section):
         "log-probabilities, subtracted as other trainers do, to compare with them.",
     )
 
+    @property
+    def candidates(self) -> int:
+        """Samples of each prompt that are rolled out."""
+        return self.best_of or self.group_size
+
+    def keeps_noise(self, device: str) -> bool:
+        """Whether the noise of trained steps stays in memory on a kind of device."""
+        return self.noise == "keep" or (self.noise == "auto" and device == "cpu")
+
 
 class RewardSpec(Section):
     """One reward. What `options` a reward takes, and where weights come from: docs/rewards.md."""
@@ -178,6 +191,7 @@ class RewardSpec(Section):
     name: NonEmpty = Field(description="A registered reward, or module:Class.")
     label: NonEmpty | None = Field(default=None, description="What logs call it; null: its name.")
     weight: float = Field(default=1.0, description="0: watched, not trained.")
+    every: PositiveInt = Field(default=1, description="With weight 0: scored in every so many iterations.")
     path: NonEmpty | None = Field(
         default=None, description="Of its weights: a directory, file, hub id or shapes:<name>."
     )
@@ -217,6 +231,38 @@ def flatten_rewards(specs: Sequence[RewardSpec]) -> list[RewardSpec]:
             when = {**spec.when, **part.when}
             flat.append(part.model_copy(update={"label": label, "weight": spec.weight * part.weight, "when": when}))
     return flat
+
+
+class Scoring(Section):
+    """How an iteration's samples meet the rewards."""
+
+    chunks: PositiveInt = Field(
+        default=1, description="Parts in which samples are rolled out; each is scored beside the next one's rollout."
+    )
+    overlap: bool = Field(
+        default=True, description="false: the next chunk waits until one is scored, which keeps one chunk less."
+    )
+    staleness: Literal[0, 1] = Field(
+        default=0,
+        description="1: the next iteration is rolled out, on weights one update old, while this one is scored.",
+    )
+    max_failure_rate: Unit = Field(
+        default=0.5,
+        description="A larger share of samples without a score pauses the run, with a checkpoint before that update.",
+    )
+
+
+class Guard(Section):
+    """Against reward hacking: what happens when a held-out reward (weight 0) falls while what is trained rises."""
+
+    action: Literal["off", "stop", "raise_kl"] = Field(
+        default="off", description="stop: with a checkpoint; raise_kl: objective.kl_weight is multiplied by kl_factor."
+    )
+    window: Annotated[int, Field(ge=2)] = Field(
+        default=10, description="The latest so many iterations that scored it are compared with the first so many."
+    )
+    threshold: PositiveFloat = Field(default=3.0, description="Standard errors that both means must have moved by.")
+    kl_factor: Annotated[float, Field(gt=1)] = 2.0
 
 
 class Advantage(Section):
@@ -338,6 +384,7 @@ class Config(Section):
     prompts: Prompts
     rollout: Rollout = Field(default_factory=Rollout)
     rewards: Annotated[list[RewardSpec], Field(min_length=1)]
+    scoring: Scoring = Field(default_factory=Scoring)
     advantage: Advantage = Field(default_factory=Advantage)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     update: Update = Field(default_factory=Update)
@@ -345,6 +392,7 @@ class Config(Section):
     eval: Eval = Field(default_factory=Eval)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     telemetry: Telemetry = Field(default_factory=Telemetry)
+    guard: Guard = Field(default_factory=Guard)
     parallel: Parallel = Field(default_factory=Parallel)
 
     @property
@@ -375,7 +423,21 @@ class Config(Section):
                 "rollout.old_values: log_prob knows the ratio alone; another objective.ratio than gaussian, kl_weight "
                 "and dppo_threshold need velocity"
             )
-        samples = roll.prompts_per_iteration * roll.group_size
+        if roll.best_of is not None and (roll.best_of < roll.group_size or roll.group_size % 2):
+            raise ValueError(
+                f"rollout.best_of: half the best and half the worst of {roll.best_of} cannot be {roll.group_size} "
+                "(rollout.group_size), which must be even and no more than it"
+            )
+        if roll.best_of is not None and roll.prompts_per_iteration % self.update.optimizer_steps:
+            raise ValueError(
+                f"update.optimizer_steps: {self.update.optimizer_steps} does not divide the "
+                f"{roll.prompts_per_iteration} prompts of an iteration, whose groups rollout.best_of keeps whole"
+            )
+        if late := next((r.key for r in self.scored if r.every > 1 and r.weight), None):
+            raise ValueError(
+                f"rewards: '{late}' is trained, so it is scored every iteration; drop every, or its weight"
+            )
+        samples = roll.prompts_per_iteration * roll.candidates
         if samples % self.update.optimizer_steps:
             raise ValueError(
                 f"update.optimizer_steps: {self.update.optimizer_steps} does not divide the {samples} samples of an "
@@ -388,6 +450,10 @@ class Config(Section):
             raise ValueError(f"rewards: '{twice}' is named twice; give its weights as one, or each a label")
         if sum(abs(r.weight) for r in self.scored) == 0:
             raise ValueError("rewards: every weight is 0, so nothing would be learned; give one a weight")
+        if self.guard.action != "off" and all(r.weight for r in self.scored):
+            raise ValueError(f"guard.action: {self.guard.action} needs a held-out reward; give one weight 0")
+        if self.guard.action == "raise_kl" and not objective.kl_weight:
+            raise ValueError("guard.action: raise_kl needs a KL term to raise; set objective.kl_weight above 0")
         if self.model.trainable and self.model.lora:
             raise ValueError(
                 "model.trainable: chooses among full weights, and model.lora trains none; drop one of them"

@@ -125,7 +125,7 @@ def check_world(config: Config, ranks: int, local: int) -> None:
         )
     if parallel.fsdp == "off" and ranks > 1:
         raise ConfigError("parallel.fsdp: off, but there are several ranks, whose gradients FSDP2 reduces; use auto")
-    samples = config.rollout.prompts_per_iteration * config.rollout.group_size
+    samples = config.rollout.prompts_per_iteration * config.rollout.candidates
     size = ranks // parallel.context
     shares = size * config.update.optimizer_steps
     if samples % shares:

@@ -25,6 +25,7 @@ FIXED = (
     "prompts.select",
     "rollout",
     "rewards",
+    "scoring.staleness",
     "advantage",
     "objective",
     "update",

@@ -73,7 +73,7 @@ def rank_samples(total: int, optimizer_steps: int, world: int, rank: int) -> np.
 
 def lay_out(plan: RolloutPlan, rollout: Rollout, samples: np.ndarray) -> Layout:
     """The layout of the rank that rolls out `samples` (global, [n])."""
-    prompts, sample_prompt = np.unique(samples // rollout.group_size, return_inverse=True)
+    prompts, sample_prompt = np.unique(samples // rollout.candidates, return_inverse=True)
     shared = rollout.shared_noise and rollout.share_prefix and bool(plan.trained.any())
     row_step, row_source, row_prompt, pair_row, pair_sample = [], [], [], [], []
     for step in range(plan.steps):
@@ -131,7 +131,7 @@ def rollout(
     """
     device, shape, batch = family.device, family.latent_shape, config.forward_batch
     subtract = config.old_values == "log_prob"
-    keep_noise = not subtract and (config.noise == "keep" or (config.noise == "auto" and device.type == "cpu"))
+    keep_noise = not subtract and config.keeps_noise(device.type)
     x_kept = torch.empty((len(layout.row_step), *shape), device=device)
     v_kept = torch.empty((len(layout.row_step), *shape), dtype=family.dtype, device=device)
     noise_kept = torch.empty((len(layout.pair_row), *shape), device=device) if keep_noise else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,18 @@ from fastgrpo.checkpoint import CheckpointStore, training_tensors
 from fastgrpo.config import Config
 from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.evaluate import evaluate, heldout_prompts, record
+from fastgrpo.generation import Batch, Generator, flight_scores, flight_state, keep_extremes, tensors
+from fastgrpo.guard import RewardGuard
 from fastgrpo.models import check_family, load_family
-from fastgrpo.objective import SUMMED
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import World, gathered, prepare_weights, residency, start_world
 from fastgrpo.prompts import PromptSampler, SpreadSampler, load_prompts
 from fastgrpo.resume import GOING_ON, PREEMPTED, claim_directory, listening
-from fastgrpo.rewards import Scores, load_reward, release
-from fastgrpo.rollout import decode, lay_out, rank_samples, rollout
-from fastgrpo.schedule import plan_rollout
-from fastgrpo.scoring import Gathered, gather, score_samples
+from fastgrpo.rewards import Scores, load_reward
+from fastgrpo.rollout import rank_samples
+from fastgrpo.scoring import Gathered, gather
 from fastgrpo.telemetry import Lap, PhaseTimer, Progress, Telemetry, peak_memory_bytes
-from fastgrpo.update import Updater, UpdateResult
+from fastgrpo.update import Updater, packed, unpacked
 
 
 class Trainer:
@@ -58,14 +58,26 @@ class Trainer:
         self.residency = residency(config, self.family.policy, self.world)
         self.updater = Updater(self.family, config, self.world, self.optimizer, self._reference(), self.residency)
         roll = config.rollout
-        self.samples = roll.prompts_per_iteration * roll.group_size
+        self.samples = roll.prompts_per_iteration * roll.candidates
         kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
         self.sampler = kind(len(self.prompts), roll.prompts_per_iteration, config.run.seed)
-        self.levels = self.family.noise_levels(roll.steps, roll.shift)
+        levels = self.family.noise_levels(roll.steps, roll.shift)
         shares = rank_samples(self.samples, config.update.optimizer_steps, self.world.size, self.world.rank)
         # In the order of the optimizer steps that take them; one order on every rank.
         self.mine = np.sort(shares.reshape(-1))
+        if roll.best_of is not None and shares.shape[1] % roll.best_of:
+            raise UserError(
+                f"rollout.best_of: groups of {roll.best_of} stay whole, and the {roll.prompts_per_iteration} prompts of an "
+                "iteration do not divide over the ranks × update.optimizer_steps"
+            )
         self.weights = np.array([spec.weight for spec in config.scored])
+        self.generator = Generator(
+            self.family, config, self.rewards, self.mine, levels, lambda text: self.progress.note(text)
+        )
+        self.guard = RewardGuard(config.guard)
+        self.halted: str | None = None
+        # With staleness 1: the next iteration's samples, rolled out already.
+        self._ahead: Batch | None = None
         self.iteration, self.train_seconds = 0, 0.0
         self.best: tuple[int | None, float] = (None, -np.inf)
         self.stopping = GOING_ON
@@ -91,7 +103,7 @@ class Trainer:
             if self.iteration == 0 and config.eval.every:
                 self._evaluate()
             saved = self.iteration if self.iteration in self.store.iterations() else -1
-            while self.iteration < config.train.iterations and not self.stopping:
+            while self.iteration < config.train.iterations and not (self.stopping or self.halted):
                 begin = time.perf_counter()
                 self.iterate()
                 self.train_seconds += time.perf_counter() - begin
@@ -105,6 +117,8 @@ class Trainer:
                 self._save()
             self.store.wait()
         self.telemetry.close()
+        if self.halted:
+            raise UserError(self.halted)
         if self.stopping == PREEMPTED:
             raise PreemptedError(f"{self.dir}: stopped at iteration {self.iteration} with a checkpoint, to be requeued")
         if self.stopping:
@@ -118,45 +132,106 @@ class Trainer:
         """One iteration: the prompts' groups are rolled out, decoded, scored, and the weights updated."""
         config, iteration = self.config, self.iteration
         self.timer.lap()
-        drawn = self.sampler.at(iteration)
-        chosen = [self.prompts[i] for i in drawn]
-        plan = plan_rollout(config.rollout, self.levels, self.samples, iteration, config.run.seed)
-        layout = lay_out(plan, config.rollout, self.mine)
-        with self.timer.phase("conditioning"):
-            conditioning = self.family.encode([chosen[i] for i in layout.prompts])
-        kept = gathered(self.family.modules.values(), self.residency.rollout_gathered)
-        with self.timer.phase("rollout"), kept:
-            trajectory = rollout(self.family, plan, layout, conditioning, config.rollout, config.run.seed, iteration)
-        with self.timer.phase("decode"):
-            images = decode(self.family, trajectory.latents, config.rollout.decode_batch)
+        batch = self._ahead or self._start(iteration)
+        self._ahead = self._start(iteration + 1) if config.scoring.staleness else None
+        scored = self._scored(batch)
         with self.timer.phase("sync"):
-            images = images.cpu()
             self._flush()
-        with self.timer.phase("reward"):
-            prompts = [chosen[layout.prompts[i]] for i in layout.sample_prompt]
-            fps = config.model.fps if images.ndim == 5 else None
-            scores = score_samples(self.rewards, images, prompts, fps, self.progress.note)
-            release(self.rewards.values())
-        with self.timer.phase("sync"):
-            scored = self._gather(scores)
-        advantages = compute_advantages(
-            scored.values, scored.valid, config.rollout.group_size, self.weights, config.advantage
-        )
+        self._check_failures(scored)
+        group = config.rollout.candidates
+        advantages = compute_advantages(scored.values, scored.valid, group, self.weights, config.advantage)
+        advantages = advantages.of(self._kept(scored))
         if isinstance(self.sampler, SpreadSampler):
-            self.sampler.observe(
-                drawn, group_spread(scored.values, scored.valid, config.rollout.group_size, self.weights)
-            )
+            self.sampler.observe(batch.drawn, group_spread(scored.values, scored.valid, group, self.weights))
         with self.timer.phase("update"):
             result = self.updater.run(
-                plan, trajectory, conditioning, advantages.terms, advantages.valid & self._worth(advantages), iteration
-            )
+                batch.plan, batch.trajectory, batch.conditioning, advantages.terms,
+                advantages.valid & self._worth(advantages), iteration,
+            )  # fmt: skip
         self.iteration += 1
-        metrics = self._metrics(scored, advantages)
-        self._pending = (iteration, metrics, _packed(result), self.timer.lap())
+        metrics = self._metrics(scored, advantages) | batch.spent
+        metrics |= self._watch(iteration, scored, metrics["reward/mean"])
+        self._pending = (iteration, metrics, packed(result), self.timer.lap())
+
+    def _start(self, iteration: int) -> Batch:
+        """Rolls out an iteration's samples; scoring begins."""
+        drawn = self.sampler.at(iteration)
+        prompts = [self.prompts[i] for i in drawn]
+        return self.generator.start(iteration, drawn, prompts, self.timer, self._weights_gathered)
+
+    def _weights_gathered(self) -> AbstractContextManager[object]:
+        return gathered(self.family.modules.values(), self.residency.rollout_gathered)
+
+    def _scored(self, batch: Batch) -> Gathered:
+        """Every rank's scores of a batch, as soon as they are there."""
+        if batch.scored is None:
+            self.generator.finish(batch, self.timer)
+            with self.timer.phase("sync"):
+                batch.scored = self._gather(batch.scores)
+        return batch.scored
+
+    def _kept(self, scored: Gathered) -> np.ndarray:
+        """bool [N]: the samples that are trained on, all or the best and worst of each prompt."""
+        everyone = np.arange(self.samples)
+        if self.config.rollout.best_of is None:
+            return np.ones(self.samples, dtype=bool)
+        return keep_extremes(scored.values, scored.valid, self.weights, everyone, self.config)
+
+    def _too_many_failed(self, scored: Gathered) -> bool:
+        rate = scored.failure_rate(self.weights)
+        return rate == 1 or rate > self.config.scoring.max_failure_rate
+
+    def _check_failures(self, scored: Gathered) -> None:
+        """Pauses the run where too many samples have no score: with a checkpoint, before they are trained on."""
+        if not self._too_many_failed(scored):
+            return
+        rate, limit = scored.failure_rate(self.weights), self.config.scoring.max_failure_rate
+        self._ahead = None
+        self._save()
+        self.store.wait()
+        what = (
+            f"rewards: no sample of iteration {self.iteration} could be scored"
+            if rate == 1
+            else f"scoring.max_failure_rate: {rate:.0%} of iteration {self.iteration}'s samples got no score, and the "
+            f"limit is {limit:.0%}"
+        )
+        raise UserError(
+            f"{what}; see the messages above. The run is paused with a checkpoint: mend the reward, then go on with "
+            "run.resume=true"
+        )
+
+    def _watch(self, iteration: int, scored: Gathered, trained: float) -> dict[str, float]:
+        """Held-out rewards beside the trained one: what the guard says of them, and does."""
+        config, held = self.config, {}
+        for row, spec in enumerate(config.scored):
+            counted = scored.values[row][scored.valid[row] & scored.asked[row]]
+            if spec.weight == 0 and len(counted):
+                held[spec.key] = float(counted.mean())
+        falling = self.guard.observe(iteration, trained, held)
+        names = ", ".join(falling)
+        if falling and config.guard.action == "stop":
+            self.halted = (
+                f"guard.action: stopped at iteration {self.iteration} with a checkpoint: held-out {names} fell while "
+                "the trained reward rose; look at the images, then go on with run.resume=true guard.action=off, or "
+                "change the rewards"
+            )
+        if falling and config.guard.action == "raise_kl":
+            self.guard.raise_kl(falling)
+            self._apply_guard()
+            self.progress.note(f"held-out {names} fell: objective.kl_weight × {self.guard.kl_scale:g} from here on")
+        known = {"guard/falling": float(len(falling))} if held else {}
+        if config.guard.action == "raise_kl":
+            known["guard/kl_weight"] = self.updater.config.objective.kl_weight
+        return known
+
+    def _apply_guard(self) -> None:
+        objective = self.config.objective
+        raised = objective.model_copy(update={"kl_weight": objective.kl_weight * self.guard.kl_scale})
+        self.updater.config = self.config.model_copy(update={"objective": raised})
 
     def _worth(self, advantages: Advantages) -> np.ndarray:
         """Samples of groups that are trained: all of them with a KL term, else those with any spread."""
-        flat = advantages.zero_spread.repeat(self.config.rollout.group_size)
+        flat = advantages.zero_spread.repeat(self.config.rollout.candidates)
         return ~flat if self.config.objective.kl_weight == 0 else np.ones_like(flat)
 
     def _gather(self, scores: dict[str, Scores]) -> Gathered:
@@ -167,15 +242,13 @@ class Trainer:
 
         scored = gather(scores, owned, self.world, self.stopping)
         self.stopping = scored.flagged
-        if not scored.valid.all(axis=0).any():
-            raise UserError(f"rewards: no sample of iteration {self.iteration} could be scored; see the messages above")
         return scored
 
     def _metrics(self, scored: Gathered, advantages: Advantages) -> dict[str, float]:
         rewards, valid = scored.values, scored.valid
         ok = valid.all(axis=0)
         total = (self.weights[:, None] * rewards)[:, ok].sum(axis=0)
-        groups = total.reshape(-1, self.config.rollout.group_size) if ok.all() else total[None]
+        groups = total.reshape(-1, self.config.rollout.candidates) if ok.all() else total[None]
         counted = np.where(valid & scored.asked, rewards, np.nan)
         columns = dict(zip(self.rewards, counted, strict=True)) | scored.components
         known = {name: column[~np.isnan(column)] for name, column in columns.items()}
@@ -197,7 +270,7 @@ class Trainer:
         iteration, metrics, packed, lap = self._pending
         self._pending = None
         vectors = self.world.gather(packed.cpu().numpy())
-        metrics |= _unpacked(vectors)
+        metrics |= unpacked(vectors)
         seconds = lap.read()
         metrics |= {f"time/{phase}": value for phase, value in (seconds | self._apart).items()}
         self._apart = {}
@@ -209,7 +282,7 @@ class Trainer:
     def _evaluate(self) -> None:
         self._flush()
         with self._aside("eval"), self.optimizer.averaged(self.config.eval.ema):
-            result = evaluate(self.family, self.rewards, self.heldout, self.config, self.world)
+            result = evaluate(self.family, self.rewards, self.heldout, self.config, self.world, self.progress.note)
         summary = result.summary()
         score = sum(spec.weight * summary["rewards"][spec.key] for spec in self.config.scored)
         if score > self.best[1]:
@@ -237,10 +310,29 @@ class Trainer:
             }
             if isinstance(self.sampler, SpreadSampler):
                 state["prompt_spread"] = [None if np.isnan(x) else x for x in self.sampler.spread.tolist()]
+            state["guard"] = self.guard.state()
+            state["in_flight"], flying = self._in_flight()
             policy = self.config.checkpoint
             self.store.save(
-                self.iteration, training_tensors(self.optimizer), state, policy.keep, self.best[0], policy.background
-            )
+                self.iteration, training_tensors(self.optimizer), state, policy.keep, self.best[0], policy.background,
+                flying,
+            )  # fmt: skip
+
+    def _in_flight(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """The samples rolled out ahead and their scores, for a checkpoint. Failed ones are rolled out again instead."""
+        batch = self._ahead
+        if batch is None or self._too_many_failed(self._scored(batch)):
+            return None, {}
+        return flight_state(batch, self.world.size), {f"in_flight_{self.world.rank}": tensors(batch.trajectory)}
+
+    def _restore_in_flight(self, iteration: int, state: dict[str, Any]) -> None:
+        scored = flight_scores(state, self.world.size)
+        mine = self.mine[self._kept(scored)[self.mine]]
+        drawn = np.array(state["drawn"])
+        prompts = [self.prompts[i] for i in drawn]
+        batch = self.generator.restore(state["iteration"], drawn, prompts, mine if len(mine) else self.mine[:1])
+        self.store.load(iteration, {f"in_flight_{self.world.rank}": tensors(batch.trajectory)})
+        batch.scored, self._ahead = scored, batch
 
     @contextmanager
     def _aside(self, name: str) -> Iterator[None]:
@@ -257,6 +349,11 @@ class Trainer:
         self.train_seconds = state["train_seconds"]
         if isinstance(self.sampler, SpreadSampler):
             self.sampler.spread[:] = np.array(state["prompt_spread"], dtype=np.float64)
+        if "guard" in state:
+            self.guard.restore(state["guard"])
+            self._apply_guard()
+        if state.get("in_flight") is not None:
+            self._restore_in_flight(iteration, state["in_flight"])
         if state["best_iteration"] is not None:
             self.best = (state["best_iteration"], state["best_score"])
 
@@ -270,34 +367,6 @@ class Trainer:
     def _without_lora(self) -> Iterator[None]:
         with self.family.lora_disabled():
             yield
-
-
-def _packed(result: UpdateResult) -> Tensor:
-    """The update's statistics as one float64 vector on the device."""
-    device = result.statistics.sums.device
-    norms = [n.double() for n in result.grad_norms] or [torch.zeros((), dtype=torch.float64, device=device)]
-    skipped = [s.double() for s in result.skipped_steps] or [torch.zeros((), dtype=torch.float64, device=device)]
-    extremes = [result.statistics.max_deviation, result.first.max_deviation]
-    tail = torch.stack([*extremes, torch.stack(norms).mean(), torch.stack(skipped).sum()])
-    return torch.cat([result.statistics.sums, tail])
-
-
-def _unpacked(vectors: np.ndarray) -> dict[str, float]:
-    """Metrics of every rank's packed vector [world, …]."""
-    sums = dict(zip(SUMMED, vectors[:, : len(SUMMED)].sum(axis=0), strict=True))
-    pairs = max(sums["weight"], 1.0)
-    deviation, first, norm, skipped = vectors[:, len(SUMMED) :].max(axis=0)
-    return {
-        "loss": sums["loss"] / pairs,
-        "ratio/mean": sums["ratio"] / pairs,
-        "ratio/max_deviation": deviation,
-        "ratio/first_max_deviation": first,
-        "clip_fraction": sums["clipped"] / pairs,
-        "dppo_dropped": sums["dropped"] / pairs,
-        "kl": sums["kl"] / pairs,
-        "grad_norm": norm,
-        "optimizer_steps/skipped": skipped,
-    }
 
 
 def train(config: Config) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgrpo.config import Config
 from fastgrpo.models.base import Conditioning, ModelFamily, to_device
-from fastgrpo.objective import Statistics, policy_loss
+from fastgrpo.objective import SUMMED, Statistics, policy_loss
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import KEPT, Residency, World, hold_weights, set_gradient_sync
 from fastgrpo.rollout import Layout, Trajectory, lay_out, rank_samples
@@ -115,7 +115,9 @@ class Updater:
         steps, samples = self.config.update.optimizer_steps, len(advantages)
         moves = (advantages.reshape(samples, -1) != 0).any(axis=1)
         worth = trainable & (moves | (self.config.objective.kl_weight > 0))
-        scale = loss_scale(self.config.objective, plan) * self.world.ranks * steps / (samples * plan.pairs_per_sample)
+        # Of the planned pairs: with the best of N, those of the samples that are kept.
+        planned = samples // self.config.rollout.candidates * self.config.rollout.group_size * plan.pairs_per_sample
+        scale = loss_scale(self.config.objective, plan) * self.world.ranks * steps / planned
         for k in range(steps):
             chosen = self._choose(plan, trajectory.layout, worth, k)
             if not chosen:
@@ -207,3 +209,31 @@ def _per_pair(rows: Tensor, micro: MicroBatch) -> Tensor:
     if width == 1:
         return rows
     return rows.unsqueeze(1).expand(-1, width, *rows.shape[1:]).reshape(-1, *rows.shape[1:])
+
+
+def packed(result: UpdateResult) -> Tensor:
+    """The update's statistics as one float64 vector on the device."""
+    device = result.statistics.sums.device
+    norms = [n.double() for n in result.grad_norms] or [torch.zeros((), dtype=torch.float64, device=device)]
+    skipped = [s.double() for s in result.skipped_steps] or [torch.zeros((), dtype=torch.float64, device=device)]
+    extremes = [result.statistics.max_deviation, result.first.max_deviation]
+    tail = torch.stack([*extremes, torch.stack(norms).mean(), torch.stack(skipped).sum()])
+    return torch.cat([result.statistics.sums, tail])
+
+
+def unpacked(vectors: np.ndarray) -> dict[str, float]:
+    """Metrics of every rank's packed vector [world, …]."""
+    sums = dict(zip(SUMMED, vectors[:, : len(SUMMED)].sum(axis=0), strict=True))
+    pairs = max(sums["weight"], 1.0)
+    deviation, first, norm, skipped = vectors[:, len(SUMMED) :].max(axis=0)
+    return {
+        "loss": sums["loss"] / pairs,
+        "ratio/mean": sums["ratio"] / pairs,
+        "ratio/max_deviation": deviation,
+        "ratio/first_max_deviation": first,
+        "clip_fraction": sums["clipped"] / pairs,
+        "dppo_dropped": sums["dropped"] / pairs,
+        "kl": sums["kl"] / pairs,
+        "grad_norm": norm,
+        "optimizer_steps/skipped": skipped,
+    }

@@ -55,6 +55,11 @@ class Scores:
         return Scores(np.zeros(count), np.zeros(count, dtype=bool))
 
     @staticmethod
+    def not_asked(count: int) -> Scores:
+        """Of `count` samples that a reward was not asked about."""
+        return Scores(np.zeros(count), np.ones(count, dtype=bool), {}, np.zeros(count, dtype=bool))
+
+    @staticmethod
     def concatenate(parts: Sequence[Scores]) -> Scores:
         """The scores of consecutive chunks of samples; a component that one chunk lacks is NaN there."""
         names = dict.fromkeys(name for part in parts for name in part.components)

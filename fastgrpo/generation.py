@@ -1,0 +1,319 @@
+"""One iteration's samples of a rank: rolled out in chunks, each decoded and scored beside the next one's rollout; with
+the best of N, only the extremes of each prompt kept.
+
+Chunks change nothing but the clock: noise belongs to the sample, and a row's bits do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgrpo.advantages import extremes
+from fastgrpo.config import Config
+from fastgrpo.errors import UserError
+from fastgrpo.models.base import Conditioning, ModelFamily, to_device
+from fastgrpo.prompts import Prompt
+from fastgrpo.rewards import Reward, Scores, release
+from fastgrpo.rollout import Layout, Trajectory, decode, lay_out, rollout
+from fastgrpo.schedule import NoiseLevels, RolloutPlan, plan_rollout
+from fastgrpo.scoring import Gathered, joined, score_samples
+from fastgrpo.telemetry import PhaseTimer
+from fastgrpo_kernels import noise
+
+
+@dataclass
+class Batch:
+    """An iteration's samples: rolled out, and being scored until `Generator.finish`.
+
+    drawn: indices of its prompts; trajectory: of the samples that are trained (global numbers: `layout.samples`);
+    scores: of all of this rank's samples, in order; scored: of every rank's, once they have been gathered.
+    """
+
+    iteration: int
+    drawn: np.ndarray
+    plan: RolloutPlan
+    trajectory: Trajectory
+    conditioning: Conditioning
+    scores: dict[str, Scores] = field(default_factory=dict)
+    jobs: list[tuple[Trajectory, Job]] = field(default_factory=list)
+    scored: Gathered | None = None
+    spent: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Scores of a chunk; and where they were found beside the rollout, the seconds it took, by metric."""
+
+    scores: dict[str, Scores]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Job = Future[Judged]
+
+
+class Generator:
+    """Rolls out and scores; `mine`: this rank's global samples, ascending."""
+
+    def __init__(
+        self, family: ModelFamily, config: Config, rewards: Mapping[str, Reward], mine: np.ndarray,
+        levels: NoiseLevels, note: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.family, self.config, self.rewards, self.mine = family, config, rewards, mine
+        self.levels, self.note = levels, note
+        self.samples = config.rollout.prompts_per_iteration * config.rollout.candidates
+        self.weights = np.array([spec.weight for spec in config.scored])
+        settings = config.scoring
+        self.beside = settings.staleness > 0 or (settings.chunks > 1 and settings.overlap)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring") if self.beside else None
+        self._stream = torch.cuda.Stream(family.device) if self.beside and family.device.type == "cuda" else None
+        # The most rows that were ever in memory.
+        self.held_rows = 0
+
+    def plan(self, iteration: int) -> RolloutPlan:
+        return plan_rollout(self.config.rollout, self.levels, self.samples, iteration, self.config.run.seed)
+
+    def start(
+        self, iteration: int, drawn: np.ndarray, prompts: Sequence[Prompt], timer: PhaseTimer,
+        gathered: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Batch:  # fmt: skip
+        """Rolls out an iteration and gives its chunks to scoring; `gathered` is entered around each rollout."""
+        roll, plan = self.config.rollout, self.plan(iteration)
+        whole = lay_out(plan, roll, self.mine)
+        with timer.phase("conditioning"):
+            conditioning = self.family.encode([prompts[i] for i in whole.prompts])
+        batch = Batch(iteration, drawn, plan, _nothing(self.family, whole), conditioning)
+        chunks = np.array_split(self.mine, min(self.config.scoring.chunks, len(self.mine)))
+        for samples in chunks:
+            layout = whole if len(chunks) == 1 else lay_out(plan, roll, samples)
+            rows = conditioning
+            if len(layout.prompts) < len(whole.prompts):
+                rows = conditioning.rows(np.searchsorted(whole.prompts, layout.prompts))
+            with timer.phase("rollout"), gathered():
+                trajectory = rollout(self.family, plan, layout, rows, roll, self.config.run.seed, iteration)
+            texts = [prompts[layout.prompts[i]] for i in layout.sample_prompt]
+            batch.jobs.append((trajectory, self._submit(trajectory.latents, texts, iteration, timer)))
+            if roll.best_of is not None:
+                self._fold(batch, timer, leave=1 if self.beside else 0)
+        return batch
+
+    def finish(self, batch: Batch, timer: PhaseTimer) -> None:
+        """Waits for a batch's scores and puts its trajectory together."""
+        self._fold(batch, timer, leave=0)
+        batch.conditioning = _narrowed(batch.conditioning, self.mine, batch.trajectory.layout, self.config)
+        release(self.rewards.values())
+
+    def _submit(self, latents: Tensor, texts: list[Prompt], iteration: int, timer: PhaseTimer) -> Job:
+        if self._thread is not None:
+            rolled = None
+            if self._stream is not None:
+                rolled = torch.cuda.Event()
+                rolled.record()
+                latents.record_stream(self._stream)
+            return self._thread.submit(self._judge, latents, texts, iteration, rolled)
+        with timer.phase("decode"):
+            images = decode(self.family, latents, self.config.rollout.decode_batch)
+        with timer.phase("sync"):
+            images = images.cpu()
+        with timer.phase("reward"):
+            job: Job = Future()
+            job.set_result(Judged(self._score(images, texts, iteration)))
+        return job
+
+    def _judge(self, latents: Tensor, texts: list[Prompt], iteration: int, rolled: torch.cuda.Event | None) -> Judged:
+        """In the scoring thread, on a stream of its own: beside what the device rolls out meanwhile."""
+        begin = perf_counter()
+        beside = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with torch.no_grad(), beside:
+            if self._stream is not None and rolled is not None:
+                self._stream.wait_event(rolled)
+            images = decode(self.family, latents, self.config.rollout.decode_batch).cpu()
+            decoded = perf_counter()
+            scores = self._score(images, texts, iteration)
+        seconds = {
+            "scoring/decode_seconds": decoded - begin,
+            "scoring/reward_seconds": perf_counter() - decoded,
+        }
+        return Judged(scores, seconds)
+
+    def _score(self, images: Tensor, texts: list[Prompt], iteration: int) -> dict[str, Scores]:
+        """Held-out rewards with `every` are asked in some iterations only."""
+        fps = self.config.model.fps if images.ndim == 5 else None
+        due = {s.key: s.weight != 0 or iteration % s.every == 0 for s in self.config.scored}
+        asked = {name: reward for name, reward in self.rewards.items() if due[name]}
+        scores = score_samples(asked, images, texts, fps, self.note)
+        return {name: scores.get(name) or Scores.not_asked(len(texts)) for name in self.rewards}
+
+    def _fold(self, batch: Batch, timer: PhaseTimer, leave: int) -> None:
+        """Takes in the scored chunks but the last `leave`: all their samples, or with best_of those that are kept."""
+        done, batch.jobs = batch.jobs[: len(batch.jobs) - leave], batch.jobs[len(batch.jobs) - leave :]
+        if not done:
+            return
+        with timer.phase("reward") if self.beside else nullcontext():
+            judged = [job.result() for _, job in done]
+        first = not batch.scores
+        for part in judged:
+            batch.scores = part.scores if not batch.scores else joined([batch.scores, part.scores])
+            for name, seconds in part.seconds.items():
+                batch.spent[name] = batch.spent.get(name, 0.0) + seconds
+        parts = [trajectory for trajectory, _ in done] if first else [batch.trajectory, *(t for t, _ in done)]
+        self.held_rows = max(self.held_rows, sum(len(t.x) for t in parts) + sum(len(t.x) for t, _ in batch.jobs))
+        samples = np.sort(np.concatenate([t.layout.samples for t in parts]))
+        if self.config.rollout.best_of is not None:
+            samples = samples[self._extreme(batch, samples)]
+        elif len(parts) == 1:
+            batch.trajectory = parts[0]
+            return
+        batch.trajectory = select(batch.plan, self.config, parts, samples)
+
+    def _extreme(self, batch: Batch, samples: np.ndarray) -> np.ndarray:
+        """Which of these samples (all scored) are among the best and worst of their prompts so far."""
+        places = np.searchsorted(self.mine, samples)
+        values = np.stack([s.values[places] for s in batch.scores.values()])
+        valid = np.stack([s.valid[places] for s in batch.scores.values()])
+        chosen = keep_extremes(values, valid, self.weights, samples, self.config)
+        # A rank without any score still takes part in the update, by a row of weight 0.
+        chosen[:1] |= not chosen.any()
+        return chosen
+
+    def restore(self, iteration: int, drawn: np.ndarray, prompts: Sequence[Prompt], samples: np.ndarray) -> Batch:
+        """A batch of these trained samples as `start` and `finish` left it, but for `tensors`, which a checkpoint
+        fills, and its noise, which is drawn again from its key."""
+        roll, plan, family = self.config.rollout, self.plan(iteration), self.family
+        layout = lay_out(plan, roll, samples)
+        conditioning = family.encode([prompts[i] for i in layout.prompts])
+        trajectory = _nothing(family, layout)
+        rows, pairs, shape = len(layout.row_step), len(layout.pair_row), family.latent_shape
+        trajectory.x = torch.empty((rows, *shape), device=family.device)
+        trajectory.v_old = torch.empty((rows, *shape), dtype=family.dtype, device=family.device)
+        if roll.old_values == "log_prob":
+            trajectory.y = torch.empty((pairs, *shape), device=family.device)
+            trajectory.log_prob = torch.empty(pairs, device=family.device)
+        elif roll.keeps_noise(family.device.type):
+            trajectory.noise = torch.empty((pairs, *shape), device=family.device)
+            for step in range(plan.steps):
+                part = layout.pairs_of(step)
+                if part.stop > part.start:
+                    owners = to_device(layout.samples[layout.pair_sample[part]], family.device)
+                    key = noise.noise_key(
+                        self.config.run.seed, owners, step, iteration, noise.STREAM_SDE, family.device
+                    )
+                    trajectory.noise[part] = noise.normal(key, shape)
+        return Batch(iteration, drawn, plan, trajectory, conditioning)
+
+
+def tensors(trajectory: Trajectory) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a trajectory."""
+    named = {"x": trajectory.x, "v_old": trajectory.v_old, "y": trajectory.y, "log_prob": trajectory.log_prob}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def flight_state(batch: Batch, ranks: int) -> dict[str, Any]:
+    """A scored batch for a checkpoint's JSON: everything but its tensors."""
+    scored = batch.scored
+    assert scored is not None
+    lists = {name: getattr(scored, name).tolist() for name in ("values", "valid", "asked")}
+    components = {name: column.tolist() for name, column in scored.components.items()}
+    return {
+        "iteration": batch.iteration, "drawn": batch.drawn.tolist(), "ranks": ranks, **lists, "components": components
+    }  # fmt: skip
+
+
+def flight_scores(state: Mapping[str, Any], ranks: int) -> Gathered:
+    """The scores of `flight_state`. Raises UserError where other ranks rolled it out."""
+    if state["ranks"] != ranks:
+        raise UserError(
+            f"run.resume: the checkpoint holds samples in flight of {state['ranks']} ranks (scoring.staleness), and "
+            f"there are {ranks}; go on with as many"
+        )
+    rows = (np.array(state[name]) for name in ("values", "valid", "asked"))
+    return Gathered(*rows, {name: np.array(column, np.float64) for name, column in state["components"].items()}, 0)
+
+
+def keep_extremes(
+    values: np.ndarray, valid: np.ndarray, weights: np.ndarray, samples: np.ndarray, config: Config
+) -> np.ndarray:
+    """bool [n]: the group_size/2 best and as many worst of each prompt by the weighted sum of rewards [R, n].
+
+    samples: global numbers. One that a trained reward could not score is not kept.
+    """
+    used = weights != 0
+    total = np.tensordot(weights[used], np.where(valid, values, 0.0)[used], axes=1)
+    total = np.where(valid[used].all(axis=0), total, np.nan)
+    return extremes(total, samples // config.rollout.candidates, samples, config.rollout.group_size)
+
+
+def select(plan: RolloutPlan, config: Config, parts: Sequence[Trajectory], samples: np.ndarray) -> Trajectory:
+    """The trajectory of `samples` (global, ascending), each of which is in one of the parts."""
+    layout = lay_out(plan, config.rollout, samples)
+    rows = _places(_row_keys(layout, plan), [_row_keys(p.layout, plan) for p in parts])
+    pairs = _places(_pair_keys(layout), [_pair_keys(p.layout) for p in parts])
+
+    def of(name: str, places: tuple[np.ndarray, np.ndarray]) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else _collected(found, places)
+
+    x, v_old = of("x", rows), of("v_old", rows)
+    assert x is not None
+    assert v_old is not None
+    latents = parts[0].latents[:0]
+    return Trajectory(layout, latents, x, v_old, of("noise", pairs), of("y", pairs), of("log_prob", pairs))
+
+
+def _row_keys(layout: Layout, plan: RolloutPlan) -> np.ndarray:
+    """A number [R] for each row: its step, and the prompt or the sample that it is of."""
+    common = layout.shared & (layout.row_step == plan.first_stochastic)
+    owner = np.where(common, layout.prompts[layout.row_prompt], -1)
+    owner[~common] = layout.samples[layout.row_source[~common]]
+    return layout.row_step * 2**40 + owner
+
+
+def _pair_keys(layout: Layout) -> np.ndarray:
+    return layout.row_step[layout.pair_row] * 2**40 + layout.samples[layout.pair_sample]
+
+
+def _places(wanted: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each wanted key: which part has it (the first that does), and where in it."""
+    keys = np.concatenate(parts)
+    part = np.arange(len(parts)).repeat([len(p) for p in parts])
+    place = np.concatenate([np.arange(len(p)) for p in parts])
+    distinct, first = np.unique(keys, return_index=True)
+    found = first[np.searchsorted(distinct, wanted)]
+    assert np.array_equal(keys[found], wanted)
+    return part[found], place[found]
+
+
+def _collected(parts: Sequence[Tensor], places: tuple[np.ndarray, np.ndarray]) -> Tensor:
+    """Rows of several tensors, in order."""
+    part, place = places
+    device = parts[0].device
+    out = parts[0].new_empty((len(part), *parts[0].shape[1:]))
+    for number, tensor in enumerate(parts):
+        here = np.flatnonzero(part == number)
+        if len(here):
+            rows = tensor.index_select(0, to_device(place[here], device))
+            out.index_copy_(0, to_device(here, device), rows)
+    return out
+
+
+def _nothing(family: ModelFamily, layout: Layout) -> Trajectory:
+    """A trajectory without rows yet."""
+    empty = torch.empty((0, *family.latent_shape), device=family.device)
+    return Trajectory(layout, empty, empty, empty.to(family.dtype), None)
+
+
+def _narrowed(conditioning: Conditioning, mine: np.ndarray, layout: Layout, config: Config) -> Conditioning:
+    """The rows of the prompts that a trajectory still has; with the best of N, one may have lost all its samples."""
+    every = np.unique(mine // config.rollout.candidates)
+    have = len(next(iter(conditioning.values())))
+    if have == len(layout.prompts):
+        return conditioning
+    return conditioning.rows(np.searchsorted(every, layout.prompts))
