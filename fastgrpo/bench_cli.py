@@ -115,5 +115,20 @@ def stay(
     typer.echo(json.dumps(result, indent=1))
 
 
+@app.command()
+def rewards(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="overlap, throughput, fuzz or faults.")],
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Iterations; for throughput, seconds; for fuzz, requests.")
+    ] = None,
+) -> None:
+    """Measure what scoring costs an iteration, a reward server's rate, and what malice and failures do to it."""
+    measures = load("rewards").MEASURES
+    if what not in measures:
+        raise UserError(f"bench rewards: unknown measure '{what}'; (one of: {', '.join(measures)})")
+    result = measures[what](*([] if count is None else [count]))
+    typer.echo(json.dumps(result, indent=1))
+
+
 if __name__ == "__main__":
     app(prog_name="fastgrpo bench")

@@ -34,9 +34,9 @@ def load_prompts(source: str) -> list[Prompt]:
 
     `x.txt`: one prompt a line, blank lines skipped. `x.jsonl`, `x.csv`: `prompt`, and where given `negative_prompt`
     and `image` (relative to the file); every other column goes to the metadata. `shapes:train`, `shapes:heldout`: the
-    embedded world; `moving:train`, `moving:heldout`: its videos, each prompt with a first frame of its own.
-    `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise. `set:geneval`,
-    `set:hps`, `set:videoalign`: those of fastgrpo/prompt_sets.py.
+    embedded world (`shapes:train:position,counting`: of these categories alone); `moving:train`, `moving:heldout`: its
+    videos, each prompt with a first frame of its own. `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train`
+    and `prompt` unless said otherwise. `set:geneval`, `set:hps`, `set:videoalign`: those of fastgrpo/prompt_sets.py.
 
     Raises ConfigError, naming file and line where there is one, and UserError where an extra is missing.
     """
@@ -120,19 +120,28 @@ class SpreadSampler(PromptSampler):
                 self.spread[index] = value if np.isnan(before) else before + self.RECENT * (value - before)
 
 
-def _shapes(part: str) -> list[Prompt]:
-    """A split of the shapes world with its six categories in equal numbers, as GenEval weighs them.
+def _shapes(spec: str) -> list[Prompt]:
+    """A split of the shapes world with its six categories, or those that follow it, in equal numbers (as GenEval's).
 
     Position has hundreds of times the prompts of single objects: the large categories are sampled, the small repeat.
     """
     from fastgrpo.shapes import world
 
+    part, _, named = spec.partition(":")
+    categories = tuple(filter(None, named.split(","))) or world.CATEGORIES
+    for category in categories:
+        if category not in world.CATEGORIES:
+            hint = nearest(category, world.CATEGORIES)
+            raise ConfigError(
+                f"shapes:{spec}: unknown category '{category}'; {hint}(one of: {', '.join(world.CATEGORIES)})"
+            )
     parts = dict(zip(("train", "heldout"), world.split(), strict=True))
     if part not in parts:
         names = [f"shapes:{name}" for name in parts]
         hint = nearest(f"shapes:{part}", names)
         raise ConfigError(f"shapes:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
-    balanced = world.eval_set(parts[part], 160 * len(world.CATEGORIES), seed=0)
+    chosen = [p for p in parts[part] if p.category in categories]
+    balanced = world.eval_set(chosen, 160 * len(categories), seed=0, categories=categories)
     return [Prompt(p.text, metadata={"category": p.category}) for p in balanced]
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from fastgrpo import __version__
 from fastgrpo.charts import curve_chart, time_chart
+from fastgrpo.config import RewardSpec, flatten_rewards
 from fastgrpo.errors import UserError
 from fastgrpo.pictures import read_tiles
 from fastgrpo.telemetry import read_metrics
@@ -92,6 +93,7 @@ def write_report(runs: str | Path | Sequence[str | Path], out: str | Path | None
     sections = [
         _headline(data),
         _learning(data),
+        _hacking(data),
         _stability(data),
         _time(data),
         _categories(data),
@@ -160,6 +162,44 @@ def _learning(runs: list[RunData]) -> str:
             curves = {r.name: r.heldout(name) for r in runs}
             charts.append(curve_chart(f"Held-out {name}", curves, markers=True, percent=strict))
     return _section("Learning", _figures(charts))
+
+
+def _hacking(runs: list[RunData]) -> str:
+    """Held-out rewards (weight 0) beside the trained one, and what the guard saw and did; always shown."""
+    charts, lines = [], []
+    for run in runs:
+        held = [name for name in _watched(run) if run.series(f"reward/{name}")[0]]
+        charts += [
+            curve_chart(f"{run.name}: held-out reward {name}", {run.name: run.series(f"reward/{name}")}, smooth=True)
+            for name in held
+        ]
+        lines.append(f"{html.escape(run.name)}: {_verdict(run, held)}")
+    return _section("Held-out rewards", _figures(charts), "<br>".join(lines))
+
+
+def _watched(run: RunData) -> list[str]:
+    """The rewards that are scored and not trained."""
+    return [spec.key for spec in flatten_rewards([RewardSpec(**r) for r in run.config["rewards"]]) if not spec.weight]
+
+
+def _verdict(run: RunData, held: list[str]) -> str:
+    """What the guard against reward hacking saw, in a line."""
+    action = (run.config.get("guard") or {}).get("action", "off")
+    setting = f"The guard (guard.action) is {action}"
+    if not held:
+        return f"{setting}; no held-out reward was scored (one of weight 0), so nothing would show reward hacking."
+    iterations, falling = run.series("guard/falling")
+    fell = [i for i, count in zip(iterations, falling, strict=True) if count]
+    names = html.escape(", ".join(held))
+    if not fell:
+        return f"{setting}; {names} did not fall while the trained reward rose."
+    done = {"off": "nothing was done about it", "stop": "it stopped the run", "raise_kl": "it raised the KL's weight"}
+    kl = run.series("guard/kl_weight")[1]
+    weight = f" to {kl[-1]:g}" if action == "raise_kl" and kl else ""
+    return (
+        f"{setting}; of {names}, one fell while the trained reward rose in {len(fell)} iterations, first in {fell[0]}; "
+        f"{done[action]}{weight}."
+    )
 
 
 # Title, metric, and whether it is a share, of what tells a healthy run.

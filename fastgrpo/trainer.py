@@ -61,18 +61,18 @@ class Trainer:
         self.samples = roll.prompts_per_iteration * roll.candidates
         kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
         self.sampler = kind(len(self.prompts), roll.prompts_per_iteration, config.run.seed)
-        levels = self.family.noise_levels(roll.steps, roll.shift)
+        self.levels = self.family.noise_levels(roll.steps, roll.shift)
         shares = rank_samples(self.samples, config.update.optimizer_steps, self.world.size, self.world.rank)
         # In the order of the optimizer steps that take them; one order on every rank.
         self.mine = np.sort(shares.reshape(-1))
         if roll.best_of is not None and shares.shape[1] % roll.best_of:
             raise UserError(
-                f"rollout.best_of: groups of {roll.best_of} stay whole, and the {roll.prompts_per_iteration} prompts of an "
+                f"rollout.best_of: groups of {roll.best_of} stay whole, and {roll.prompts_per_iteration} prompts an "
                 "iteration do not divide over the ranks × update.optimizer_steps"
             )
         self.weights = np.array([spec.weight for spec in config.scored])
         self.generator = Generator(
-            self.family, config, self.rewards, self.mine, levels, lambda text: self.progress.note(text)
+            self.family, config, self.rewards, self.mine, self.levels, lambda text: self.progress.note(text)
         )
         self.guard = RewardGuard(config.guard)
         self.halted: str | None = None

@@ -209,3 +209,10 @@ def test_the_ready_made_sets_have_their_categories_and_are_fixed():
     assert [p.text for p in load_prompts("set:videoalign")] == [p.text for p in videos]
     with pytest.raises(ConfigError, match="did you mean 'set:geneval'"):
         load_prompts("set:genval")
+
+
+def test_the_shapes_prompts_of_some_categories_alone():
+    prompts = load_prompts("shapes:heldout:position,counting")
+    assert Counter(p.metadata["category"] for p in prompts) == {"position": 160, "counting": 160}
+    with pytest.raises(ConfigError, match="unknown category 'positon'; did you mean 'position'"):
+        load_prompts("shapes:train:positon")

@@ -129,8 +129,8 @@ class HPSReward(ClipReward):
         return load_strict(CLIPModel(config), from_open_clip(state), where)
 
 
-def aesthetic_head(width: int) -> nn.ModuleDict:
-    """The linear layers on CLIP's normalised features, under the published indices: dropout layers stood between."""
+def linear_head(width: int) -> nn.ModuleDict:
+    """LAION's and ImageReward's five linear layers, under their published indices: dropout layers stood between."""
     sizes = [width, 1024, 128, 64, 16, 1]
     return nn.ModuleDict({str(i): nn.Linear(a, b) for i, (a, b) in zip((0, 2, 4, 6, 7), pairwise(sizes), strict=True)})
 
@@ -163,7 +163,7 @@ class AestheticReward(NeuralReward):
         config = _vision_config(read_json(tower / "config.json"))
         layers = {k.removeprefix("layers."): v for k, v in read_state(where).items()}
         # Five small products, in float32: bfloat16 is too coarse for a score of 1 to 10.
-        self.head = load_strict(aesthetic_head(config.projection_dim), layers, where).to(self.device)
+        self.head = load_strict(linear_head(config.projection_dim), layers, where).to(self.device)
         return load_strict(CLIPVisionModelWithProjection(config), state, tower)
 
     def judge(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> dict[str, Tensor]:
