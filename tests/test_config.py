@@ -125,10 +125,11 @@ def test_overrides_reach_sections_lists_and_what_is_not_in_the_file(tmp_path):
 
 
 SAYS = {
-    "rollout.group_sise=4": "rollout.group_sise: unknown setting; did you mean 'group_size'? (one of: decode_batch, …",
+    "rollout.group_sise=4": "rollout.group_sise: unknown setting; did you mean 'group_size'? (one of: best_of, "
+    "decode_batch, …",
     "trian.iterations=3": "trian: unknown setting; did you mean 'train'? (one of: advantage, checkpoint, …",
     "rollout.trained.frac=0.5": "rollout.trained.frac: unknown setting; (one of: every, kind, move, size, …",
-    "rewards.0.wieght=1": "rewards.0.wieght: unknown setting; did you mean 'weight'? (one of: label, name, "
+    "rewards.0.wieght=1": "rewards.0.wieght: unknown setting; did you mean 'weight'? (one of: every, label, name, "
     "options, path, weight, when)",
     "model.lora.rnk=1": "model.lora.rnk: unknown setting; did you mean 'rank'? (one of: alpha, rank, targets)",
     "rollout.sampler=dancesde": "rollout.sampler: 'dancesde' is not valid; did you mean 'dance_sde'? it should be "

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi import FastAPI, Request, Response
-from serving import TOKEN, malformed, serving
+from serving import TOKEN, Unreliable, malformed, serving
 
 from fastgrpo.cli import main
 from fastgrpo.config import RewardSpec
@@ -154,14 +154,15 @@ def test_health_is_open_and_metrics_are_not(url):
     assert 'fastgrpo_reward_samples_total{reward="mean"}' in text
 
 
-def test_malformed_requests_are_refused_and_the_server_lives(url):
-    rng = random.Random(0)
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.full)])
+def test_malformed_requests_are_refused_and_the_server_lives(url, count):
+    rng = random.Random(count)
     good = encode_request(SAMPLES[:1], [Prompt("a red circle")], None, "raw")
     bait = Path("/tmp/fastgrpo-was-executed")
     with httpx.Client(base_url=url, trust_env=False) as client:
         auth = {"Authorization": f"Bearer {TOKEN}"}
         assert client.post("/v1/score/shapes", headers=auth, content=good).status_code == 200
-        for _ in range(200):
+        for _ in range(count):
             method, path, headers, body = malformed(rng, good, LIMIT)
             status = client.request(method, path, headers=headers, content=body).status_code
             assert 400 <= status < 500, (method, path, headers, body[:80], status)
@@ -253,6 +254,38 @@ def test_another_server_answers_for_one_that_is_down(remote):
     with serving(app) as address:
         scores = remote(["http://127.0.0.1:9", address]).score(SAMPLES, PROMPTS, None)
     assert np.array_equal(scores.values, EXACT)
+
+
+def test_a_run_completes_while_a_third_of_its_calls_fail_hang_or_lie(tiny_flux, tmp_path, monkeypatch):
+    from test_trainer import metrics
+    from tiny import tiny_config
+
+    from fastgrpo.trainer import Trainer
+
+    monkeypatch.setenv("FASTGRPO_REWARD_TOKEN", TOKEN)
+    shapes = load_reward(RewardSpec(name="shapes"))
+    app = Unreliable(create_app(service(), TOKEN, {"shapes": shapes}), share=0.3, hang=1.0, seed=3)
+    scored = []
+    with serving(app) as address:
+        options = {"url": address, "reward": "shapes", "batch": 3, "timeout": 0.5, "retries": 0}
+        config = tiny_config(
+            tiny_flux, tmp_path / "run", rewards=[{"name": "remote", "label": "r", "options": options}],
+            rollout={"prompts_per_iteration": 4, "group_size": 6}, train={"iterations": 4},
+            scoring={"max_failure_rate": 0.9},
+        )  # fmt: skip
+        trainer = Trainer(config)
+        reward = trainer.rewards["r"]
+        asked = reward.score
+        reward.score = lambda *a: scored.append((a, asked(*a))) or scored[-1][1]
+        trainer.run()
+    lost = sum(count for fate, count in app.counts.items() if fate != "good")
+    assert lost >= 4
+    assert trainer.iteration == 4
+    assert sum(line["samples/failed"] for line in metrics(tmp_path / "run")) == 3 * lost
+    for arguments, scores in scored:
+        exact = shapes.score(*arguments)
+        assert np.array_equal(scores.values[scores.valid], exact.values[scores.valid])
+        assert not scores.values[~scores.valid].any()
 
 
 def test_no_token_no_server_and_no_client(monkeypatch, tmp_path, capsys):

@@ -109,6 +109,27 @@ def test_a_report_shows_the_run_and_needs_nothing_beside_itself(make_run):
         assert title in page.text
 
 
+@pytest.mark.parametrize(
+    "action, falling, words",
+    [
+        ("off", 0, "The guard (guard.action) is off; held did not fall while the trained reward rose."),
+        ("off", 1, "rose in 10 iterations, first in 30; nothing was done about it."),
+        ("stop", 1, "The guard (guard.action) is stop; of held, one fell"),
+    ],
+)
+def test_a_report_always_says_what_held_out_rewards_did(make_run, action, falling, words):
+    run = make_run()
+    assert "no held-out reward was scored" in Page(write_report(run).read_text()).text
+    rewards = [{"name": "shapes"}, {"name": "ocr", "label": "held", "weight": 0.0}]
+    (run / "config.yaml").write_text(dump(tiny_config(run, rewards=rewards, guard={"action": action})))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    told = [line | {"reward/held": 0.5, "guard/falling": falling * (line["iteration"] >= 30)} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    page = Page(write_report(run).read_text())
+    assert words in page.text
+    assert "first: held-out reward held" in page.text
+
+
 def test_a_report_is_the_same_bytes_for_the_same_run(make_run):
     run = make_run()
     assert write_report(run).read_bytes() == write_report([run]).read_bytes()
