@@ -20,6 +20,7 @@ from fastgrpo.charts import curve_chart, time_chart
 from fastgrpo.config import RewardSpec, flatten_rewards
 from fastgrpo.errors import UserError
 from fastgrpo.pictures import read_tiles
+from fastgrpo.settings import parse_yaml
 from fastgrpo.telemetry import read_metrics
 
 
@@ -63,7 +64,7 @@ class RunData:
 def read_run(directory: Path) -> RunData:
     """The data of a run directory. Raises UserError where it is none, or has not trained yet."""
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        config = parse_yaml((directory / "config.yaml").read_text(encoding="utf-8"), str(directory / "config.yaml"))
     except FileNotFoundError:
         raise UserError(f"{directory}: not a run directory (it has no config.yaml)") from None
     metrics = read_metrics(directory)
