@@ -99,7 +99,7 @@ class Generator:
                 rows = conditioning.rows(np.searchsorted(whole.prompts, layout.prompts))
             with timer.phase("rollout"), gathered():
                 trajectory = rollout(self.family, plan, layout, rows, roll, self.config.run.seed, iteration)
-            texts = [prompts[layout.prompts[i]] for i in layout.sample_prompt]
+            texts = [prompts[i] for i in layout.prompts[layout.sample_prompt].tolist()]
             batch.jobs.append((trajectory, self._submit(trajectory.latents, texts, iteration, timer)))
             if roll.best_of is not None:
                 self._fold(batch, timer, leave=1 if self.beside else 0)
@@ -234,8 +234,9 @@ def flight_scores(state: Mapping[str, Any], ranks: int) -> Gathered:
             f"run.resume: the checkpoint holds samples in flight of {state['ranks']} ranks (scoring.staleness), and "
             f"there are {ranks}; go on with as many"
         )
-    rows = (np.array(state[name]) for name in ("values", "valid", "asked"))
-    return Gathered(*rows, {name: np.array(column, np.float64) for name, column in state["components"].items()}, 0)
+    values, valid, asked = (np.array(state[name]) for name in ("values", "valid", "asked"))
+    components = {name: np.array(column, np.float64) for name, column in state["components"].items()}
+    return Gathered(values, valid, asked, components, 0)
 
 
 def keep_extremes(

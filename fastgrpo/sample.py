@@ -81,7 +81,7 @@ def scored_chunks(
     total = len(prompts) * samples
     for start in range(0, total, CHUNK):
         numbers = np.arange(start, min(start + CHUNK, total))
-        of = [prompts[n // samples] for n in numbers]
+        of = [prompts[n // samples] for n in numbers.tolist()]
         images = draw(family, of, config, world, first=start)
         scores = score_samples(rewards, images, of, config.model.fps if images.ndim == 5 else None, note)
         yield numbers, images, {name: np.where(s.counted, s.values, np.nan) for name, s in scores.items()}

@@ -75,7 +75,7 @@ class Backbone(NeuralReward):
     def judge(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> dict[str, Tensor]:
         module: Any = self.module
         frames = sampled(samples, fps or FPS, self.fps)
-        height, width = frame_size(*frames.shape[-2:], *self.pixels)
+        height, width = frame_size(frames.shape[-2], frames.shape[-1], *self.pixels)
         patches, grid = self.patches(frames, height, width)
         merge = self.vision.spatial_merge_size
         video = VIDEO * (math.prod(grid) // merge**2)
