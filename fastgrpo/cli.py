@@ -270,6 +270,7 @@ def _check(config: Any, ranks: int) -> None:
 
 
 def _print_comparison(summary: dict[str, Any]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -277,9 +278,9 @@ def _print_comparison(summary: dict[str, Any]) -> None:
 
     head, rows = table(summary)
     trained = f", iteration {summary['iteration']}" if "iteration" in summary else ""
-    shown = Table(title=f"{summary['base']['images']} images{trained}", title_justify="left")
+    shown = Table(title=f"{summary['base']['images']} images{trained}", title_justify="left", box=box.SIMPLE)
     for place, column in enumerate(head):
-        shown.add_column(column, justify="right" if place else "left")
+        shown.add_column(column, justify="right" if place else "left", no_wrap=not place)
     for row in rows:
         shown.add_row(*row)
     console = Console()
