@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgrpo.compat import gaussian
 from fastgrpo_kernels import transitions
+from fastgrpo_kernels._checks import is_host_readable
 from fastgrpo_kernels.transitions import Transition
 
 
@@ -29,19 +30,23 @@ def ddim_step_with_logprob(
 
     Of the scheduler: `alphas_cumprod` [N], `num_inference_steps` and of `config` num_train_timesteps, prediction_type
     (epsilon, v_prediction, sample), clip_sample and thresholding. `model_output`, `sample` and `prev_sample` are
-    [B, ...]; `timestep` is an int, a scalar or [B]. The level after the last step is ᾱ of timestep 0.
+    [B, ...]; `timestep` is an int, a scalar, [1] or [B]. The level after the last step is ᾱ of timestep 0.
     `use_clipped_model_output` changes nothing, for nothing is clipped.
 
     Returns (prev_sample in sample's dtype, log-probability [B] in float32 of prev_sample as returned, mean over
     elements). Differentiable in `model_output`. Where there is no noise (eta = 0, timestep 0) there is no density: the
-    log-probability is NaN. Raises ValueError for both a generator and a prev_sample, before set_timesteps, for
-    clip_sample or thresholding, which are not affine in the model output, and for an unknown prediction_type.
+    log-probability is NaN. Raises ValueError or TypeError for tensors that do not fit, a sample that requires a
+    gradient, both a generator and a prev_sample, before set_timesteps, for clip_sample or thresholding, which are not
+    affine in the model output, and for an unknown prediction_type.
     """
+    gaussian.check(model_output, prev_sample, sample=sample)
     if self.num_inference_steps is None:
         raise ValueError("num_inference_steps: is None; call the scheduler's set_timesteps first")
     if prev_sample is not None and generator is not None:
         raise ValueError("generator: a given prev_sample needs none; pass one of the two")
-    step = _transition(self, timestep, eta, sample.device)
+    step = _transition(self, timestep, eta)
+    if isinstance(step.a, Tensor) and step.a.ndim and step.a.shape[0] != sample.shape[0]:
+        raise ValueError(f"timestep: expected 1 or {sample.shape[0]} values, one a sample, got {step.a.shape[0]}")
     if prev_sample is None:
         noise = gaussian.randn_like(model_output.detach(), generator)
         prev_sample = gaussian.sample(sample, model_output, step, noise, sample.dtype)
@@ -49,14 +54,17 @@ def ddim_step_with_logprob(
     return prev_sample.to(sample.dtype), log_prob
 
 
-def _transition(scheduler: Any, timestep: int | Tensor, eta: float, device: torch.device) -> Transition:
+def _transition(scheduler: Any, timestep: int | Tensor, eta: float) -> Transition:
     config = scheduler.config
     steps = config.num_train_timesteps
+    alphas = scheduler.alphas_cumprod
     if not isinstance(timestep, Tensor):
-        timestep = torch.full((), timestep, dtype=torch.int64, device=device)
-    alphas = scheduler.alphas_cumprod.to(timestep.device, non_blocking=True).double()
+        timestep = torch.full((), timestep, dtype=torch.int64, device=alphas.device)
+    timestep = timestep.reshape(()) if timestep.numel() == 1 else timestep
+    alphas = alphas.to(timestep.device, non_blocking=True).double()
     following = (timestep - steps // scheduler.num_inference_steps).clamp(0, steps - 1)
-    now, after = alphas[timestep.long()], alphas[following.long()]
+    # Indexing by a scalar on a device would wait for it.
+    now, after = alphas.take(timestep.long()), alphas.take(following.long())
     # Timestep 0 goes nowhere: its sample stays as it is.
     moves = after > now
     a, b, s = transitions.ddim(
@@ -67,4 +75,8 @@ def _transition(scheduler: Any, timestep: int | Tensor, eta: float, device: torc
         clip_sample=getattr(config, "clip_sample", False),
         thresholding=getattr(config, "thresholding", False),
     )
-    return Transition(torch.where(moves, a, 1.0), torch.where(moves, b, 0.0), torch.where(moves, s, 0.0))
+    step = Transition(torch.where(moves, a, 1.0), torch.where(moves, b, 0.0), torch.where(moves, s, 0.0))
+    if now.ndim == 0 and is_host_readable(now):
+        # Numbers reach a kernel without a copy to the device.
+        return Transition(*(float(c) for c in step))
+    return step

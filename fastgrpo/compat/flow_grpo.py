@@ -28,7 +28,9 @@ def sde_step_with_logprob(
     sde_type: str = "sde",
     return_sqrt_dt: bool = False,
 ) -> tuple[Tensor, ...]:
-    """One step of a flow-matching scheduler, of which `timesteps` [T] and `sigmas` [T + 1] are used.
+    """One step of a flow-matching scheduler, of which `sigmas` [T + 1] and `timesteps` [T] are used.
+
+    A scheduler without `timesteps` is asked its `index_for_timestep`.
 
     `model_output` (the velocity), `sample` and `prev_sample` are [B, ...]; `timestep` is [B] or [1], of values in
     `self.timesteps`. Returns, in float32, (prev_sample, log-probability [B], mean, std_dev_t [B or 1, 1, …]) and with
@@ -36,13 +38,17 @@ def sde_step_with_logprob(
     standard deviation is η_t·√(σ - σ'); for `cps` it is σ'·sin(πn/2), and the log-probability lacks the factor
     1/(2·std²) and the constants, as Flow-CPS defines it. Differentiable in `model_output`.
 
-    Without noise (`noise_level` = 0) `sde` has no density: its log-probability is NaN. Raises ValueError for an unknown
-    `sde_type`, and where reading it costs no device-to-host copy for a timestep that the schedule does not have.
+    Without noise (`noise_level` = 0) `sde` has no density: its log-probability is NaN. Raises ValueError or TypeError
+    for an unknown `sde_type`, for tensors that do not fit, for a sample that requires a gradient, and where reading it
+    costs no device-to-host copy for a timestep that the schedule does not have.
     """
+    gaussian.check(model_output, prev_sample, sample=sample)
     if sde_type not in ("sde", "cps"):
         raise ValueError(f"sde_type: unknown {sde_type!r}; one of: sde, cps")
     sigmas = self.sigmas.to(sample.device, non_blocking=True).double()
-    index = _step_index(self.timesteps.to(sample.device, non_blocking=True), timestep)
+    index = _step_index(self, timestep, sample.device)
+    if index.numel() not in (1, sample.shape[0]):
+        raise ValueError(f"timestep: expected 1 or {sample.shape[0]} values, one a sample, got {index.numel()}")
     sigma, sigma_next = sigmas[index], sigmas[index + 1]
     if sde_type == "sde":
         step = transitions.flow_sde(sigma, sigma_next, noise_level, sigmas[1])
@@ -65,8 +71,11 @@ def sde_step_with_logprob(
     return (*returned, gaussian.column(sqrt_dt, sample)) if return_sqrt_dt else returned
 
 
-def _step_index(timesteps: Tensor, timestep: Tensor | Sequence[float]) -> Tensor:
+def _step_index(scheduler: Any, timestep: Tensor | Sequence[float], device: torch.device) -> Tensor:
     """Index of each timestep in the schedule; of one that occurs twice the second, as diffusers takes it."""
+    if not hasattr(scheduler, "timesteps"):
+        return torch.tensor([int(scheduler.index_for_timestep(t)) for t in timestep]).to(device, non_blocking=True)
+    timesteps = scheduler.timesteps.to(device, non_blocking=True)
     if not isinstance(timestep, Tensor):
         timestep = torch.stack([torch.as_tensor(t) for t in timestep])
     asked = timestep.to(device=timesteps.device, non_blocking=True).reshape(-1, 1)

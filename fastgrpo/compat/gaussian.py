@@ -8,12 +8,28 @@ import torch
 from torch import Tensor
 
 import fastgrpo_kernels as kernels
+from fastgrpo_kernels._checks import check_latents, check_no_grad
 from fastgrpo_kernels.transitions import Transition
 
 Generator = torch.Generator | list[torch.Generator] | None
 
 # The standard deviation at which a Gaussian's log-density is -π·(y - μ)², without a constant.
 _UNIT = 1.0 / math.sqrt(2.0 * math.pi)
+
+
+def check(model_output: object, prev_sample: object, *, density: bool = True, **latents: object) -> None:
+    """Refuse tensors that do not fit, under the names they have in the step function; `latents` is the one before it.
+
+    A log-density has a gradient in the model output alone.
+    """
+    ((name, sample),) = latents.items()
+    check_latents(name, sample)
+    assert isinstance(sample, Tensor)
+    check_latents("model_output", model_output, like=sample)
+    if prev_sample is not None:
+        check_latents("prev_sample", prev_sample, like=sample)
+    if density:
+        check_no_grad(**{name: sample})
 
 
 def mean(x: Tensor, v: Tensor, step: Transition, dtype: torch.dtype) -> Tensor:

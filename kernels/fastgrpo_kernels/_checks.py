@@ -74,6 +74,13 @@ def per_sample(name: str, value: object, like: Tensor, *, positive: bool = False
     return value.expand(like.shape[0])
 
 
+def check_traced(**rows: Tensor | None) -> None:
+    """In the body of a custom operator: refuse coefficients that tracing could not read; `s` must be positive."""
+    for name, value in rows.items():
+        if value is not None and value.device.type == "cpu":
+            _check_values(name, value, bool(torch.isfinite(value).all()), name != "s" or bool((value > 0).all()))
+
+
 def _check_values(name: str, value: object, finite: bool, in_range: bool) -> None:
     if not finite:
         raise ValueError(f"{name}: must be finite, got {value}")

@@ -55,13 +55,13 @@ def flow_sde(sigma: Scalar, sigma_next: Scalar, noise_level: Scalar, sigma_max: 
     """SDE step of Flow-GRPO (arXiv 2505.05470): the Dance form with η = noise_level·√(σ/(1-σ)).
 
     At σ = 1 the denominator takes `sigma_max`, the second level of the schedule, for σ. Raises ValueError unless
-    0 <= sigma_next < sigma <= 1, noise_level >= 0 and 0 < sigma_max < 1.
+    0 <= sigma_next < sigma <= 1, noise_level >= 0 and 0 <= sigma_max < 1.
     """
     sigma, sigma_next, noise_level, sigma_max = _float64(
         sigma=sigma, sigma_next=sigma_next, noise_level=noise_level, sigma_max=sigma_max
     )
     _check(noise_level, "noise_level", "at least 0", lambda t: t >= 0)
-    _check(sigma_max, "sigma_max", "strictly between 0 and 1", lambda t: (t > 0) & (t < 1))
+    _check(sigma_max, "sigma_max", "at least 0 and less than 1", lambda t: (t >= 0) & (t < 1))
     _check_flow_levels(sigma, sigma_next)
     eta = noise_level * _sqrt(sigma / (1.0 - _where_one(sigma, sigma_max)))
     return dance_sde(sigma, sigma_next, eta)

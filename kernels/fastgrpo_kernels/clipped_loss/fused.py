@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
-from .._checks import is_eager
+from .._checks import check_traced, is_eager
 from .._noise_args import Noise, StoredStep
 from ..shift_moments.inputs import Shift, check_shift, empty_gradients, with_noise, with_rows
 from ..shift_moments.op import (
@@ -140,6 +140,7 @@ def _grpo_loss_op(
     guidance: Tensor | None = None,
     v_reference: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_traced(a=a, b=b, s=s, guidance_scale=guidance, advantage=advantage, weight=weight)
     objective = Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
     shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference)
     return _forward(advantage, weight, objective, shift)

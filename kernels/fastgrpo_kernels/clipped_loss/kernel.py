@@ -89,6 +89,8 @@ def _clipped_loss_kernel(
         rows = first + tl.arange(0, ROWS).to(tl.int64)
         present = rows < batch
         step = _load_rows(s, rows, present, S_PER_ROW)
+        if S_PER_ROW:
+            step = tl.where(step > 0.0, step, float("nan"))
         adv = _load_rows(advantage, rows, present, A_PER_ROW)
         w = tl.where(present, _load_rows(weight, rows, present, W_PER_ROW), 0.0)
         p = tl.load(p_ptr + rows, mask=present, other=0.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward
-from .._checks import as_rows, check_no_grad, is_eager, per_sample
+from .._checks import as_rows, check_no_grad, check_traced, is_eager, per_sample
 from .._launch import kernel_scalar, launch
 
 Coefficient = float | Tensor
@@ -264,6 +264,7 @@ def _clipped_loss_op(
     kl_weight: float,
     unit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_traced(s=s, advantage=advantage, weight=weight)
     objective = Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
     return _forward(P, Q, s, advantage, weight, Q_reference, objective)
 

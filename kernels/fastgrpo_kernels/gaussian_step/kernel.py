@@ -20,6 +20,15 @@ def load_scalar(value, row, PER_ROW: tl.constexpr):
 
 
 @triton.jit
+def load_deviation(s, row, PER_ROW: tl.constexpr):
+    """Standard deviation of a density. One on a device is not read before the launch: what is none gives NaN."""
+    value = load_scalar(s, row, PER_ROW)
+    if PER_ROW:
+        value = tl.where(value > 0.0, value, float("nan"))
+    return value
+
+
+@triton.jit
 def load_block(ptr, row, stride, start, mask, BLOCK: tl.constexpr):
     """One block of one row in float32; zero beyond the row."""
     return tl.load(ptr + row * stride + start + tl.arange(0, BLOCK), mask=mask, other=0.0).to(tl.float32)
@@ -105,7 +114,7 @@ def _gaussian_step_kernel(
     tl.store(y_ptr + out, stored, mask=mask)
     if partials_ptr is not None:
         # Of the latent as stored; noise does not end with the row.
-        step = load_scalar(s, row, S_PER_ROW)
+        step = load_deviation(s, row, S_PER_ROW)
         z = (stored.to(tl.float32) - mean) * tl.div_rn(1.0, step)
         z = tl.where(mask, z, 0.0)
         tl.store(partials_ptr + pid, tl.sum(z * z))

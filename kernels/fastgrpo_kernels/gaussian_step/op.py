@@ -13,6 +13,7 @@ from .._checks import (
     check_guidance,
     check_latents,
     check_no_grad,
+    check_traced,
     is_eager,
     is_host_readable,
     per_sample,
@@ -135,6 +136,8 @@ def _check_extras(step: Step, return_all: bool, clean: Sequence[Coefficient] | N
         step = step._replace(s=per_sample("s", step.s, step.x, positive=True), log_prob=True)
     if clean is not None:
         clean_a, clean_b = (per_sample("clean", c, step.x) for c in tuple(clean)[:2])
+        check_no_grad(clean=clean_a)
+        check_no_grad(clean=clean_b)
         step = step._replace(clean_a=clean_a, clean_b=clean_b)
     return step._replace(keep_v=step.v_uncond is not None)
 
@@ -205,6 +208,9 @@ def _gaussian_step_op(
     log_prob: bool = False,
     keep_v: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_traced(a=a, b=b, guidance_scale=guidance, **({"s": s} if log_prob else {}))
+    if eps is None and words is None:
+        _check_noiseless(s)
     step = Step(x, v, a, b, s, eps, words, seed, out_dtype, v_uncond, guidance, clean_a, clean_b, log_prob, keep_v)
     return _forward(step)
 

@@ -7,7 +7,7 @@ the last program of a row adds them in fixed order. Gradient: one read of x, v, 
 import triton
 import triton.language as tl
 
-from ..gaussian_step.kernel import finish_log_prob, load_scalar
+from ..gaussian_step.kernel import finish_log_prob, load_deviation, load_scalar
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _log_prob_fwd_kernel(
     start = (pid % blocks).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     a, b = load_scalar(a, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
-    step = load_scalar(s, row, S_PER_ROW)
+    step = load_deviation(s, row, S_PER_ROW)
     z = standard_residual(
         x_ptr + row * x_stride + start + offsets,
         v_ptr + row * v_stride + start + offsets,
@@ -85,7 +85,7 @@ def _log_prob_bwd_kernel(
     offsets = tl.arange(0, BLOCK)
     mask = offsets < elements - start
     a, b = load_scalar(a, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
-    inverse_s = tl.div_rn(1.0, load_scalar(s, row, S_PER_ROW))
+    inverse_s = tl.div_rn(1.0, load_deviation(s, row, S_PER_ROW))
     factor = tl.load(grad_ptr + row) * tl.div_rn(b * inverse_s, tl.cast(elements, tl.float32))
     z = standard_residual(
         x_ptr + row * x_stride + start + offsets,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
-from .._checks import as_rows, check_latents, check_no_grad, is_eager, per_sample
+from .._checks import as_rows, check_latents, check_no_grad, check_traced, is_eager, per_sample
 from .._cpu import column, quotient, residual, sum_blocks
 from .._launch import arrivals, kernel_scalar, launch, rows
 
@@ -119,6 +119,7 @@ class _LogProb(torch.autograd.Function):
 
 @torch.library.custom_op("fastgrpo_kernels::log_prob", mutates_args=())
 def _log_prob_op(x: Tensor, v: Tensor, y: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    check_traced(a=a, b=b, s=s)
     return _forward(x, v, y, a, b, s)
 
 

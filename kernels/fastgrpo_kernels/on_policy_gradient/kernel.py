@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..gaussian_step.kernel import load_scalar
+from ..gaussian_step.kernel import load_deviation, load_scalar
 from ..shift_moments.kernel import load_noise
 
 
@@ -30,7 +30,7 @@ def _on_policy_gradient_kernel(
     start = block.to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < elements - start
-    scale = tl.div_rn(load_scalar(b, row, B_PER_ROW), load_scalar(s, row, S_PER_ROW))
+    scale = tl.div_rn(load_scalar(b, row, B_PER_ROW), load_deviation(s, row, S_PER_ROW))
     factor = -tl.load(advantage_weight_ptr + row) * tl.div_rn(scale, tl.cast(elements, tl.float32))
     eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
     tl.store(grad_ptr + row * elements + start + offsets, (factor * eps).to(grad_ptr.dtype.element_ty), mask=mask)

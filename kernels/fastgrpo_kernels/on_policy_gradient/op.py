@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import LATENT_DTYPES, as_rows, check_no_grad, is_eager, per_sample
+from .._checks import LATENT_DTYPES, as_rows, check_no_grad, check_traced, is_eager, per_sample
 from .._cpu import column, quotient
 from .._launch import kernel_scalar, launch, rows
 from .._noise_args import Noise, noise_cpu, split_noise
@@ -159,6 +159,7 @@ def _on_policy_gradient_op(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    check_traced(advantage_weight=weight, b=b, s=s)
     return _forward(weight, b, s, eps, words, seed, shape, dtype)
 
 

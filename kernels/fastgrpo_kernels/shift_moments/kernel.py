@@ -8,7 +8,7 @@ one write of each gradient. One launch each. Pointers that are None are compiled
 import triton
 import triton.language as tl
 
-from ..gaussian_step.kernel import load_block, load_guided, load_scalar
+from ..gaussian_step.kernel import load_block, load_deviation, load_guided, load_scalar
 from ..noise_kernel import normal_block
 from ..reduction import is_last_of_row, sum_slots
 
@@ -80,7 +80,7 @@ def _shift_moments_fwd_kernel(
     programs = tl.num_programs(0).to(tl.int64)
     scale = load_scalar(guidance, row, G_PER_ROW)
     if y_ptr is not None:
-        inverse_s = tl.div_rn(1.0, load_scalar(s, row, S_PER_ROW))
+        inverse_s = tl.div_rn(1.0, load_deviation(s, row, S_PER_ROW))
         move = load_move(y_ptr, x_ptr, load_scalar(a, row, A_PER_ROW), row, y_stride, x_stride, start, mask, BLOCK)
     v = load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, start, mask, BLOCK)
     if v_reference_ptr is not None:
@@ -96,7 +96,7 @@ def _shift_moments_fwd_kernel(
     tl.store(partials_ptr + pid, tl.sum(shift * eps))
     tl.store(partials_ptr + programs + pid, tl.sum(shift * shift))
     if is_last_of_row(arrivals_ptr, row, blocks):
-        scale = tl.div_rn(load_scalar(b, row, B_PER_ROW), load_scalar(s, row, S_PER_ROW))
+        scale = tl.div_rn(load_scalar(b, row, B_PER_ROW), load_deviation(s, row, S_PER_ROW))
         count = tl.cast(elements, tl.float32)
         tl.store(p_ptr + row, tl.div_rn(scale * sum_slots(partials_ptr, row, blocks), count))
         square = scale * scale
@@ -149,7 +149,7 @@ def _shift_moments_bwd_kernel(
     start = block.to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < elements - start
-    s = load_scalar(s, row, S_PER_ROW)
+    s = load_deviation(s, row, S_PER_ROW)
     b = load_scalar(b, row, B_PER_ROW)
     scale = tl.div_rn(b, s)
     per_element = tl.div_rn(scale, tl.cast(elements, tl.float32))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
-from .._checks import is_eager
+from .._checks import check_traced, is_eager
 from .._cpu import BlockSums, add_scaled, column, difference, quotient
 from .._launch import arrivals, launch
 from .._noise_args import Noise, StoredStep
@@ -188,6 +188,7 @@ def _shift_moments_op(
     v_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    check_traced(a=a, b=b, s=s, guidance_scale=guidance)
     return _forward(Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance))
 
 
