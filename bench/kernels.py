@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.errors import UserError, nearest, require
 
@@ -144,31 +143,36 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-class _Launches(TorchDispatchMode):
-    """Counts operators that would each be a kernel launch: not views, not allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.count += not (func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view")))
-        return func(*args, **(kwargs or {}))
+# Operators that launch nothing: views, allocations, questions. A conversion that has nothing to convert is a leaf.
+_FREE = {
+    "view", "_unsafe_view", "as_strided", "alias", "detach", "expand", "expand_as", "reshape", "unsqueeze", "squeeze",
+    "select", "slice", "t", "transpose", "permute", "flatten", "empty", "empty_like", "empty_strided", "new_empty",
+    "result_type", "scalar_tensor", "resolve_conj", "resolve_neg",
+}  # fmt: skip
 
 
 def launches(work: Callable[[], object], device: torch.device, provider: str) -> int | str:
-    """Kernels on a GPU, by the profiler. On a CPU, of eager PyTorch: operators that a GPU would launch one by one."""
-    if device.type == "cuda":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            work()
-            torch.cuda.synchronize(device)
-        return sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
-    if provider != "eager":
+    """Kernels by the profiler. On a CPU, of eager PyTorch: the operators it would launch one by one on a GPU."""
+    if device.type != "cuda" and provider != "eager":
         return ""
-    with _Launches() as counted:
+    activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
         work()
-    return counted.count
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        return sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(map(_is_launch, profile.events() or ()))
+
+
+def _is_launch(event: Any) -> bool:
+    """Whether a profiled event is an operator that no other operator called, and that has work for a device."""
+    space, _, name = event.name.partition("::")
+    parent = event.cpu_parent
+    while parent is not None and not parent.name.startswith("aten::"):
+        parent = parent.cpu_parent
+    idle = name in _FREE or (name == "to" and not event.cpu_children)
+    return space == "aten" and parent is None and not idle
 
 
 def _nvml(device: torch.device) -> Row:

@@ -24,8 +24,9 @@ def flux_step(
     """One step from noise level sigmas[index] to sigmas[index + 1].
 
     `model_output` (the velocity), `latents` and `prev_sample` are [B, ...]; `sigmas` [T + 1] falls from 1 to 0, on the
-    CPU or with the latents; `index` is an int, a scalar tensor, or one for each sample. With `sde_solver` the mean is the Dance-SDE's, else the ODE's; either way the noise has
-    standard deviation η·√(σ - σ'). Noise comes from torch's global generator, as torch.randn_like draws it.
+    CPU or with the latents; `index` is an int, a scalar tensor, or one for each sample. With `sde_solver` the mean is
+    the Dance-SDE's, else the ODE's; either way the noise has standard deviation η·√(σ - σ'). Noise comes from torch's
+    global generator, as torch.randn_like draws it.
 
     Returns (prev_sample, predicted clean latents, log-probability [B]) with `grpo`, else (mean, predicted clean
     latents). `prev_sample` is drawn where None was given. Differentiable in `model_output`: in all three. Results are
