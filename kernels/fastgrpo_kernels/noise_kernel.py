@@ -63,8 +63,9 @@ def _wide_multiply(word, factor):
 @triton.jit
 def _philox(c0, c1, c2, c3, k0, k1):
     """Philox 4x32-10."""
-    for _ in tl.static_range(10):
-        high_a, low_a = _wide_multiply(c0, 0xD2511F53)
+    # Stubs type jitted functions as NoReturn.
+    for _ in tl.static_range(10):  # pyright: ignore
+        high_a, low_a = _wide_multiply(c0, 0xD2511F53)  # pyright: ignore
         high_b, low_b = _wide_multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0 += 0x9E3779B9
@@ -82,7 +83,7 @@ def normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK: tl.constexpr
     zero = c0 * 0
     k0 = tl.cast(seed_low, tl.int32).to(tl.uint32, bitcast=True)
     k1 = tl.cast(seed_high, tl.int32).to(tl.uint32, bitcast=True)
-    r0, r1, r2, r3 = _philox(c0, zero + w0, zero + w1, zero + w2, k0, k1)
+    r0, r1, r2, r3 = _philox(c0, zero + w0, zero + w1, zero + w2, k0, k1)  # pyright: ignore
     radius_a, radius_b = _radius(r0), _radius(r2)
     cos_a, sin_a = _cos_sin(r1)
     cos_b, sin_b = _cos_sin(r3)
