@@ -1,20 +1,26 @@
 """Ranks: one rank is two ranks, sharded or replicated, however weights are gathered and gradients reduced; a mesh that
 cannot be is one line before anything loads. Two processes on gloo."""
 
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_trainer import metrics
 from tiny import tiny_config
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
+from fastgrpo.dry_run import dry_run
 from fastgrpo.errors import ConfigError
+from fastgrpo.meter import Meter
 from fastgrpo.parallel import World, check_world, residency
+from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry
 from fastgrpo.trainer import Trainer
 
 SCRIPT = """
@@ -22,11 +28,12 @@ import json, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, "tests")
-from test_parallel import finished
+from test_parallel import PLANNED, finished, measured
 torch.set_num_threads(1)
 path, folder = sys.argv[1:3]
 for name, settings in json.loads(sys.argv[3]).items():
     finished(path, Path(folder) / name, settings)
+measured(path, Path(folder) / "measured 2", PLANNED)
 """
 
 UPDATE = {"optimizer_steps": 2, "ema_decay": 0.9}
@@ -45,6 +52,37 @@ FROZEN = {
     "frozen sharded": {"model": {"lora": {"rank": 4}}, "update": UPDATE},
     "frozen replicated": {"model": {"lora": {"rank": 4}}, "update": UPDATE, "parallel": {"frozen": "replicate"}},
 }
+
+
+PLANNED = {
+    "rollout": {"steps": 4, "group_size": 8, "decode_batch": 2}, "model": {"activation_checkpointing": "all"},
+    "update": {"optimizer_steps": 2, "grad_sync": "per_micro_batch", "gather": "per_block", "ema_decay": 0.9},
+}  # fmt: skip
+
+
+def measured(path: Path, folder: Path, settings: dict) -> None:
+    """What an iteration costs in fact: the profiler's peak of tensor memory, operations and collectives counted."""
+    folder.mkdir()
+    config = tiny_config(path, folder / "run", **settings)
+    trainer = Trainer(config)
+    trainer.telemetry = Telemetry(trainer.dir, config, trainer.world.main)
+    trainer.timer, trainer.progress = PhaseTimer(trainer.world.device), Progress(1, enabled=False)
+    trainer.iterate()
+    trainer._flush()
+    trainer.family.encode([trainer.prompts[i] for i in trainer.sampler.at(1)])
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    plain = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
+    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in plain if t.device.type == "cpu")}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, Meter() as meter:
+        trainer.iterate()
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    more = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    cost = {"flops": meter.cost.flops, "peak": sum(storages.values()) + int(more.max())}
+    cost |= {f"{key.kind} {key.group}": [n, meter.cost.bytes[key]] for key, n in meter.cost.count.items()}
+    if trainer.world.main:
+        (folder / "cost.json").write_text(json.dumps(cost))
 
 
 def finished(path: Path, folder: Path, settings: dict) -> None:
@@ -67,6 +105,7 @@ def runs(tiny_flux, tmp_path_factory):
     arguments = [str(folder / "script.py"), str(tiny_flux), str(folder), json.dumps(VARIANTS | FROZEN)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
+    measured(tiny_flux, folder / "measured 1", PLANNED)
     finished(tiny_flux, folder / "alone", ALONE)
     finished(tiny_flux, folder / "alone lora", FROZEN["frozen sharded"])
     return folder
@@ -75,6 +114,19 @@ def runs(tiny_flux, tmp_path_factory):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_are_one_rank(tiny_flux, runs, variant):
     compare(tiny_flux, runs / "alone", runs / variant)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_plan_is_what_is_measured(tiny_flux, runs, ranks):
+    found = json.loads((runs / f"measured {ranks}" / "cost.json").read_text())
+    planned = dry_run(tiny_config(tiny_flux, **PLANNED), ranks)
+    cost = planned.phases[0].cost
+    for phase in planned.phases[1:]:
+        cost.add(phase.cost)
+    collectives = {f"{key.kind} {key.group}": [count, cost.bytes[key]] for key, count in cost.count.items()}
+    assert found.pop("flops") == pytest.approx(cost.flops, rel=0.01)
+    assert found.pop("peak") == pytest.approx(max(phase.peak for phase in planned.phases), rel=0.05)
+    assert found == collectives
 
 
 @pytest.mark.parametrize("variant", FROZEN)
