@@ -202,6 +202,8 @@ class _Updater(Updater):
 
     meter: Meter
     whole: bool
+    begin: Cost
+    step_cost: Cost
     rows = 0
 
     def _choose(self, plan: RolloutPlan, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
@@ -209,18 +211,21 @@ class _Updater(Updater):
         self.rows += sum(len(micro.rows) for micro in chosen)
         if self.whole:
             return chosen
+        if k == 2:
+            # The second step's cost, its optimizer included.
+            self.step_cost = self.meter.cost - self.begin
         if k > 1:
             self.meter.cost.add(self.step_cost)
             return []
-        begin = self.meter.cost.copy()
-        return _Thinned(chosen, self, begin)
+        self.begin = self.meter.cost.copy()
+        return _Thinned(chosen, self)
 
 
 class _Thinned(list):
     """Micro-batches of an optimizer step, iterated over with what is left out multiplied."""
 
-    def __init__(self, chosen: list[MicroBatch], updater: _Updater, begin: Cost) -> None:
-        self.updater, self.begin = updater, begin
+    def __init__(self, chosen: list[MicroBatch], updater: _Updater) -> None:
+        self.updater = updater
         runs: list[list[MicroBatch]] = []
         for micro in chosen:
             if runs and _kind(runs[-1][0]) == _kind(micro):
@@ -237,7 +242,6 @@ class _Thinned(list):
             yield micro
             meter.cost.add(meter.cost - before, times - 1)
             meter.claim(_gradients(updater.family.policy), "gradients")
-        updater.step_cost = meter.cost - self.begin
 
 
 def _kind(micro: MicroBatch) -> tuple[str, int, bool]:

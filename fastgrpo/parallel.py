@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgrpo.config import Config
+from fastgrpo.context import split_lengths, split_tokens
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.base import DTYPES, ModelFamily
 
@@ -111,8 +112,6 @@ def check_world(config: Config, ranks: int, local: int) -> None:
     """Raises ConfigError unless `ranks` processes, `local` of them on each node, make the mesh of `parallel`, and share
     an iteration's samples equally. Called before anything loads."""
     parallel = config.parallel
-    if parallel.context > 1:
-        raise ConfigError("parallel.context: splitting a sample's tokens is not there yet; leave it at 1")
     fixed = parallel.replicate * parallel.context
     if ranks % fixed or (parallel.shard != "auto" and ranks != fixed * parallel.shard):
         shape = f"replicate {parallel.replicate} × shard {parallel.shard} × context {parallel.context}"
@@ -146,6 +145,9 @@ def prepare_weights(
     if config.objective.kl_weight and not config.model.lora:
         frozen = {name: copy.deepcopy(module).to(family.dtype) for name, module in family.modules.items()}
     family.make_trainable()
+    for module in (*family.modules.values(), *frozen.values()):
+        if world.context > 1:
+            split_tokens(module, split_lengths(family), world.ranks, world.context, world.device.type)
     for module in family.modules.values():
         checkpoint_activations(family.blocks(module), config.model.activation_checkpointing)
     for module in (*family.modules.values(), *frozen.values()):

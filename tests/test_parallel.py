@@ -62,7 +62,7 @@ PLANNED = {
 
 def measured(path: Path, folder: Path, settings: dict) -> None:
     """What an iteration costs in fact: the profiler's peak of tensor memory, operations and collectives counted."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     config = tiny_config(path, folder / "run", **settings)
     trainer = Trainer(config)
     trainer.telemetry = Telemetry(trainer.dir, config, trainer.world.main)
@@ -103,7 +103,7 @@ def runs(tiny_flux, tmp_path_factory):
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [str(folder / "script.py"), str(tiny_flux), str(folder), json.dumps(VARIANTS | FROZEN)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
     measured(tiny_flux, folder / "measured 1", PLANNED)
     finished(tiny_flux, folder / "alone", ALONE)
