@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,8 +77,8 @@ def measured(path: Path, folder: Path, settings: dict) -> None:
     storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in plain if t.device.type == "cpu")}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, Meter() as meter:
         trainer.iterate()
-    assert profiler.profiler is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
     more = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
     cost = {"flops": meter.cost.flops, "peak": sum(storages.values()) + int(more.max())}
     cost |= {f"{key.kind} {key.group}": [n, meter.cost.bytes[key]] for key, n in meter.cost.count.items()}

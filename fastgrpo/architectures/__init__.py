@@ -73,9 +73,9 @@ def build_family(config: Model) -> ModelFamily:
 
 
 def _component(library: str, kind: str, settings: dict[str, Any]) -> Any:
-    cls = getattr(importlib.import_module(library), kind)
+    cls: Any = getattr(importlib.import_module(library), kind)
     plain = {name: value for name, value in settings.items() if not name.startswith("_")}
-    if not issubclass(cls, nn.Module):
+    if kind.endswith("Scheduler"):
         return cls.from_config(plain)
     with torch.device("meta"):
         return cls(cls.config_class(**plain)) if library == "transformers" else cls.from_config(plain)
