@@ -46,6 +46,7 @@ VARIANTS = {
         "rollout": {"gather": "per_block"},
     },
     "replicated": {"update": UPDATE, "parallel": {"replicate": 2}},
+    "context": {"update": UPDATE, "parallel": {"context": 2}},
 }
 
 
@@ -165,7 +166,7 @@ def compare(path: Path, alone: Path, together: Path) -> None:
             "replicate 3 × shard auto × context 1 needs a multiple of 3 ranks, and there are 4",
         ),
         ({"replicate": 2, "shard": 4}, 4, 4, "replicate 2 × shard 4 × context 1 needs 8 ranks, and there are 4"),
-        ({"context": 3}, 6, 2, "parallel.context: splitting a sample's tokens is not there yet"),
+        ({"context": 3}, 6, 2, "parallel.context: groups of 3 ranks do not fit nodes of 2; make it a divisor of 2"),
         ({}, 4, 4, "6 samples an iteration do not divide over 4 ranks × 1 optimizer steps"),
         ({"fsdp": "off"}, 2, 2, "parallel.fsdp: off, but there are several ranks"),
     ],
@@ -181,6 +182,8 @@ def test_what_makes_a_mesh(tiny_flux):
         ({"replicate": 3}, 6),
         ({"shard": 2}, 2),
         ({"replicate": 2, "shard": 3}, 6),
+        ({"context": 2}, 4),
+        ({"replicate": 2, "context": 2}, 12),
     ):
         check_world(tiny_config(tiny_flux, parallel=parallel), ranks, ranks)
 
