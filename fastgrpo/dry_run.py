@@ -122,7 +122,7 @@ class _Iteration:
         meter.claim(optimizer.ema or (), "ema")
         kept = residency(config, family.policy, world)
         roll = config.rollout
-        samples = roll.prompts_per_iteration * roll.group_size
+        samples = roll.prompts_per_iteration * roll.candidates
         plan = plan_rollout(roll, family.noise_levels(roll.steps, roll.shift), samples, 0, config.run.seed)
         mine = np.sort(rank_samples(samples, config.update.optimizer_steps, world.size, world.rank).reshape(-1))
         layout = lay_out(plan, roll, mine)
@@ -147,7 +147,9 @@ class _Iteration:
         del images
         with self.phase("update", "activations"):
             advantages = np.where(np.arange(samples) % 2 == 0, 1.0, -1.0)
-            updater.run(plan, trajectory, conditioning, advantages, np.ones(samples, bool), 0)
+            # Of best-of-N's candidates a group is trained, whichever it is.
+            trained = np.arange(samples) % roll.candidates < roll.group_size
+            updater.run(plan, trajectory, conditioning, advantages, trained, 0)
         every = list(family.policy.parameters())
         trainable = [p for p in every if p.requires_grad]
         return DryRun(

@@ -32,9 +32,10 @@ sys.path.insert(0, "tests")
 from test_parallel import PLANNED, finished, measured
 torch.set_num_threads(1)
 path, folder = sys.argv[1:3]
+# First, while this process holds nothing else.
+measured(path, Path(folder) / "measured 2", PLANNED)
 for name, settings in json.loads(sys.argv[3]).items():
     finished(path, Path(folder) / name, settings)
-measured(path, Path(folder) / "measured 2", PLANNED)
 """
 
 UPDATE = {"optimizer_steps": 2, "ema_decay": 0.9}
