@@ -1,10 +1,17 @@
 """Plans: the multiplication changes no figure, measurement agrees, what does not fit is told what would."""
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import tiny_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from typer.testing import CliRunner
 
 from fastgrpo import plan as planning
@@ -15,6 +22,7 @@ from fastgrpo.dry_run import dry_run
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.gpus import GPUS, Gpu, gpu_named
 from fastgrpo.meter import Collective, Meter
+from fastgrpo.parallel import local
 from fastgrpo.settings import dump_settings
 
 
@@ -47,6 +55,28 @@ def test_what_a_meter_counts():
     assert meter.at_peak == {"parameters": 20000, "activations": 6000}
     del kept
     assert meter.total == 20000
+
+
+def test_the_meter_is_the_profiler_for_sharded_weights():
+    group = {"rank": 0, "world_size": 2, "store": FakeStore()}
+    dist.init_process_group("fake", **group)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        model = torch.nn.Sequential(*(torch.nn.Linear(500, 500) for _ in range(4)))
+        for part in (*model, model):
+            fully_shard(part, mesh=mesh)
+        meter = Meter()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, meter:
+            for _ in range(2):
+                model(torch.ones(20, 500)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    more = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    held = sum(local(p).numel() * 4 for p in model.parameters())
+    # The shards, which the meter came to know, were there before.
+    assert meter.peak - held == pytest.approx(more.max(), rel=0.02)
 
 
 def test_attention_is_counted():
