@@ -154,6 +154,32 @@ def report(
     typer.echo(write_report(runs, out))
 
 
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200, b200, mi300x or rtx4090.")] = "h100",
+    world: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
+    node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node; else 8, or all where fewer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say whether a config fits, and what an iteration costs, by running the trainer on fake tensors: no GPU, no
+    weights."""
+    require_extra("train", "fastgrpo plan")
+    import json
+
+    from fastgrpo import plan as planning
+    from fastgrpo.config import load_config
+    from fastgrpo.gpus import gpu_named
+
+    resolved, device = load_config(config, overrides or ()), gpu_named(gpu)
+    found = planning.plan(resolved, device, world, node)
+    fit = None if found.fits else planning.nearest_fit(found, lambda text: typer.echo(text, err=True))
+    typer.echo(json.dumps(planning.as_json(found, fit), indent=1) if as_json else planning.as_text(found, fit))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
 @app.command("convert-reward")
 def convert_reward(
     source: Annotated[Path, typer.Argument(help="A .pt, .pth or .bin file of weights, or VideoAlign's template.")],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgrpo.config import Config
+from fastgrpo.context import split_lengths, split_tokens
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.base import DTYPES, ModelFamily
 
@@ -111,8 +112,6 @@ def check_world(config: Config, ranks: int, local: int) -> None:
     """Raises ConfigError unless `ranks` processes, `local` of them on each node, make the mesh of `parallel`, and share
     an iteration's samples equally. Called before anything loads."""
     parallel = config.parallel
-    if parallel.context > 1:
-        raise ConfigError("parallel.context: splitting a sample's tokens is not there yet; leave it at 1")
     fixed = parallel.replicate * parallel.context
     if ranks % fixed or (parallel.shard != "auto" and ranks != fixed * parallel.shard):
         shape = f"replicate {parallel.replicate} × shard {parallel.shard} × context {parallel.context}"
@@ -136,21 +135,26 @@ def check_world(config: Config, ranks: int, local: int) -> None:
         )
 
 
-def prepare_weights(family: ModelFamily, config: Config, world: World) -> dict[str, nn.Module] | None:
+def prepare_weights(
+    family: ModelFamily, config: Config, world: World, fill: Callable[[nn.Module], None] | None = None
+) -> dict[str, nn.Module] | None:
     """Makes trainable what the config trains, with checkpointing and sharding, in place; gives the frozen copies that a
-    KL term of full fine-tuning compares with."""
+    KL term of full fine-tuning compares with. fill: called on every module before it is sharded."""
     torch.manual_seed(config.run.seed)
-    frozen = None
+    frozen: dict[str, nn.Module] = {}
     if config.objective.kl_weight and not config.model.lora:
         frozen = {name: copy.deepcopy(module).to(family.dtype) for name, module in family.modules.items()}
-        for module in frozen.values():
-            shard(module, family.blocks(module), world, config)
     family.make_trainable()
+    for module in (*family.modules.values(), *frozen.values()):
+        if world.context > 1:
+            split_tokens(module, split_lengths(family), world.ranks, world.context, world.device.type)
     for module in family.modules.values():
-        blocks = family.blocks(module)
-        checkpoint_activations(blocks, config.model.activation_checkpointing)
-        shard(module, blocks, world, config)
-    return frozen
+        checkpoint_activations(family.blocks(module), config.model.activation_checkpointing)
+    for module in (*family.modules.values(), *frozen.values()):
+        if fill is not None:
+            fill(module)
+        shard(module, family.blocks(module), world, config)
+    return frozen or None
 
 
 def shard(transformer: nn.Module, blocks: list[nn.Module], world: World, config: Config) -> None:

@@ -65,6 +65,8 @@ def claim_directory(config: Config, store: CheckpointStore, world: World) -> int
     """
     directory, resume = store.directory.parent, config.run.resume
     used = (directory / "config.yaml").exists()
+    # Before main writes it: a rank that looked later would take this run for another.
+    world.barrier()
     if resume is False and used:
         raise ConfigError(
             f"run.dir: {directory} already holds a run; continue it with run.resume=true, or name another"

@@ -159,9 +159,10 @@ class ModelFamily(abc.ABC):
                 # Not where it is there already: fake tensors cannot be moved onto themselves.
                 if any(p.device != self.device for p in module.parameters()):
                     module.to(self.device)
-                if any(isinstance(part, nn.Conv2d) for part in module.modules()):
-                    # The layout that convolutions are fastest in, on CPUs and on GPUs.
-                    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+                for part in module.modules():
+                    if isinstance(part, nn.Conv2d):
+                        # The layout that they are fastest in, on CPUs and on GPUs; a video's convolutions have none.
+                        part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @cached_property
     def encoder(self) -> Any:

@@ -17,6 +17,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from fastgrpo.config import Model
+from fastgrpo.context import all_heads, group_of, heads_to_tokens, own_heads, tokens_to_heads
 from fastgrpo.models.base import Conditioning, ModelFamily, to_pixels
 from fastgrpo.models.video import check_video_size, latent_frames, set_tiling
 from fastgrpo.prompts import Prompt
@@ -128,8 +129,18 @@ class TrimmedAttention:
             torch.cat([heads(attn, video, *own, image_rotary_emb), heads(attn, text, *other, None)], dim=1)
             for own, other in zip(layers, added, strict=True)
         )
-        rows = [self.attend(query, key, value, row, split + n) for row, n in enumerate(self.trim.lengths)]
-        video, text = torch.cat(rows).flatten(2).split([split, text.shape[1]], dim=1)
+        # With context parallelism, the tokens of all ranks for this rank's heads from here to the attention's output.
+        group, size, rank = group_of(self._parallel_config)
+        if size > 1:
+            query, key, value = (
+                torch.cat([tokens_to_heads(x[:, :split], group, size), own_heads(x[:, split:], size, rank)], dim=1)
+                for x in (query, key, value)
+            )
+        whole = split * size
+        rows = [self.attend(query, key, value, row, whole + n) for row, n in enumerate(self.trim.lengths)]
+        video, text = torch.cat(rows).split([whole, text.shape[1]], dim=1)
+        video = heads_to_tokens(video, group, size).flatten(2)
+        text = all_heads(text, group, size).flatten(2)
         if attn.to_out is not None:
             video = attn.to_out[1](attn.to_out[0](video))
         return video, text if attn.to_add_out is None else attn.to_add_out(text)
@@ -141,7 +152,6 @@ class TrimmedAttention:
             key[part],
             value[part],
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
         )
         return F.pad(output.to(query.dtype), (0, 0, 0, 0, 0, query.shape[1] - end))
 

@@ -1,0 +1,238 @@
+"""`fastgrpo plan`: whether a config fits a GPU, what an iteration costs, and the nearest settings that fit.
+
+Bytes, FLOPs and collectives are counted by the trainer's own code on fake tensors (fastgrpo/dry_run.py). Seconds are
+arithmetic on them, at the efficiencies of fastgrpo/gpus.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastgrpo.config import Config, validate
+from fastgrpo.dry_run import DryRun, Phase, dry_run
+from fastgrpo.errors import ConfigError
+from fastgrpo.gpus import COMPUTE_EFFICIENCY, GPUS, LINK_EFFICIENCY, RESERVED, SPARE, Gpu
+from fastgrpo.meter import Collective
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    gpu: Gpu
+    world: int
+    local: int
+    run: DryRun
+
+    @property
+    def need(self) -> int:
+        """Bytes of a device at most, reserved ones included."""
+        return max(phase.peak for phase in self.run.phases) + RESERVED
+
+    @property
+    def fits(self) -> bool:
+        return self.need <= (1 - SPARE) * self.gpu.memory
+
+    @property
+    def worst(self) -> Phase:
+        return max(self.run.phases, key=lambda phase: phase.peak)
+
+    @property
+    def collective_bytes(self) -> int:
+        """Full tensor bytes of all collectives of this rank, an iteration."""
+        return sum(sum(phase.cost.bytes.values()) for phase in self.run.phases)
+
+
+def plan(config: Config, gpu: Gpu, world: int, local: int | None = None) -> Plan:
+    """The plan of `world` GPUs, `local` on each node (at most 8 if it is not said)."""
+    local = local or min(world, 8)
+    return Plan(config, gpu, world, local, dry_run(config, world, local, gpu.memory))
+
+
+def seconds(phase: Phase, config: Config, gpu: Gpu, local: int) -> tuple[float, float]:
+    """(compute, communication) of a phase at the stated efficiencies; they overlap, at best wholly."""
+    peak = gpu.bfloat16 if config.model.dtype == "bfloat16" else gpu.float32
+    spent = sum(_wire_bytes(key, size) / _rate(key, gpu, local) for key, size in phase.cost.bytes.items())
+    return phase.cost.flops / (peak * COMPUTE_EFFICIENCY), spent / LINK_EFFICIENCY
+
+
+def _wire_bytes(key: Collective, size: int) -> float:
+    """What a rank receives of a collective over full tensors of `size` bytes in all."""
+    share = (key.group - 1) / max(key.group, 1)
+    return {"all_reduce": 2 * share * size, "all_to_all": share * size}.get(key.kind, share * size)
+
+
+def _rate(key: Collective, gpu: Gpu, local: int) -> float:
+    """Groups within a node use its links; others every adapter of the node at once, as rings do."""
+    return gpu.link if key.group <= local else min(gpu.link, gpu.nic * local)
+
+
+# What may make a plan fit, nearest first: what costs recomputation or traffic before what changes numerics.
+def remedies(config: Config, worst: str) -> Iterator[dict[str, Any]]:
+    """Settings to try, one after another, each on top of those before; `worst`: the phase with the highest peak."""
+    if worst == "decode":
+        if config.rollout.decode_batch > 1:
+            yield {"rollout.decode_batch": 1}
+        if config.model.frames > 1 and not config.model.vae_tiling:
+            yield {"model.vae_tiling": True}
+    if worst != "decode" and config.model.activation_checkpointing != "all":
+        yield {"model.activation_checkpointing": "all"}
+    if config.rollout.gather != "per_block":
+        yield {"rollout.gather": "per_block"}
+    if config.update.gather != "per_block":
+        yield {"update.gather": "per_block"}
+    if config.update.grad_sync != "per_micro_batch":
+        yield {"update.grad_sync": "per_micro_batch"}
+    batch = config.rollout.forward_batch
+    while batch > 1:
+        batch //= 2
+        yield {"rollout.forward_batch": batch}
+
+
+def nearest_fit(first: Plan, note: Callable[[str], None] = lambda _: None) -> tuple[dict[str, Any], Plan] | None:
+    """Settings that make a plan fit, and that plan: remedies of its worst phase, then more GPUs; None: none does."""
+    changed: dict[str, Any] = {}
+    current = first
+    tried: set[str] = set()
+    while not current.fits:
+        options = [r for r in remedies(current.config, current.worst.name) if repr(r) not in tried]
+        world = current.world
+        if options:
+            step = options[0]
+        elif world < 8 * first.world and current.local * 8 >= world:
+            world, step = world * 2, {}
+        else:
+            return None
+        tried.add(repr(step) if step else f"world {world}")
+        note(f"tries {', '.join(f'{k}={v}' for k, v in step.items()) or f'--world {world}'}")
+        try:
+            candidate = plan(overridden(current.config, step), first.gpu, world, None)
+        except ConfigError:
+            if not step:
+                return None
+            continue
+        if candidate.need >= current.need and not candidate.fits:
+            # It does not help: what costs is not kept.
+            continue
+        changed |= step or {"--world": world}
+        current = candidate
+    return changed, current
+
+
+def overridden(config: Config, settings: dict[str, Any]) -> Config:
+    """The config with dotted settings replaced."""
+    data = config.model_dump(mode="json")
+    for key, value in settings.items():
+        *path, last = key.split(".")
+        section = data
+        for part in path:
+            section = section[part]
+        section[last] = value
+    return validate(data)
+
+
+def as_json(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> dict[str, Any]:
+    """Everything a plan knows, in bytes, FLOPs and seconds."""
+    result = {
+        "gpu": found.gpu.name,
+        "world": found.world,
+        "parameters": found.run.parameters,
+        "trainable": found.run.trainable,
+        "fits": found.fits,
+        "need_bytes": found.need,
+        "memory_bytes": found.gpu.memory,
+        "reserved_bytes": RESERVED,
+        "collective_bytes": found.collective_bytes,
+        "host_bytes_per_rank": found.run.state if found.config.checkpoint.background else 0,
+        "rows": {"rollout": found.run.forwards, "update": found.run.trained},
+        "forward_equivalents": forward_equivalents(found),
+        "residency": vars(found.run.residency),
+        "phases": [_phase(phase, found) for phase in found.run.phases],
+        "seconds": {name: total_seconds(found, gpu) for name, gpu in GPUS.items()},
+        "efficiency": {"compute": COMPUTE_EFFICIENCY, "link": LINK_EFFICIENCY},
+    }
+    if fit is not None:
+        result["nearest"] = {"settings": fit[0], "need_bytes": fit[1].need}
+    return result
+
+
+def forward_equivalents(found: Plan) -> float:
+    """Transformer forwards of one row, an iteration and GPU: a backward counts two, a recomputation one more."""
+    setting = found.config.model.activation_checkpointing
+    recomputed = {"none": 0.0, "all": 1.0}.get(str(setting), 1 / int(setting) if isinstance(setting, int) else 0.0)
+    return found.run.forwards + found.run.trained * (3 + recomputed)
+
+
+def total_seconds(found: Plan, gpu: Gpu) -> float:
+    """Of an iteration without rewards, communication hidden behind computation as far as it is shorter."""
+    return sum(max(seconds(phase, found.config, gpu, found.local)) for phase in found.run.phases)
+
+
+def _phase(phase: Phase, found: Plan) -> dict[str, Any]:
+    compute, communication = seconds(phase, found.config, found.gpu, found.local)
+    return {
+        "name": phase.name,
+        "peak_bytes": phase.peak,
+        "at_peak": {name: size for name, size in phase.at_peak.items() if size},
+        "flops": phase.cost.flops,
+        "collectives": [
+            {"kind": key.kind, "group": key.group, "count": count, "bytes": phase.cost.bytes[key]}
+            for key, count in phase.cost.count.items()
+        ],
+        "seconds": {"compute": compute, "communication": communication},
+    }
+
+
+def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
+    """The plan for people."""
+    gib = 2**30
+    run = found.run
+    trained = "all trained" if run.trainable == run.parameters else f"{run.trainable / 1e6:,.1f} M trained"
+    size = f"{run.parameters / 1e9:.2f} B parameters, {trained}"
+    lines = [
+        f"{found.world} × {found.gpu.name}: {size}; one iteration, each GPU:",
+        "",
+        f"{'phase':<10} {'peak GiB':>9} {'TFLOP':>10} {'collectives':>12} {'GB':>9} {'compute s':>10} {'links s':>8}",
+    ]
+    for phase in run.phases:
+        compute, links = seconds(phase, found.config, found.gpu, found.local)
+        count, size = sum(phase.cost.count.values()), sum(phase.cost.bytes.values())
+        lines.append(
+            f"{phase.name:<10} {phase.peak / gib:9.2f} {phase.cost.flops / 1e12:10,.1f} {count:12,} {size / 1e9:9,.1f} "
+            f"{compute:10.1f} {links:8.1f}"
+        )
+    lines += ["", f"at the peak, in {found.worst.name}:"]
+    for name, size in sorted(found.worst.at_peak.items(), key=lambda item: -item[1]):
+        if size >= 0.005 * gib or found.need < gib:
+            lines.append(f"  {name:<13} {size / gib:8.2f} GiB")
+    for key, size in sum((phase.cost.bytes for phase in run.phases[1:]), run.phases[0].cost.bytes.copy()).items():
+        count = sum(phase.cost.count[key] for phase in run.phases)
+        lines.append(f"{key.kind} over {key.group} ranks: {count:,} of {size / 1e9:,.1f} GB in all")
+    lines.append(
+        f"forward-equivalents: {forward_equivalents(found):,.0f} ({run.forwards:,} rows rolled out, {run.trained:,} "
+        "rows trained)"
+    )
+    lines.append(f"host memory: {run.state / gib * found.local:.1f} GiB a node while a checkpoint is written")
+    times = ", ".join(f"{name} {total_seconds(found, gpu):,.1f}" for name, gpu in GPUS.items())
+    lines.append(
+        f"seconds without rewards, at {COMPUTE_EFFICIENCY:.0%} of peak and {LINK_EFFICIENCY:.0%} of links: {times}"
+    )
+    room = found.gpu.memory
+    verdict = "fits" if found.fits else "does not fit"
+    lines.append(
+        f"{verdict}: needs {found.need / gib:.1f} GiB (2 GiB of it reserved) of {room / gib:.1f}, with {SPARE:.0%} to "
+        "spare"
+    )
+    if not found.fits:
+        lines.append("no setting makes it fit" if fit is None else _remedy(fit, gib))
+    return "\n".join(lines)
+
+
+def _remedy(fit: tuple[dict[str, Any], Plan], gib: int) -> str:
+    settings = " ".join(f"{k} {v}" if k.startswith("--") else f"{k}={_yaml(v)}" for k, v in fit[0].items())
+    return f"nearest that fits: {settings} (needs {fit[1].need / gib:.1f} GiB)"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

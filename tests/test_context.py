@@ -1,0 +1,113 @@
+"""Context parallelism: two ranks that share every sample's tokens give the samples and gradients of one. gloo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import tiny_config
+from tiny_video import build, video_config
+
+from fastgrpo.config import Config
+from fastgrpo.context import split_lengths, split_tokens
+from fastgrpo.errors import ConfigError
+from fastgrpo.models import Conditioning, ModelFamily, family_class
+from fastgrpo.prompts import Prompt
+from fastgrpo.rollout import lay_out, rank_samples, rollout
+from fastgrpo.schedule import plan_rollout
+
+CPU = torch.device("cpu")
+KINDS = ("flux", "wan", "hunyuan_video", "skyreels")
+
+
+def family_of(kind: str) -> tuple[Config, ModelFamily]:
+    if kind == "flux":
+        from fastgrpo.shapes import world
+        from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
+
+        config, pipeline = tiny_config(Path("unused")), build_pipeline(world.vocabulary(), TinyFluxSizes(), 0)
+        torch.nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.3)
+    else:
+        config, pipeline = video_config("unused", kind), build(kind)
+    return config, family_class(config.model.family)(pipeline, config.model, CPU)
+
+
+def conditioning_of(kind: str, family: ModelFamily) -> Conditioning:
+    texts = ("red circle left", "blue square moves right")
+    if kind != "skyreels":
+        return family.encode([Prompt(text) for text in texts])
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        encoded = super(type(family), family).encode_prompts([Prompt(text) for text in texts])  # pyright: ignore
+        channels, _, height, width = family.latent_shape
+        encoded["first_frame"] = torch.randn(2, channels, 1, height, width)
+    negative = {f"negative_{name}": tensor.flip(0) for name, tensor in encoded.items()}
+    return family.condition(encoded | (negative if family.guided else {}))
+
+
+def sampled(kind: str, split: bool) -> list[torch.Tensor]:
+    """Final latents of a rollout, and the gradients of a weighted sum of the model's output."""
+    torch.manual_seed(0)
+    config, family = family_of(kind)
+    conditioning = conditioning_of(kind, family)
+    if split:
+        for module in family.modules.values():
+            split_tokens(module, split_lengths(family), 2, 2, "cpu")
+    family.make_trainable()
+    plan = plan_rollout(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), 4, 0, 0)
+    layout = lay_out(plan, config.rollout.model_copy(update={"group_size": 2}), rank_samples(4, 1, 1, 0).reshape(-1))
+    latents = rollout(family, plan, layout, conditioning, config.rollout, 0, 0).latents
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, *family.latent_shape, generator=generator)
+    v = family.predict(x, torch.tensor([0.9, 0.4]), conditioning)
+    (v * torch.randn(v.shape, generator=generator)).sum().backward()
+    parameters = [p for p in family.policy.parameters() if p.grad is not None]
+    grads = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    if split:
+        dist.all_reduce(grads)
+    return [latents, grads]
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = {}
+    for kind in KINDS:
+        whole, split = sampled(kind, False), sampled(kind, True)
+        found[kind] = [float((a - b).norm() / a.norm()) for a, b in zip(whole, split, strict=True)]
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory):
+    out = tmp_path_factory.mktemp("context") / "differences.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, __file__, str(out)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_split_tokens_change_nothing(differences, kind):
+    latents, gradients = differences[kind]
+    assert latents < 1e-5
+    assert gradients < 1e-5
+
+
+def test_what_does_not_divide_is_one_line():
+    _, family = family_of("flux")
+    with pytest.raises(ConfigError, match=r"parallel\.context: 5 does not divide the \d+ attention heads"):
+        split_tokens(family.transformer, [10], 10, 5, "cpu")
+    with pytest.raises(ConfigError, match=r"parallel\.context: 2 does not divide the 9 tokens of a sample"):
+        split_tokens(family.transformer, [16, 9], 2, 2, "cpu")
+    with pytest.raises(ConfigError, match="Linear has no plan to split its tokens"):
+        split_tokens(torch.nn.Linear(1, 1), [2], 2, 2, "cpu")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
