@@ -18,6 +18,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="minutes long: pytest -m full, or make test-full"))
 
 
+@pytest.fixture
+def no_process_group():
+    """Ends the process group that an earlier test of this process may have left, and one that this test leaves."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory):
     """A pipeline directory of the shipped sizes with random weights whose output is not nearly zero."""

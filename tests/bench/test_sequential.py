@@ -62,6 +62,8 @@ def test_no_host_read_with_log_probabilities(tiny_flux):
     from test_no_host_read import run_iteration, tiny_pipeline
 
     config = tiny_config(tiny_flux, rollout={"old_values": "log_prob", "forward_batch": 1})
-    sizes = tiny_pipeline().transformer.config
-    run_iteration(tiny_pipeline(), config, sizes.joint_attention_dim, sizes.pooled_projection_dim)
+    pipeline = tiny_pipeline()
+    sizes = pipeline.transformer.config
+    encoded = {"text": (10, sizes.joint_attention_dim), "pooled": (sizes.pooled_projection_dim,)}
+    run_iteration(pipeline, config, encoded)
     assert torch.is_grad_enabled()
