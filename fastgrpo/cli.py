@@ -304,9 +304,12 @@ def _print_comparison(summary: dict[str, Any]) -> None:
 
     head, rows = table(summary)
     trained = f", iteration {summary['iteration']}" if "iteration" in summary else ""
-    shown = Table(title=f"{summary['base']['images']} images{trained}", title_justify="left", box=box.SIMPLE)
+    title = f"{summary['base']['images']} images{trained}; intervals of 95%"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    # 80 columns hold all of it with short heads.
+    short = {"difference": "diff", "95% interval": "interval", "win rate": "wins"}
     for place, column in enumerate(head):
-        shown.add_column(column, justify="right" if place else "left", no_wrap=not place)
+        shown.add_column(short.get(column, column), justify="right" if place else "left", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
     console = Console()

@@ -116,6 +116,23 @@ def test_every_pip_call_of_the_makefile_has_the_constraints():
     assert all("-c constraints.txt" in line for line in calls)
 
 
+def test_without_any_extra_the_doctor_answers_and_training_names_its_extra():
+    """What an environment with the base dependencies alone can do."""
+    extras = PROJECT["optional-dependencies"]
+    names = {re.match(r"[\w-]+", r)[0] for group in ("train", "rewards", "serve", "datasets") for r in extras[group]}  # pyright: ignore[reportOptionalSubscript]
+    modules = sorted({"PIL" if name == "pillow" else name.replace("-", "_") for name in names})
+    code = (
+        f"import sys\nfor name in {modules}: sys.modules[name] = None\n"
+        "from fastgrpo.cli import main\n"
+        "assert main(['--help']) == 0\nassert main(['doctor']) == 0\n"
+        "sys.exit(main(['train', 'configs/shapes-flux.yaml']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "fastgrpo[train]" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: fastgrpo train: needs .*pip install 'fastgrpo\[train\]'\n", done.stderr)
+
+
 @pytest.mark.full
 def test_the_wheel_installs_into_an_empty_environment_and_runs(wheel, kernels_wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)

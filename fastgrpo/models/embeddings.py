@@ -13,8 +13,6 @@ import uuid
 from collections import OrderedDict
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgrpo.errors import UserError
@@ -66,6 +64,9 @@ class EmbeddingCache:
             return self.memory[key]
         if self.directory is None or not (path := self._path(prompt)).exists():
             return None
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         try:
             self.memory[key] = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -77,6 +78,8 @@ class EmbeddingCache:
         self.memory[key_of(prompt)] = tensors
         if self.directory is None:
             return
+        from safetensors.torch import save_file
+
         path = self._path(prompt)
         scratch = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex}")
         try:
