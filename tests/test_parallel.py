@@ -116,7 +116,13 @@ def runs(tiny_flux, tmp_path_factory):
     arguments = [str(folder / "script.py"), str(tiny_flux), str(folder), json.dumps(VARIANTS | FROZEN)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
-    measured(tiny_flux, folder / "measured 1", PLANNED)
+    # In a process of its own: the tensors that earlier tests hold would count.
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        "from test_parallel import PLANNED, measured; import torch; torch.set_num_threads(1)\n"
+        "measured(Path(sys.argv[1]), Path(sys.argv[2]), PLANNED)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tiny_flux), str(folder / "measured 1")], check=True)
     finished(tiny_flux, folder / "alone", ALONE)
     finished(tiny_flux, folder / "alone lora", FROZEN["frozen sharded"])
     return folder
