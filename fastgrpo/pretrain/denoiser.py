@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def noised(
         shift = family.pipeline_shift()
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         return torch.lerp(x0, noise, sigma.view(shape)), sigma, noise - x0
-    scheduler: Any = getattr(family, "scheduler")  # noqa: B009, a diffusion family has one
+    scheduler = cast(Any, family).scheduler
     time = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
     x: Any = scheduler.add_noise(x0, noise, time)
     targets = {
