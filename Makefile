@@ -6,6 +6,9 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Two test processes, whatever the machine: each takes up to 4 GB. WORKERS=0 runs the tests in one.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help setup compiler demo train-all lint test test-full bench-gpu check clean
@@ -53,10 +56,10 @@ lint: setup
 	$(BIN)/pyright
 
 test: setup compiler
-	$(BIN)/python -m pytest -m "not full and not gpu" $(ARGS)
+	$(PYTEST) -m "not full and not gpu" $(ARGS)
 
 test-full: setup compiler
-	$(BIN)/python -m pytest -m "full or not full" $(ARGS)
+	$(PYTEST) -m "full or not full" $(ARGS)
 
 # Tests of the kernels on the device, those that only a GPU can answer, then every benchmark; ten minutes at most.
 bench-gpu: setup compiler

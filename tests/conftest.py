@@ -1,12 +1,17 @@
 """Which tests run where: `gpu` needs CUDA; `full` takes minutes and runs only when asked for by `-m`."""
 
+import os
+
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Two cores are shared by the test processes that some tests start.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    # One thread for each of several workers (`-n`), and for the processes that their tests start: two threads that wait
+    # for each other on a core that they do not have take ten times as long as one.
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -16,6 +21,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if "full" in item.keywords and "full" not in asked:
             item.add_marker(pytest.mark.skip(reason="minutes long: pytest -m full, or make test-full"))
+        # A worker takes whole files, whose tests share fixtures; of the documents, which share none, one at a time.
+        if item.path.name != "test_docs.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture
