@@ -210,7 +210,9 @@ def training_tensors(optimizer: OptimizerState) -> dict[str, Any]:
     named = list(zip(optimizer.names, optimizer.parameters, strict=True))
     tensors: dict[str, Any] = {"model": dict(named)}
     for key in ("step", "exp_avg", "exp_avg_sq"):
-        tensors[key] = {name: optimizer.adamw.state[parameter][key] for name, parameter in named}
+        tensors[key] = {name: optimizer.adamw.state[parameter][key] for name, parameter in optimizer.full.items()}
+    if optimizer.eight_bit is not None:
+        tensors["adamw_8bit"] = optimizer.eight_bit.state()
     if optimizer.ema is not None:
         tensors["ema"] = dict(zip(optimizer.names, optimizer.ema, strict=True))
     return tensors

@@ -294,6 +294,10 @@ class ObjectiveConfig(Section):
 
 
 class Optimizer(Section):
+    kind: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw",
+        description="adamw_8bit: its moments in 2 bytes a weight in place of 8, by bitsandbytes (fastgrpo[gpu]).",
+    )
     lr: PositiveFloat = 1e-5
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
+from fastgrpo.adamw_8bit import AdamW8bit
 from fastgrpo.architectures import build_family, encoded_shapes
 from fastgrpo.config import Config
 from fastgrpo.meter import Cost, Meter
@@ -118,7 +119,7 @@ class _Iteration:
         held = [family.policy, *(frozen or {}).values()]
         meter.claim((t for m in held for t in (*m.parameters(), *m.buffers())), "parameters")
         with meter.counting("optimizer"):
-            optimizer = OptimizerState(family.policy, config.update, 1)
+            optimizer = OptimizerState(family.policy, config.update, 1, _PlannedAdamW8bit)
         meter.claim(optimizer.ema or (), "ema")
         kept = residency(config, family.policy, world)
         roll = config.rollout
@@ -169,6 +170,16 @@ class _Iteration:
         with self.meter.counting(category):
             yield
         self.phases.append(Phase(name, self.meter.cost - before, self.meter.peak, self.meter.at_peak))
+
+
+class _PlannedAdamW8bit(AdamW8bit):
+    """Its moments are made as a run makes them; bitsandbytes' kernel, which takes no memory, is left out."""
+
+    def _maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.empty(256, device=device), torch.empty(256, device=device)
+
+    def _update(self, *_: Any) -> None:
+        pass
 
 
 class _Repeated:

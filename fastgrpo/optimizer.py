@@ -1,6 +1,7 @@
 """AdamW on the trained weights, gradient clipping, the learning-rate schedule and the EMA, without a host read.
 
-A gradient that is not finite skips the step on every rank alike (fused AdamW's found_inf) and is counted.
+A gradient that is not finite skips the step on every rank alike (fused AdamW's found_inf) and is counted. With 8-bit
+moments (fastgrpo/adamw_8bit.py) fused AdamW keeps the small tensors.
 """
 
 from __future__ import annotations
@@ -14,27 +15,35 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from fastgrpo.adamw_8bit import SMALLEST, AdamW8bit
 from fastgrpo.config import Update
 
 
 class OptimizerState:
     """The optimizer of a run. `steps` counts optimizer steps; `total_steps` is where a cosine schedule ends."""
 
-    def __init__(self, policy: nn.Module, config: Update, total_steps: int) -> None:
+    def __init__(
+        self, policy: nn.Module, config: Update, total_steps: int, eight_bit: type[AdamW8bit] = AdamW8bit
+    ) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
         self.policy = policy
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         opt = config.optimizer
+        smallest = SMALLEST if opt.kind == "adamw_8bit" else math.inf
+        named = list(zip(self.names, self.parameters, strict=True))
+        large = {n: p for n, p in named if p.numel() >= smallest}
+        self.full = {n: p for n, p in named if p.numel() < smallest}
+        self.eight_bit = eight_bit(large, opt) if large else None
         self.adamw = torch.optim.AdamW(
-            self.parameters,
+            [{"params": list(self.full.values())}],
             lr=opt.lr,
             betas=(opt.beta1, opt.beta2),
             eps=opt.eps,
             weight_decay=opt.weight_decay,
             fused=True,
         )
-        for p in self.parameters:
+        for p in self.full.values():
             # Made now, not at the first step, so that a checkpoint can be loaded into it.
             zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
@@ -68,6 +77,8 @@ class OptimizerState:
         self.adamw.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        if self.eight_bit is not None:
+            self.eight_bit.step(self.learning_rate(self.steps), skipped)
         self.steps += 1
         if self.ema is not None:
             torch._foreach_lerp_(_local(self.ema), _local(self.parameters), 1 - self._ema_decay())

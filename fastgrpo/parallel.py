@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from fastgrpo.adamw_8bit import STATE_BYTES
 from fastgrpo.config import Config
 from fastgrpo.context import split_lengths, split_tokens
 from fastgrpo.errors import ConfigError
@@ -199,7 +200,8 @@ def residency(config: Config, policy: nn.Module, world: World) -> Residency:
     trained = [p for p in policy.parameters() if p.requires_grad]
     held = sum(p.numel() * p.element_size() for p in map(local, policy.parameters()))
     # AdamW's moments, and the EMA.
-    state = sum(map(torch.Tensor.numel, map(local, trained))) * (12 if config.update.ema_decay else 8)
+    moments = STATE_BYTES if config.update.optimizer.kind == "adamw_8bit" else 8
+    state = sum(map(torch.Tensor.numel, map(local, trained))) * (moments + (4 if config.update.ema_decay else 0))
     compute = DTYPES[config.model.dtype].itemsize
     gathered = sum(p.numel() * compute for p in policy.parameters() if isinstance(p, DTensor))
     gradients = 4 * sum(p.numel() for p in trained)

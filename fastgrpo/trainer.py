@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.adamw_8bit import check_optimizer
 from fastgrpo.advantages import Advantages, compute_advantages, group_spread
 from fastgrpo.arithmetic import arithmetic
 from fastgrpo.checkpoint import CheckpointStore, training_tensors
@@ -48,6 +49,7 @@ class Trainer:
         self.heldout = heldout_prompts(config, config.eval.images) if config.eval.every else []
         self.rewards = {spec.key: load_reward(spec) for spec in config.scored}
         check_family(config)
+        check_optimizer(config.update.optimizer)
         self.world: World = start_world(config)
         self.store = CheckpointStore.of_run(self.dir, self.world.main)
         start = claim_directory(config, self.store, self.world)

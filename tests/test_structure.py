@@ -15,7 +15,7 @@ ROOMS = [
     {"fastgrpo_kernels", "fastgrpo", "errors"},
     {"settings"},
     {"context", "config", "shapes", "prompt_sets"},
-    {"gpus", "meter"},
+    {"gpus", "meter", "adamw_8bit"},
     {"schedule", "objective", "advantages", "optimizer", "arithmetic", "guard"},
     {"prompts", "telemetry", "checkpoint", "compat"},
     {"models", "rewards"},

@@ -24,11 +24,12 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {
-        f"{kind}.{name}": tensor.detach().clone()
-        for kind, tensors in training_tensors(trainer.optimizer).items()
-        for name, tensor in tensors.items()
-    }
+    def flat(tree, prefix):
+        for name, value in tree.items():
+            inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+            yield from inner
+
+    return {name: tensor.detach().clone() for name, tensor in flat(training_tensors(trainer.optimizer), "")}
 
 
 def finished(config) -> Trainer:
@@ -50,12 +51,13 @@ class Raises:
         raise RuntimeError("the reward server is on fire")
 
 
-@pytest.mark.parametrize("variant", ["full", "lora_kl", "subset_two_steps", "spread"])
+@pytest.mark.parametrize("variant", ["full", "lora_kl", "subset_two_steps", "spread", "adamw_8bit"])
 def test_resumed_is_bit_identical_to_uninterrupted(tiny_flux, tmp_path, variant):
     sections = {
         "full": {"update": {"ema_decay": 0.9}, "eval": {"every": 2, "images": 6}},
         "lora_kl": {"model": {"lora": {"rank": 4}}, "objective": {"kl_weight": 0.1}},
         "spread": {"prompts": {"select": "spread"}, "rollout": {"suffix_steps": 1}, "model": {"trainable": ["to_v"]}},
+        "adamw_8bit": {"update": {"optimizer": {"lr": 1e-4, "kind": "adamw_8bit"}, "optimizer_steps": 2}},
         "subset_two_steps": {"rollout": {"trained": {"kind": "subset"}}, "update": {"optimizer_steps": 2}},
     }[variant]
     straight = finished(tiny_config(tiny_flux, tmp_path / "a", train={"iterations": 4}, **sections))
