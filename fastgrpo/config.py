@@ -151,6 +151,11 @@ class Rollout(Section):
         default=None,
         description="Deterministic steps after the window, evenly over the levels left (MixGRPO-Flash); null: all.",
     )
+    suffix_solver: Literal["first_order", "dpmpp_2m"] = Field(
+        default="first_order",
+        description="Of the deterministic steps after the window. first_order: Euler, or DDIM; dpmpp_2m: DPM-Solver++ "
+        "2M, which needs fewer.",
+    )
     shared_noise: bool = Field(default=True, description="One initial noise for a prompt's whole group.")
     share_prefix: bool = Field(
         default=True,
@@ -409,10 +414,9 @@ class Config(Section):
         roll, trained = self.rollout, self.rollout.trained
         if isinstance(trained, WindowSteps):
             trained.check(roll.steps)
-        if isinstance(trained, SubsetSteps) and roll.suffix_steps is not None:
-            raise ValueError(
-                "rollout.suffix_steps: needs a window of trained steps; set rollout.trained.kind to window"
-            )
+        for key, plain in (("suffix_steps", None), ("suffix_solver", "first_order")):
+            if isinstance(trained, SubsetSteps) and getattr(roll, key) != plain:
+                raise ValueError(f"rollout.{key}: needs a window of trained steps; set rollout.trained.kind to window")
         if isinstance(trained, SubsetSteps) and int(trained.fraction * (roll.steps - 1)) < 1:
             raise ValueError(
                 f"rollout.trained.fraction: {trained.fraction} of {roll.steps - 1} transitions is less than one step"

@@ -142,6 +142,7 @@ def rollout(
     parted = not layout.shared
     row_prompt = layout.sample_prompt if parted else np.arange(len(layout.prompts))
     x = initial_noise(layout, config, shape, seed, iteration, device, parted)
+    clean: Tensor | None = None
     for step, (a, b, s) in enumerate(plan.transitions):
         v = predict_rows(family, x, plan.times[step], plan.modules[step], conditioning, row_prompt, batch)
         rows = layout.rows_of(step)
@@ -153,7 +154,7 @@ def rollout(
             spread = to_device(layout.sample_prompt, device)
             x, v, row_prompt, parted = x.index_select(0, spread), v.index_select(0, spread), layout.sample_prompt, True
         if s == 0:
-            x = gaussian_step(x, v, a, b, s, None)
+            x, clean = deterministic_step(x, v, plan, step, clean)
             continue
         key = noise.noise_key(seed, to_device(layout.samples, device), step, iteration, noise.STREAM_SDE, device)
         pairs = layout.pairs_of(step)
@@ -170,6 +171,22 @@ def rollout(
             )
         x = y
     return Trajectory(layout, x, x_kept, v_kept, noise_kept, y_kept, log_prob_kept)
+
+
+def deterministic_step(
+    x: Tensor, v: Tensor, plan: RolloutPlan, step: int, previous: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Latents after a step without noise, and the clean sample predicted at it, where the next step is of second order.
+
+    previous: the clean sample predicted at the step before, where this one is of second order.
+    """
+    a, b, _ = plan.transitions[step]
+    weight, needed = plan.second_order[step], step + 1 < plan.steps and plan.second_order[step + 1] != 0
+    y = gaussian_step(x, v, a, b, 0.0, None)
+    clean = gaussian_step(x, v, *plan.clean[step], 0.0, None) if weight or needed else None
+    if weight and clean is not None and previous is not None:
+        y.add_(clean - previous, alpha=weight)
+    return y, clean if needed else None
 
 
 def initial_noise(

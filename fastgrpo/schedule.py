@@ -61,7 +61,9 @@ class RolloutPlan:
 
     times: [T], what the model is told at each step. modules: [T], which component acts. gaps: [T], NoiseLevels.gap.
     transitions: (a, b, s) of every step, s = 0 where deterministic. trained: [T, N] bool, sample n trains step t.
-    first_stochastic: steps before it depend on the initial noise and the prompt alone.
+    first_stochastic: steps before it depend on the initial noise and the prompt alone. second_order: [T], the weight of
+    the clean sample's change since the step before (transitions.second_order_weight), 0 where a step is of first order.
+    clean: [T], (a, b) of the predicted clean sample a·x + b·v.
     """
 
     times: tuple[float, ...]
@@ -70,6 +72,8 @@ class RolloutPlan:
     transitions: tuple[Transition, ...]
     trained: np.ndarray
     first_stochastic: int
+    second_order: tuple[float, ...]
+    clean: tuple[tuple[float, float], ...]
 
     @property
     def steps(self) -> int:
@@ -171,7 +175,31 @@ def plan_rollout(
     if rollout.truncate_timesteps and levels.prediction == "flow":
         times = tuple(int(1000 * time) / 1000 for time in times)
     gaps = tuple(levels.gap(t) for t in range(steps))
-    return RolloutPlan(times, levels.modules, gaps, moves, trained, first)
+    weights = (0.0,) * steps
+    if not deterministic and rollout.suffix_solver == "dpmpp_2m":
+        weights = second_order_weights(levels, max(t for t in range(steps) if stochastic[t]) + 1)
+    clean = tuple(clean_sample(levels, t) for t in range(steps)) if any(weights) else ((0.0, 0.0),) * steps
+    return RolloutPlan(times, levels.modules, gaps, moves, trained, first, weights, clean)
+
+
+def second_order_weights(levels: NoiseLevels, begin: int) -> tuple[float, ...]:
+    """[T]: of DPM-Solver++ 2M from step `begin` on; 0 before it, and for the first and the last of its steps.
+
+    The first has no deterministic step before it, and the last goes where its logarithm of the signal-to-noise ratio
+    has no end (diffusers' lower_order_final).
+    """
+    return tuple(
+        transitions.second_order_weight(levels.start[t - 1], levels.start[t], levels.end[t], levels.prediction)
+        if begin < t < levels.steps - 1
+        else 0.0
+        for t in range(levels.steps)
+    )
+
+
+def clean_sample(levels: NoiseLevels, t: int) -> tuple[float, float]:
+    """(a, b) of the clean sample a·x + b·v that the model predicts at step t."""
+    a, b, _ = transitions.clean_coefficients(levels.start[t], levels.prediction)
+    return float(a), float(b)
 
 
 def deterministic_transition(levels: NoiseLevels, t: int) -> Transition:

@@ -141,6 +141,30 @@ def clean_coefficients(
     return Transition(inverse, -_sqrt(1.0 - level) * inverse, zero)
 
 
+def second_order_weight(
+    previous: float, level: float, following: float, prediction: Literal["flow", "epsilon", "v_prediction", "sample"]
+) -> float:
+    """The weight c that makes a deterministic step from `level` to `following` one of DPM-Solver++ 2M (arXiv
+    2211.01095, algorithm 2, midpoint): y = (the `ode` or eta-0 `ddim` step) + c·(x̂0 - x̂0 of the step from `previous`).
+
+    Levels are σ (flow) or ᾱ, floats; with α and σ of a level and λ = log(α/σ),
+    c = (α' - σ'·α/σ)·(λ' - λ)/(2·(λ - λ_previous)). Raises ValueError for levels out of order, and where a λ is not
+    finite: from pure noise, and to none.
+    """
+    _check_prediction(prediction, ("flow", "epsilon", "v_prediction", "sample"))
+    rising = (previous, level, following) if prediction != "flow" else (1 - previous, 1 - level, 1 - following)
+    if not 0 < rising[0] < rising[1] < rising[2] < 1:
+        raise ValueError(
+            f"previous, level, following: must approach the clean sample strictly between pure noise and it, got "
+            f"{previous}, {level}, {following}"
+        )
+    (a0, s0), (a1, s1), (a2, s2) = (
+        (1 - x, x) if prediction == "flow" else (math.sqrt(x), math.sqrt(1 - x)) for x in (previous, level, following)
+    )
+    h_previous, h = math.log(a1 / s1) - math.log(a0 / s0), math.log(a2 / s2) - math.log(a1 / s1)
+    return (a2 - s2 * a1 / s1) * h / (2 * h_previous)
+
+
 def _float64(**values: Scalar) -> tuple:
     """The arguments as floats, or, if any is a tensor, as float64 tensors of one shape on its device."""
     device = next((value.device for value in values.values() if isinstance(value, Tensor)), None)
