@@ -60,9 +60,12 @@ def _step(noise: str) -> Callable[[Inputs], Tensor]:
     return lambda i: fk.gaussian_step(i.x, i.v.detach(), i.a, i.b, i.s, i.noise[noise])
 
 
-def _all_outputs(i: Inputs) -> Tensor:
-    more = {"v_uncond": i.v_uncond.detach(), "guidance_scale": 4.5, "return_all": True, "clean": (1.0, -0.5)}
-    return fk.gaussian_step(i.x, i.v.detach(), i.a, i.b, i.s, i.key, **more).latents
+def _all_outputs(noise: str) -> Callable[[Inputs], Tensor]:
+    def call(i: Inputs) -> Tensor:
+        more = {"v_uncond": i.v_uncond.detach(), "guidance_scale": 4.5, "return_all": True, "clean": (1.0, -0.5)}
+        return fk.gaussian_step(i.x, i.v.detach(), i.a, i.b, i.s, i.noise[noise], **more).latents
+
+    return call
 
 
 def _moments(noise: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
@@ -77,10 +80,14 @@ def _grpo(i: Inputs) -> Tensor:
     return fk.grpo_loss(i.v, i.v_old, i.b, i.s, i.key, i.advantage, i.weight, clip_low=1e-4, clip_high=1e-4)[0]
 
 
-def _grpo_all(i: Inputs) -> Tensor:
+def _grpo_all(noise: str) -> Callable[[Inputs], Tensor]:
     settings = {"clip_low": 1e-4, "clip_high": 1e-4, "dual_clip": 2.0, "dppo_threshold": 1e-3, "kl_weight": 0.1}
-    more = {"v_uncond": i.v_uncond, "guidance_scale": 4.5, "v_reference": i.v_reference}
-    return fk.grpo_loss(i.v, i.v_old, i.b, i.s, i.key, i.advantage, i.weight, **settings, **more)[0]
+
+    def call(i: Inputs) -> Tensor:
+        more = {"v_uncond": i.v_uncond, "guidance_scale": 4.5, "v_reference": i.v_reference}
+        return fk.grpo_loss(i.v, i.v_old, i.b, i.s, i.noise[noise], i.advantage, i.weight, **settings, **more)[0]
+
+    return call
 
 
 def _on_policy(noise: str) -> Callable[[Inputs], Tensor]:
@@ -98,13 +105,16 @@ CASES = {
     "normal": Case(lambda i: fk.normal(i.key, i.shape[1:]), "eps", makes_noise=True, by_dtype=False),
     "gaussian_step/key": Case(_step("key"), "x v y", makes_noise=True),
     "gaussian_step/stored": Case(_step("stored"), "x v eps y"),
-    "gaussian_step/all": Case(_all_outputs, "x v v_uncond y y v", makes_noise=True),
+    "gaussian_step/all": Case(_all_outputs("key"), "x v v_uncond y y v", makes_noise=True),
+    "gaussian_step/all stored": Case(_all_outputs("stored"), "x v v_uncond eps y y v"),
     "shift_moments/key": Case(_moments("key"), "v v_old", "v v_old grad", makes_noise=True),
     "shift_moments/stored": Case(_moments("stored"), "v v_old eps", "v v_old eps grad"),
     "shift_moments/step": Case(_moments("step"), "v v_old x y", "v v_old x y grad"),
     "shift_moments/guided": Case(_guided, "v v_uncond v_old", "v v_uncond v_old grad grad", makes_noise=True),
     "grpo_loss/key": Case(_grpo, "v v_old", "v v_old grad", makes_noise=True),
-    "grpo_loss/all": Case(_grpo_all, _ALL, f"{_ALL} grad grad", makes_noise=True),
+    "grpo_loss/all": Case(_grpo_all("key"), _ALL, f"{_ALL} grad grad", makes_noise=True),
+    "grpo_loss/all stored": Case(_grpo_all("stored"), f"{_ALL} eps", f"{_ALL} eps grad grad"),
+    "grpo_loss/all step": Case(_grpo_all("step"), f"{_ALL} x y", f"{_ALL} x y grad grad"),
     "log_prob": Case(lambda i: fk.log_prob(i.x, i.v, i.y, i.a, i.b, i.s), "x v y", "x v y grad"),
     "on_policy_gradient/key": Case(_on_policy("key"), "grad", makes_noise=True),
     "on_policy_gradient/stored": Case(_on_policy("stored"), "eps grad"),

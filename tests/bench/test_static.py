@@ -11,6 +11,8 @@ static = load("static")
 TABLE = {tuple(row[k] for k in static.KEY): row for row in static.read_table()}
 NONE_OF = ("stack_bytes", "fp64", "local")
 REGISTERS, REGISTERS_WITH_NOISE = 40, 80
+# Every latent at once, none of them noise from a key: docs/kernels.md tells what was tried.
+REGISTERS_WITH_EVERY_LATENT = {"grpo_loss/all step": 54, "grpo_loss/all stored": 44, "gaussian_step/all stored": 42}
 
 # One target and dtype for each kernel; `make test-full` compiles the whole matrix.
 SMALL = (["sm_90"], None, ["bfloat16"])
@@ -33,7 +35,8 @@ def rows():
 
 def check(row):
     makes_noise = load("static_cases").CASES[row["case"]].makes_noise
-    assert row["registers"] <= (REGISTERS_WITH_NOISE if makes_noise else REGISTERS), row
+    limit = REGISTERS_WITH_NOISE if makes_noise else REGISTERS_WITH_EVERY_LATENT.get(row["case"], REGISTERS)
+    assert row["registers"] <= limit, row
     assert all(row[column] == 0 for column in NONE_OF), row
     if row["bytes_per_element"] == "":
         return

@@ -138,7 +138,8 @@ def _warps(shift: Shift) -> int:
     if shift.words is not None:
         return NUM_WARPS if shift.v_uncond is None and shift.v_reference is None else READ_WARPS
     # Four elements are a 128-bit load of float32.
-    return READ_WARPS if shift.v.dtype != torch.float32 or shift.x is None else 2 * READ_WARPS
+    many = shift.x is not None or (shift.v_uncond is not None and shift.v_reference is not None)
+    return 2 * READ_WARPS if many and shift.v.dtype == torch.float32 else READ_WARPS
 
 
 def empty_gradients(shift: Shift) -> tuple[Tensor, Tensor]:

@@ -160,18 +160,21 @@ def _shift_moments_bwd_kernel(
     guidance = load_scalar(guidance, row, G_PER_ROW)
     if y_ptr is not None:
         factor_eps *= tl.div_rn(1.0, s)
-        move = load_move(y_ptr, x_ptr, load_scalar(a, row, A_PER_ROW), row, y_stride, x_stride, start, mask, BLOCK)
-    v = load_guided(v_ptr, v_uncond_ptr, guidance, row, v_stride, v_uncond_stride, start, mask, BLOCK)
+        a = load_scalar(a, row, A_PER_ROW)
+    # One sum, to which each latent is added as it arrives: few of them are in registers at a time.
+    if y_ptr is not None:
+        grad = factor_eps * load_move(y_ptr, x_ptr, a, row, y_stride, x_stride, start, mask, BLOCK)
+    else:
+        grad = factor_eps * load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
     v_old = load_block(v_old_ptr, row, v_old_stride, start, mask, BLOCK)
-    grad = factor_change * (v - v_old)
+    if y_ptr is not None:
+        grad -= factor_eps * b * v_old
+    v = load_guided(v_ptr, v_uncond_ptr, guidance, row, v_stride, v_uncond_stride, start, mask, BLOCK)
+    grad += factor_change * (v - v_old)
     if v_reference_ptr is not None:
         factor_reference = 2.0 * tl.load(grad_reference_ptr + row) * scale * per_element
+        tl.debug_barrier()
         grad += factor_reference * (v - load_block(v_reference_ptr, row, v_reference_stride, start, mask, BLOCK))
-    if y_ptr is not None:
-        grad += factor_eps * (move - b * v_old)
-    else:
-        eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
-        grad += factor_eps * eps
     out = row * elements + start + offsets
     if v_uncond_ptr is not None:
         tl.store(grad_v_uncond_ptr + out, ((1.0 - guidance) * grad).to(grad_v_ptr.dtype.element_ty), mask=mask)
