@@ -65,6 +65,11 @@ class Model(Section):
     )
     max_sequence_length: PositiveInt = Field(default=512, description="Text tokens.")
     lora: Lora | None = Field(default=None, description="null: full fine-tuning.")
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="nf4: the linear layers of a LoRA's frozen blocks in 4.5 bits a weight, whole on every rank, by "
+        "bitsandbytes (fastgrpo[gpu]); null: in dtype.",
+    )
     trainable: Annotated[list[NonEmpty], Field(min_length=1)] | None = Field(
         default=None,
         description="Full fine-tuning of these parts alone, by dotted name (time_text_embed, norm1.linear); null: all.",
@@ -465,6 +470,10 @@ class Config(Section):
         if self.model.trainable and self.model.lora:
             raise ValueError(
                 "model.trainable: chooses among full weights, and model.lora trains none; drop one of them"
+            )
+        if self.model.quantize and not self.model.lora:
+            raise ValueError(
+                f"model.quantize: {self.model.quantize} weights cannot be trained; set model.lora, or quantize to null"
             )
         if self.model.dtype == "bfloat16" and self.parallel.fsdp == "off":
             raise ValueError("parallel.fsdp: off cannot serve model.dtype bfloat16, whose float32 masters FSDP2 keeps")

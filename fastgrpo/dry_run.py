@@ -24,6 +24,7 @@ from fastgrpo.architectures import build_family, encoded_shapes
 from fastgrpo.config import Config
 from fastgrpo.meter import Cost, Meter
 from fastgrpo.models import Conditioning, ModelFamily
+from fastgrpo.models.nf4 import parameter_count, quantized_layers
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import (
     Residency,
@@ -111,6 +112,8 @@ class _Iteration:
 
     def run(self, frozen: dict[str, nn.Module] | None) -> DryRun:
         config, family, world, meter = self.config, self.family, self.world, self.meter
+        for layer in quantized_layers(family.policy):
+            layer.dequantize = _unpacked
         with meter.counting("parameters"):
             for name, part in family.pipeline.components.items():
                 # Text encoders stay on the device, as they do in a run.
@@ -151,13 +154,12 @@ class _Iteration:
             # Of best-of-N's candidates a group is trained, whichever it is.
             trained = np.arange(samples) % roll.candidates < roll.group_size
             updater.run(plan, trajectory, conditioning, advantages, trained, 0)
-        every = list(family.policy.parameters())
-        trainable = [p for p in every if p.requires_grad]
+        trainable = [p for p in family.policy.parameters() if p.requires_grad]
         return DryRun(
             self.phases,
             predict.rows,
             updater.rows,
-            sum(p.numel() for p in every),
+            parameter_count(family.policy),
             sum(p.numel() for p in trainable),
             meter.live["optimizer"] + meter.live["ema"] + sum(_held(p) for p in trainable),
             kept,
@@ -180,6 +182,11 @@ class _PlannedAdamW8bit(AdamW8bit):
 
     def _update(self, *_: Any) -> None:
         pass
+
+
+def _unpacked(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """What bitsandbytes dequantizes to, without bitsandbytes."""
+    return torch.empty(shape, dtype=dtype, device=packed.device)
 
 
 class _Repeated:

@@ -23,8 +23,10 @@ def export_run(run_dir: str | Path, out_dir: str | Path, checkpoint: str = "late
     if out_dir.exists() and any(out_dir.iterdir()):
         raise UserError(f"{out_dir}: is not empty; name a new directory")
     config, store, iteration = open_run(run_dir, checkpoint)
-    # With a cache of embeddings the text encoders would stay out of what is written.
-    family = load_family(config.model.model_copy(update={"embedding_cache": None}), torch.device("cpu"))
+    # With a cache of embeddings the text encoders would stay out of what is written; a LoRA is merged into the weights
+    # that its base was quantized from.
+    whole = config.model.model_copy(update={"embedding_cache": None, "quantize": None})
+    family = load_family(whole, torch.device("cpu"))
     apply_checkpoint(family, config, store, iteration)
     out_dir.mkdir(parents=True, exist_ok=True)
     if config.model.lora and not merge:

@@ -198,7 +198,7 @@ def residency(config: Config, policy: nn.Module, world: World) -> Residency:
     """The settings rollout.gather, update.gather and update.grad_sync, with `auto` decided by bytes: the training
     state of a rank beside the gathered weights, against its device's memory (where that is unknown, all is kept)."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    held = sum(p.numel() * p.element_size() for p in map(local, policy.parameters()))
+    held = sum(p.numel() * p.element_size() for p in map(local, (*policy.parameters(), *policy.buffers())))
     # AdamW's moments, and the EMA.
     moments = STATE_BYTES if config.update.optimizer.kind == "adamw_8bit" else 8
     state = sum(map(torch.Tensor.numel, map(local, trained))) * (moments + (4 if config.update.ema_decay else 0))

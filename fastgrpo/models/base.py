@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.config import Model
-from fastgrpo.errors import ConfigError, nearest
+from fastgrpo.errors import ConfigError, nearest, require
 from fastgrpo.models.embeddings import EmbeddingCache, key_of, model_digest
 from fastgrpo.models.lora import check_targets, without_weights
+from fastgrpo.models.nf4 import quantize_layers
 from fastgrpo.prompts import Prompt
 from fastgrpo.schedule import NoiseLevels, flow_levels, linear_levels, shifted
 
@@ -102,6 +103,8 @@ class ModelFamily(abc.ABC):
     @classmethod
     def from_config(cls, config: Model, device: torch.device) -> ModelFamily:
         """Loads the pipeline at model.path. Raises ConfigError, before any weight is loaded where it can be told."""
+        if config.quantize:
+            require("bitsandbytes", f"model.quantize: {config.quantize}")
         path = resolve_path(config.path)
         parts = cls._read_configs(config, path)
         cls.check(config, parts)
@@ -153,6 +156,9 @@ class ModelFamily(abc.ABC):
         return pipeline
 
     def _place(self, pipeline: Any) -> None:
+        for name in self.trained if self.config.quantize else ():
+            if isinstance(module := getattr(pipeline, name, None), nn.Module):
+                quantize_layers(self.blocks(module), self.device)
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
