@@ -63,6 +63,14 @@ class Model(Section):
         description="Directory of encoded prompts; with it the text encoders load only for a prompt it lacks. "
         "null: encoded prompts are kept in memory only.",
     )
+    text_encoders: Literal["keep", "offload", "drop"] = Field(
+        default="keep",
+        description="keep: on the device; offload: in host memory, on the device while prompts are encoded; drop: the "
+        "prompts that the run will draw are encoded before it begins, and the encoders freed.",
+    )
+    vae: Literal["keep", "offload"] = Field(
+        default="keep", description="offload: in host memory, on the device while images are encoded and decoded."
+    )
     max_sequence_length: PositiveInt = Field(default=512, description="Text tokens.")
     lora: Lora | None = Field(default=None, description="null: full fine-tuning.")
     quantize: Literal["nf4"] | None = Field(
@@ -383,6 +391,11 @@ class Parallel(Section):
         description="Ranks that share the tokens of a sample (Ulysses), which must be of one node; weights are sharded "
         "over them too.",
     )
+    load: Literal["whole", "sharded"] = Field(
+        default="whole",
+        description="Of full fine-tuning's float32 weights. whole: every rank loads all, then keeps its shard; "
+        "sharded: each reads its shards from safetensors, and none ever holds all.",
+    )
     frozen: Literal["shard", "replicate"] = Field(
         default="shard",
         description="The weights that a LoRA run, or model.trainable, does not train: sharded and gathered like the "
@@ -471,6 +484,10 @@ class Config(Section):
             raise ValueError(
                 "model.trainable: chooses among full weights, and model.lora trains none; drop one of them"
             )
+        if self.model.text_encoders == "drop" and self.model.embedding_cache is None:
+            raise ValueError("model.text_encoders: drop needs a place for what they encode; set model.embedding_cache")
+        if self.parallel.load == "sharded" and self.model.lora:
+            raise ValueError("parallel.load: sharded is for full fine-tuning, and model.lora is set; set it to whole")
         if self.model.quantize and not self.model.lora:
             raise ValueError(
                 f"model.quantize: {self.model.quantize} weights cannot be trained; set model.lora, or quantize to null"

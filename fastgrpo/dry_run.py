@@ -25,6 +25,7 @@ from fastgrpo.config import Config
 from fastgrpo.meter import Cost, Meter
 from fastgrpo.models import Conditioning, ModelFamily
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
+from fastgrpo.models.offload import Visitor
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import (
     Residency,
@@ -80,13 +81,17 @@ def dry_run(config: Config, ranks: int = 1, local: int | None = None, memory: in
         family.device = CPU
         meter, mode = Meter(), FakeTensorMode(allow_non_fake_inputs=True)
 
+        policy = family.policy
+        whole_weights = (*policy.parameters(), *policy.buffers()) if config.parallel.load == "whole" else ()
+        loaded = sum(t.numel() * t.element_size() for t in whole_weights)
+
         def fill(module: nn.Module) -> None:
             with mode:
                 materialize(module)
 
         frozen = prepare_weights(family, config, world, fill)
         with mode, meter:
-            return _Iteration(config, world, family, meter, whole).run(frozen)
+            return _Iteration(config, world, family, meter, whole, loaded).run(frozen)
 
 
 @contextmanager
@@ -106,7 +111,11 @@ def _process_group(config: Config, ranks: int) -> Iterator[None]:
 
 
 class _Iteration:
-    def __init__(self, config: Config, world: World, family: ModelFamily, meter: Meter, whole: bool) -> None:
+    def __init__(
+        self, config: Config, world: World, family: ModelFamily, meter: Meter, whole: bool, loaded: int
+    ) -> None:
+        # Bytes of the trained components as they are loaded.
+        self.loaded = loaded
         self.config, self.world, self.family, self.meter, self.whole = config, world, family, meter, whole
         self.phases: list[Phase] = []
 
@@ -114,11 +123,19 @@ class _Iteration:
         config, family, world, meter = self.config, self.family, self.world, self.meter
         for layer in quantized_layers(family.policy):
             layer.dequantize = _unpacked
+        waiting = set(family.visitors)
+        family.visitors = {name: _PlannedVisitor(v.module, v.device, meter) for name, v in family.visitors.items()}
         with meter.counting("parameters"):
             for name, part in family.pipeline.components.items():
-                # Text encoders stay on the device, as they do in a run.
-                if isinstance(part, nn.Module) and name not in family.modules:
+                # Text encoders stay on the device, as they do in a run that keeps them.
+                if isinstance(part, nn.Module) and name not in family.modules and name not in waiting:
                     materialize(part)
+        if config.model.text_encoders == "drop":
+            # Before weights are sharded, and there is an optimizer.
+            with meter.counting("parameters"):
+                loaded = torch.empty(self.loaded, dtype=torch.uint8)
+            with self.phase("encode", "activations"), family.encoding():
+                del loaded
         held = [family.policy, *(frozen or {}).values()]
         meter.claim((t for m in held for t in (*m.parameters(), *m.buffers())), "parameters")
         with meter.counting("optimizer"):
@@ -138,6 +155,9 @@ class _Iteration:
         updater = _Updater(family, config, world, optimizer, reference, kept)
         updater.meter, updater.whole = meter, self.whole
 
+        if config.model.text_encoders == "offload":
+            with self.phase("encode", "activations"), family.encoding():
+                pass
         predict = _Repeated(meter, family.predict, "activations", self.whole)
         with (
             self.phase("rollout", "trajectories"),
@@ -172,6 +192,19 @@ class _Iteration:
         with self.meter.counting(category):
             yield
         self.phases.append(Phase(name, self.meter.cost - before, self.meter.peak, self.meter.at_peak))
+
+
+class _PlannedVisitor(Visitor):
+    """Makes the weights of a module on the meta device, and takes them away again."""
+
+    def __init__(self, module: nn.Module, device: torch.device, meter: Meter) -> None:
+        super().__init__(module, device)
+        self.meter = meter
+
+    def _arrive(self) -> None:
+        self.host = {number: holder[name] for number, holder, name in self._places()}
+        with self.meter.counting("parameters"):
+            materialize(self.module)
 
 
 class _PlannedAdamW8bit(AdamW8bit):
@@ -307,11 +340,15 @@ def _without_lora(family: ModelFamily) -> Any:
 
 def materialize(module: nn.Module) -> None:
     """Gives a module on the meta device parameters and buffers on the CPU, of the mode that is active."""
+    # A parameter may stand in several places (tied embeddings).
+    made: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
-                empty = torch.empty(p.shape, dtype=p.dtype, device=CPU)
-                part._parameters[name] = nn.Parameter(empty, requires_grad=p.requires_grad)
+                if id(p) not in made:
+                    empty = torch.empty(p.shape, dtype=p.dtype, device=CPU)
+                    made[id(p)] = nn.Parameter(empty, requires_grad=p.requires_grad)
+                part._parameters[name] = made[id(p)]
         for name, p in part._buffers.items():
             if p is not None:
                 part._buffers[name] = torch.empty(p.shape, dtype=p.dtype, device=CPU)

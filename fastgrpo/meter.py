@@ -220,7 +220,7 @@ class Meter(TorchDispatchMode):
             self.claim([args[0]], "gathers" if kind == "all_gather" else "gradients")
 
     def _track(self, tensor: Tensor) -> int | None:
-        if tensor.layout != torch.strided:
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -28,6 +28,7 @@ from fastgrpo.config import Config
 from fastgrpo.context import split_lengths, split_tokens
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.base import DTYPES, ModelFamily
+from fastgrpo.models.sharded_load import load_shards
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def check_world(config: Config, ranks: int, local: int) -> None:
         )
     if parallel.fsdp == "off" and ranks > 1:
         raise ConfigError("parallel.fsdp: off, but there are several ranks, whose gradients FSDP2 reduces; use auto")
+    if parallel.load == "sharded" and not sharded(config, ranks):
+        raise ConfigError("parallel.load: sharded, but one rank in float32 shards nothing; set it to whole")
     samples = config.rollout.prompts_per_iteration * config.rollout.candidates
     size = ranks // parallel.context
     shares = size * config.update.optimizer_steps
@@ -151,10 +154,12 @@ def prepare_weights(
             split_tokens(module, split_lengths(family), world.ranks, world.context, world.device.type)
     for module in family.modules.values():
         checkpoint_activations(family.blocks(module), config.model.activation_checkpointing)
-    for module in (*family.modules.values(), *frozen.values()):
+    for name, module in (*family.modules.items(), *frozen.items()):
         if fill is not None:
             fill(module)
         shard(module, family.blocks(module), world, config)
+        if name in family.weight_files:
+            load_shards(module, family.weight_files[name], world.device)
     return frozen or None
 
 

@@ -212,6 +212,7 @@ def initial_noise(
 def decode(family: ModelFamily, latents: Tensor, batch: int) -> Tensor:
     """Images of latents [n, *shape], decoded in batches of exactly `batch`: [n, 3, H, W] in [0, 1]."""
     parts = []
-    for index, real in forward_batches(np.arange(len(latents)), batch):
-        parts.append(family.decode(latents.index_select(0, to_device(index, latents.device)))[:real])
+    with family.on_device("vae"):
+        for index, real in forward_batches(np.arange(len(latents)), batch):
+            parts.append(family.decode(latents.index_select(0, to_device(index, latents.device)))[:real])
     return torch.cat(parts)

@@ -27,7 +27,7 @@ from fastgrpo.guard import RewardGuard
 from fastgrpo.models import check_family, load_family
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import World, gathered, prepare_weights, residency, start_world
-from fastgrpo.prompts import PromptSampler, SpreadSampler, load_prompts
+from fastgrpo.prompts import Prompt, PromptSampler, SpreadSampler, load_prompts
 from fastgrpo.resume import GOING_ON, PREEMPTED, claim_directory, listening
 from fastgrpo.rewards import Scores, load_reward
 from fastgrpo.rollout import rank_samples
@@ -53,16 +53,19 @@ class Trainer:
         self.world: World = start_world(config)
         self.store = CheckpointStore.of_run(self.dir, self.world.main)
         start = claim_directory(config, self.store, self.world)
-        self.family = load_family(config.model, self.world.device)
+        roll = config.rollout
+        kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
+        self.sampler = kind(len(self.prompts), roll.prompts_per_iteration, config.run.seed)
+        self.family = load_family(config.model, self.world.device, config.parallel.load == "sharded")
+        if config.model.text_encoders == "drop":
+            self.family.encode_ahead(self._prompts_to_come()[self.world.rank :: self.world.size])
+            self.world.barrier()
         self._frozen = prepare_weights(self.family, config, self.world)
         total = config.train.iterations * config.update.optimizer_steps
         self.optimizer = OptimizerState(self.family.policy, config.update, total)
         self.residency = residency(config, self.family.policy, self.world)
         self.updater = Updater(self.family, config, self.world, self.optimizer, self._reference(), self.residency)
-        roll = config.rollout
         self.samples = roll.prompts_per_iteration * roll.candidates
-        kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
-        self.sampler = kind(len(self.prompts), roll.prompts_per_iteration, config.run.seed)
         self.levels = self.family.noise_levels(roll.steps, roll.shift)
         shares = rank_samples(self.samples, config.update.optimizer_steps, self.world.size, self.world.rank)
         # In the order of the optimizer steps that take them; one order on every rank.
@@ -154,6 +157,13 @@ class Trainer:
         metrics = self._metrics(scored, advantages) | batch.spent
         metrics |= self._watch(iteration, scored, metrics["reward/mean"])
         self._pending = (iteration, metrics, packed(result), self.timer.lap())
+
+    def _prompts_to_come(self) -> list[Prompt]:
+        """Those that the run draws: all, where their rewards decide."""
+        drawn: set[int] = set(range(len(self.prompts)))
+        if not isinstance(self.sampler, SpreadSampler):
+            drawn = {i for n in range(self.config.train.iterations) for i in self.sampler.at(n).tolist()}
+        return [self.prompts[i] for i in sorted(drawn)] + list(dict.fromkeys(self.heldout))
 
     def _start(self, iteration: int) -> Batch:
         """Rolls out an iteration's samples; scoring begins."""

@@ -44,6 +44,9 @@ def check_family(config: Config) -> None:
     check_sampler(config.rollout.sampler, family_class(config.model.family).paradigm, config.model.family)
 
 
-def load_family(config: Model, device: torch.device) -> ModelFamily:
-    """A family with its weights on `device`. Raises ConfigError for a path that holds no such pipeline."""
-    return family_class(config.family).from_config(config, device)
+def load_family(config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:
+    """A family with its weights on `device`; with `sharded` those of its trained components are still to be loaded.
+
+    Raises ConfigError for a path that holds no such pipeline.
+    """
+    return family_class(config.family).from_config(config, device, sharded)

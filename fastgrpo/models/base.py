@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -19,14 +19,18 @@ from torch import Tensor, nn
 
 from fastgrpo.config import Model
 from fastgrpo.errors import ConfigError, nearest, require
-from fastgrpo.models.embeddings import EmbeddingCache, key_of, model_digest
+from fastgrpo.models.embeddings import EmbeddingCache, Key, key_of, model_digest
 from fastgrpo.models.lora import check_targets, without_weights
 from fastgrpo.models.nf4 import quantize_layers
+from fastgrpo.models.offload import Visitor
+from fastgrpo.models.sharded_load import empty_component, weight_files
 from fastgrpo.prompts import Prompt
 from fastgrpo.schedule import NoiseLevels, flow_levels, linear_levels, shifted
 
 # A batch size is part of the numerics, so text is always encoded in batches of this many prompts.
 ENCODE_BATCH = 8
+# Prompts encoded ahead, whose encodings are on the device together.
+AHEAD_BATCH = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -97,12 +101,19 @@ class ModelFamily(abc.ABC):
         self.device = device
         self.dtype = DTYPES[config.dtype]
         self.embeddings = EmbeddingCache(cache)
+        # Of components that are still without weights, the file of each tensor.
+        self.weight_files: dict[str, dict[str, Path]] = {}
+        # Components that wait on the host.
+        self.visitors: dict[str, Visitor] = {}
         self.check(config, {name: c.config for name, c in pipeline.components.items() if hasattr(c, "config")})
         self._place(pipeline)
 
     @classmethod
-    def from_config(cls, config: Model, device: torch.device) -> ModelFamily:
-        """Loads the pipeline at model.path. Raises ConfigError, before any weight is loaded where it can be told."""
+    def from_config(cls, config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:
+        """Loads the pipeline at model.path. Raises ConfigError, before any weight is loaded where it can be told.
+
+        sharded: the trained components stay without weights; `weight_files` says what `load_shards` is to read.
+        """
         if config.quantize:
             require("bitsandbytes", f"model.quantize: {config.quantize}")
         path = resolve_path(config.path)
@@ -117,8 +128,13 @@ class ModelFamily(abc.ABC):
             settings = {"family": cls.name, "dtype": config.dtype, "max_sequence_length": config.max_sequence_length}
             cache = Path(config.embedding_cache).expanduser() / model_digest(path, cls.encoders, settings)
         # With a cache the encoders wait until a prompt is missing from it.
-        later = dict.fromkeys(cls.encoders) if cache is not None else {}
-        return cls(cls._load(config, path, later), config, device, cache)
+        given: dict[str, Any] = dict.fromkeys(cls.encoders) if cache is not None else {}
+        files = {name: weight_files(path, name) for name in cls.trained if name in parts} if sharded else {}
+        with _loading(config, cls):
+            given |= {name: empty_component(parts[name], torch.float32) for name in files}
+        family = cls(cls._load(config, path, given), config, device, cache)
+        family.weight_files = files
+        return family
 
     @classmethod
     def _read_configs(cls, config: Model, path: str) -> dict[str, Mapping[str, Any]]:
@@ -139,7 +155,7 @@ class ModelFamily(abc.ABC):
             }
 
     @classmethod
-    def _load(cls, config: Model, path: str, without: Mapping[str, None]) -> Any:
+    def _load(cls, config: Model, path: str, given: Mapping[str, Any]) -> Any:
         import diffusers
 
         compute = DTYPES[config.dtype]
@@ -150,7 +166,7 @@ class ModelFamily(abc.ABC):
             index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
             # Components that the directory goes without (SD 3's T5) must be given as None.
             absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
-            parts = {**dict.fromkeys(absent), **without}
+            parts = {**dict.fromkeys(absent), **given}
             pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -159,16 +175,56 @@ class ModelFamily(abc.ABC):
         for name in self.trained if self.config.quantize else ():
             if isinstance(module := getattr(pipeline, name, None), nn.Module):
                 quantize_layers(self.blocks(module), self.device)
-        for module in pipeline.components.values():
+        for name, module in pipeline.components.items():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-                # Not where it is there already: fake tensors cannot be moved onto themselves.
-                if any(p.device != self.device for p in module.parameters()):
+                away = [t for t in (*module.parameters(), *module.buffers()) if t.device != self.device]
+                if self.waits(name):
+                    self.visitors[name] = Visitor(module, self.device)
+                elif any(t.is_meta for t in away):
+                    # Its weights come later; its buffers are there.
+                    for part in module.modules():
+                        part._buffers.update({n: b.to(self.device) for n, b in part._buffers.items() if b is not None})
+                elif away:
+                    # Not where it is there already: fake tensors cannot be moved onto themselves.
                     module.to(self.device)
                 for part in module.modules():
                     if isinstance(part, nn.Conv2d):
                         # The layout that they are fastest in, on CPUs and on GPUs; a video's convolutions have none.
                         part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def waits(self, name: str) -> bool:
+        """Whether a component is on the host but for its visits (`on_device`)."""
+        if self.device.type == "cpu":
+            return False
+        if name == "vae":
+            return self.config.vae != "keep"
+        return name in self.encoders and self.config.text_encoders != "keep"
+
+    @contextmanager
+    def on_device(self, *names: str) -> Iterator[None]:
+        """Within it these components are on the device, where they wait on the host otherwise."""
+        with ExitStack() as stack:
+            for name in names:
+                if name in self.visitors:
+                    stack.enter_context(self.visitors[name].visit())
+            yield
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Within it everything that encodes prompts is on the device."""
+        # Loads it where it is not yet.
+        _ = self.encoder
+        with self.on_device(*self.encoders, "vae"):
+            yield
+
+    def drop_encoders(self) -> None:
+        """Frees the text encoders; a prompt that is not cached loads them again."""
+        vars(self).pop("encoder", None)  # pyright: ignore[reportAttributeAccessIssue]
+        for name in self.encoders:
+            self.visitors.pop(name, None)
+            if getattr(self.pipeline, name, None) is not None:
+                setattr(self.pipeline, name, None)
 
     @cached_property
     def encoder(self) -> Any:
@@ -257,11 +313,16 @@ class ModelFamily(abc.ABC):
         """
         tensors = self._encoded(prompts)
         if self.guided:
-            default = self.config.negative_prompt
-            negatives = [Prompt(default if p.negative is None else p.negative, image=p.image) for p in prompts]
-            tensors |= {f"negative_{name}": tensor for name, tensor in self._encoded(negatives).items()}
+            negatives = self._encoded([self.negative(p) for p in prompts])
+            tensors |= {f"negative_{name}": tensor for name, tensor in negatives.items()}
         self.embeddings.forget(max(keep, len(prompts)))
         return self.condition(tensors)
+
+    def negative(self, prompt: Prompt) -> Prompt:
+        """What guidance leads away from; without classifier-free guidance the prompt itself."""
+        if not self.guided:
+            return prompt
+        return Prompt(self.config.negative_prompt if prompt.negative is None else prompt.negative, image=prompt.image)
 
     def condition(self, encoded: Mapping[str, Tensor]) -> Conditioning:
         """Encoded prompts as conditioning, with what stays on the host apart."""
@@ -275,18 +336,33 @@ class ModelFamily(abc.ABC):
         distinct = {key_of(p): p for p in prompts}
         found = {key: self.embeddings.get(p) for key, p in distinct.items()}
         missing = [p for key, p in distinct.items() if found[key] is None]
-        for start in range(0, len(missing), ENCODE_BATCH):
-            chunk = missing[start : start + ENCODE_BATCH]
-            padded = chunk + [chunk[-1]] * (ENCODE_BATCH - len(chunk))
-            encoded = self.encode_prompts(padded)
+        if missing:
+            with self.encoding():
+                found |= self._encoded_anew(missing)
+        rows = [cast(dict[str, Tensor], found[key_of(p)]) for p in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _encoded_anew(self, prompts: Sequence[Prompt]) -> dict[Key, dict[str, Tensor]]:
+        found = {}
+        for start in range(0, len(prompts), ENCODE_BATCH):
+            chunk = list(prompts[start : start + ENCODE_BATCH])
+            encoded = self.encode_prompts(chunk + [chunk[-1]] * (ENCODE_BATCH - len(chunk)))
             for row, prompt in enumerate(chunk):
                 found[key_of(prompt)] = {
                     name: tensor[row].cpu() if name in self.host_names else tensor[row].clone()
                     for name, tensor in encoded.items()
                 }
-                self.embeddings.put(prompt, found[key_of(prompt)] or {})
-        rows = [cast(dict[str, Tensor], found[key_of(p)]) for p in prompts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+                self.embeddings.put(prompt, found[key_of(prompt)])
+        return found
+
+    def encode_ahead(self, prompts: Sequence[Prompt]) -> None:
+        """Encodes into model.embedding_cache what it lacks of these prompts, negatives too; then frees the encoders."""
+        missing = [p for p in prompts if not (self.embeddings.has(p) and self.embeddings.has(self.negative(p)))]
+        for start in range(0, len(missing), AHEAD_BATCH):
+            self.encode(missing[start : start + AHEAD_BATCH], keep=1)
+        # What was read back from disk would be on the host; this is on the device.
+        self.embeddings.forget(0)
+        self.drop_encoders()
 
     def make_trainable(self) -> None:
         """Turns on the gradients of what the config trains: a new LoRA, model.trainable, or every weight.

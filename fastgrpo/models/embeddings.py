@@ -56,6 +56,9 @@ class EmbeddingCache:
         self.directory = directory
         self.memory: OrderedDict[Key, dict[str, Tensor]] = OrderedDict()
 
+    def has(self, prompt: Prompt) -> bool:
+        return key_of(prompt) in self.memory or (self.directory is not None and self._path(prompt).exists())
+
     def get(self, prompt: Prompt) -> dict[str, Tensor] | None:
         """The tensors of a prompt, or None. Raises UserError for a file that cannot be read."""
         key = key_of(prompt)

@@ -74,7 +74,7 @@ def _quantized(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def quantize_layers(blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Replaces every linear layer of these blocks, in place and one after another: the device never holds them whole."""
+    """Replaces the linear layers of these blocks, one after another, so that the device never holds them whole."""
     for block in blocks:
         for part in list(block.modules()):
             for name, layer in list(part.named_children()):

@@ -20,6 +20,7 @@ IMAGES = (
     "sd-fast-8xh100",
     "flux-parity-8xh100",
     "flux-lora-8xh100",
+    "flux-lora-1x24gb",
     "flux-fast-8xh100",
     "sd3.5-large-fast-8xh100",
     "qwen-image-parity-8xh100",
