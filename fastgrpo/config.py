@@ -375,6 +375,10 @@ class Telemetry(Section):
     tensorboard: bool = False
     wandb_project: str | None = Field(default=None, description="null: no Weights & Biases.")
     progress: bool = Field(default=True, description="A live line on the terminal.")
+    profile: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list,
+        description="Iterations of which each rank writes a torch profiler trace into the run's profile/, as [20, 22].",
+    )
 
 
 class Parallel(Section):

@@ -27,6 +27,7 @@ from fastgrpo.guard import RewardGuard
 from fastgrpo.models import check_family, load_family
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import World, gathered, prepare_weights, residency, start_world
+from fastgrpo.profiling import profiled
 from fastgrpo.prompts import Prompt, PromptSampler, SpreadSampler, load_prompts
 from fastgrpo.resume import GOING_ON, PREEMPTED, claim_directory, listening
 from fastgrpo.rewards import Scores, load_reward
@@ -110,7 +111,8 @@ class Trainer:
             saved = self.iteration if self.iteration in self.store.iterations() else -1
             while self.iteration < config.train.iterations and not (self.stopping or self.halted):
                 begin = time.perf_counter()
-                self.iterate()
+                with self._profiled():
+                    self.iterate()
                 self.train_seconds += time.perf_counter() - begin
                 if config.eval.every and self.iteration % config.eval.every == 0:
                     self._evaluate()
@@ -128,6 +130,11 @@ class Trainer:
             raise PreemptedError(f"{self.dir}: stopped at iteration {self.iteration} with a checkpoint, to be requeued")
         if self.stopping:
             raise KeyboardInterrupt
+
+    def _profiled(self) -> AbstractContextManager[None]:
+        if self.iteration not in self.config.telemetry.profile:
+            return nullcontext()
+        return profiled(self.dir / "profile", self.iteration, self.world.rank)
 
     def _stop(self, why: int) -> None:
         self.stopping = max(self.stopping, why)

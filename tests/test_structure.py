@@ -17,7 +17,7 @@ ROOMS = [
     {"context", "config", "shapes", "prompt_sets"},
     {"gpus", "meter", "adamw_8bit"},
     {"schedule", "objective", "advantages", "optimizer", "arithmetic", "guard"},
-    {"prompts", "telemetry", "checkpoint", "compat"},
+    {"prompts", "telemetry", "profiling", "checkpoint", "compat"},
     {"models", "rewards"},
     {"parallel", "charts", "pictures"},
     {"rollout", "scoring"},

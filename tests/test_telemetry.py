@@ -1,5 +1,6 @@
 """Metrics on disk, rewinding them on resume, phase times, the live line."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tiny import tiny_config
 from fastgrpo.config import Config
 from fastgrpo.errors import UserError
 from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry, read_metrics
+from fastgrpo.trainer import train
 
 
 def make_config(**telemetry) -> Config:
@@ -203,3 +205,13 @@ def test_progress_can_be_silent(capsys):
     with Progress(total=1, enabled=False) as progress:
         progress.update(1, reward=0.5)
     assert capsys.readouterr() == ("", "")
+
+
+def test_chosen_iterations_are_traced_with_their_phases(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path, train={"iterations": 2}, telemetry={"profile": [1]})
+    train(config)
+    (trace,) = (tmp_path / "profile").iterdir()
+    assert trace.name == "iteration-000001-rank-0.json.gz"
+    with gzip.open(trace) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"conditioning", "rollout", "decode", "sync", "update", "aten::addmm"} <= names
