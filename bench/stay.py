@@ -140,8 +140,8 @@ def ranks(iterations: int = 2) -> dict[str, Any]:
         complete(root / "straight", 1, steps[-1], constant, "checkpoint.keep=9")
         for count, last in zip((1, 2, 1), steps, strict=True):
             complete(root / "moved", count, last, constant)
-        base = {n: t.detach().clone() for n, t in _weights(root / "empty", None).items()}
-        one, moved = (_weights(root / name, steps[-1]) for name in ("straight", "moved"))
+        base = {n: t.detach().clone() for n, t in _weights(root / "empty", 1, constant).items()}
+        one, moved = (_weights(root / name, steps[-1], constant) for name in ("straight", "moved"))
         norm = lambda a, b: torch.stack([(a[n] - b[n]).norm() for n in a]).norm().item()  # noqa: E731
         rewards = [_column(root / name, "reward/mean") for name in ("straight", "moved")]
         return {
@@ -151,10 +151,9 @@ def ranks(iterations: int = 2) -> dict[str, Any]:
         }
 
 
-def _weights(folder: Path, iteration: int | None) -> dict[str, torch.Tensor]:
-    """Of a checkpoint, or of the start."""
-    trainer = trainer_of(folder, 1 if iteration is None else iteration)
-    return training_tensors(trainer.optimizer)["model"]
+def _weights(folder: Path, iterations: int, *settings: str) -> dict[str, torch.Tensor]:
+    """Of a run's last checkpoint; of the start, in a folder without one."""
+    return training_tensors(trainer_of(folder, iterations, *settings).optimizer)["model"]
 
 
 def _column(folder: Path, name: str) -> list[float]:
