@@ -35,16 +35,21 @@ def load_prompts(source: str) -> list[Prompt]:
     `x.txt`: one prompt a line, blank lines skipped. `x.jsonl`, `x.csv`: `prompt`, and where given `negative_prompt`
     and `image` (relative to the file); every other column goes to the metadata. `shapes:train`, `shapes:heldout`: the
     embedded world (`shapes:train:position,counting`: of these categories alone); `moving:train`, `moving:heldout`: its
-    videos, each prompt with a first frame of its own. `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train`
-    and `prompt` unless said otherwise. `set:geneval`, `set:hps`, `set:videoalign`: those of fastgrpo/prompt_sets.py.
+    videos, likewise, each prompt with a first frame of its own. `hf:<dataset>[:split[:column]]`: a Hugging Face
+    dataset, `train` and `prompt` unless said otherwise. `set:geneval`, `set:hps`, `set:videoalign`: those of
+    fastgrpo/prompt_sets.py.
 
     Raises ConfigError, naming file and line where there is one, and UserError where an extra is missing.
     """
     kind, _, rest = source.partition(":")
     if kind == "shapes":
-        prompts = _shapes(rest)
+        from fastgrpo.shapes import world
+
+        prompts = _embedded(kind, rest, world)
     elif kind == "moving":
-        prompts = _moving(rest)
+        from fastgrpo.shapes import moving_world
+
+        prompts = _embedded(kind, rest, moving_world)
     elif kind == "hf":
         prompts = _hub(rest)
     elif kind == "set":
@@ -120,12 +125,13 @@ class SpreadSampler(PromptSampler):
                 self.spread[index] = value if np.isnan(before) else before + self.RECENT * (value - before)
 
 
-def _shapes(spec: str) -> list[Prompt]:
-    """A split of the shapes world with its six categories, or those that follow it, in equal numbers (as GenEval's).
+def _embedded(kind: str, spec: str, world: Any) -> list[Prompt]:
+    """A split of an embedded world with its categories, or those that follow it, in equal numbers (as GenEval's).
 
-    Position has hundreds of times the prompts of single objects: the large categories are sampled, the small repeat.
+    A category may have hundreds of times the prompts of another: the large ones are sampled, the small repeat. Every
+    prompt of the moving world has a first frame of its own.
     """
-    from fastgrpo.shapes import world
+    from fastgrpo.shapes.world import eval_set
 
     part, _, named = spec.partition(":")
     categories = tuple(filter(None, named.split(","))) or world.CATEGORIES
@@ -133,31 +139,18 @@ def _shapes(spec: str) -> list[Prompt]:
         if category not in world.CATEGORIES:
             hint = nearest(category, world.CATEGORIES)
             raise ConfigError(
-                f"shapes:{spec}: unknown category '{category}'; {hint}(one of: {', '.join(world.CATEGORIES)})"
+                f"{kind}:{spec}: unknown category '{category}'; {hint}(one of: {', '.join(world.CATEGORIES)})"
             )
     parts = dict(zip(("train", "heldout"), world.split(), strict=True))
     if part not in parts:
-        names = [f"shapes:{name}" for name in parts]
-        hint = nearest(f"shapes:{part}", names)
-        raise ConfigError(f"shapes:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
+        names = [f"{kind}:{name}" for name in parts]
+        hint = nearest(f"{kind}:{part}", names)
+        raise ConfigError(f"{kind}:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
     chosen = [p for p in parts[part] if p.category in categories]
-    balanced = world.eval_set(chosen, 160 * len(categories), seed=0, categories=categories)
-    return [Prompt(p.text, metadata={"category": p.category}) for p in balanced]
-
-
-def _moving(part: str) -> list[Prompt]:
-    """A split of the moving world with its categories in equal numbers; every prompt has a first frame of its own."""
-    from fastgrpo.shapes import moving_world, world
-
-    parts = dict(zip(("train", "heldout"), moving_world.split(), strict=True))
-    if part not in parts:
-        names = [f"moving:{name}" for name in parts]
-        hint = nearest(f"moving:{part}", names)
-        raise ConfigError(f"moving:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
-    categories = moving_world.CATEGORIES
-    balanced = world.eval_set(parts[part], 160 * len(categories), seed=0, categories=categories)
+    balanced = eval_set(chosen, 160 * len(categories), seed=0, categories=categories)
     return [
-        Prompt(p.text, image=f"moving:{i}:{p.text}", metadata={"category": p.category}) for i, p in enumerate(balanced)
+        Prompt(p.text, image=f"moving:{i}:{p.text}" if kind == "moving" else None, metadata={"category": p.category})
+        for i, p in enumerate(balanced)
     ]
 
 

@@ -28,12 +28,15 @@ def train(vae: Any, config: PretrainConfig) -> None:
     for step in range(stage.steps):
         optimizer.param_groups[0]["lr"] = cosine_lr(step, stage.steps, stage.lr, stage.warmup)
         pixels = as_input(vae, world.render(world.draw(world.prompts[0], stage.batch, rng), rng, sizes))
+        if step < stage.frame_steps:
+            pixels = pixels[:, :, :1]
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample(generator)).sample
-        error = (decoded.float() - pixels).abs().mean()
+        difference = decoded.float() - pixels
+        error = difference.abs().mean()
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
-        (error + stage.kl_weight * kl).backward()
+        (error + stage.squared_weight * difference.square().mean() + stage.kl_weight * kl).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

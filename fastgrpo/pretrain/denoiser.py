@@ -105,6 +105,8 @@ def train(pipeline: Any, config: PretrainConfig) -> None:
     progress, average_loss = Progress("denoiser", stage.steps), torch.zeros(())
     for step, rows in zip(range(1, stage.steps + 1), batches(stage.pool, stage.batch, generator), strict=False):
         optimizer.param_groups[0]["lr"] = lr = cosine_lr(step - 1, stage.steps, stage.lr, stage.warmup)
+        # Texts of one length side by side: where padding is not attended to, they are computed together.
+        rows = torch.tensor(sorted(rows.tolist(), key=lambda i: len(prompts[i].text.split())))
         drop = dropping.random(len(rows)) < stage.drop
         asked = [
             replace(prompts[i], text="") if gone else prompts[i] for i, gone in zip(rows.tolist(), drop, strict=True)

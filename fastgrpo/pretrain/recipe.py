@@ -6,7 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,13 +22,17 @@ from fastgrpo.shapes import moving_render, moving_world, render, world
 
 
 class AutoencoderConfig(Section):
-    """The first stage: mean absolute error plus a small KL term, on fresh renders."""
+    """The first stage: mean absolute error, squared error where it has a weight, a small KL term, on fresh renders."""
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     lr: float = Field(gt=0)
     warmup: int = Field(ge=0)
     kl_weight: float = Field(ge=0)
+    # The absolute error alone is content with an empty picture for long: most pixels are background.
+    squared_weight: float = Field(default=0.0, ge=0)
+    # The first so many of the steps see only the first frame of each video, at a fraction of the cost.
+    frame_steps: int = Field(default=0, ge=0)
     bfloat16: bool
 
 
@@ -63,20 +67,28 @@ class EvalConfig(Section):
 
 @dataclass(frozen=True)
 class CaptionedWorld:
-    """Captions with pictures that show them: the still shapes, or the moving ones."""
+    """Captions with pictures that show them: the still shapes, or the moving ones; of categories `only`, if any."""
 
     name: str
     module: Any
     reward: str
+    only: tuple[str, ...] = ()
 
     @property
     def prompts(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """(training, held-out)."""
-        return self.module.split()
+        train, held_out = self.module.split()
+        if not self.only:
+            return train, held_out
+        return [p for p in train if p.category in self.only], [p for p in held_out if p.category in self.only]
 
     @property
     def categories(self) -> tuple[str, ...]:
-        return self.module.CATEGORIES
+        return self.only or self.module.CATEGORIES
+
+    def source(self, part: str) -> str:
+        """The prompts as a run's config names them; part: "train" or "heldout"."""
+        return ":".join([self.name, part, *filter(None, [",".join(self.only)])])
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -149,6 +161,7 @@ class PretrainConfig(Section):
     out: str
     init: str | None = None  # a pipeline directory of an earlier run, whose autoencoder is taken as it is
     sizes: dict[str, Any] = Field(default_factory=dict)
+    categories: list[str] = Field(default_factory=list)  # of the world's captions; all of them where none is given
     autoencoder: AutoencoderConfig | None = None
     denoiser: DenoiserConfig
     eval: EvalConfig
@@ -158,21 +171,26 @@ class PretrainConfig(Section):
         if self.family not in TINY:
             known = ", ".join([*TINY, "clip"])
             raise ConfigError(f"family: unknown family '{self.family}'; {nearest(self.family, TINY)}(one of: {known})")
-        categories = self.world.categories
-        for name in self.denoiser.shares:
-            if name not in categories:
-                raise ConfigError(
-                    f"denoiser.shares.{name}: unknown category; {nearest(name, categories)}"
-                    f"(one of: {', '.join(categories)})"
-                )
+        known = TINY[self.family].world.categories
+        for key, names, valid in (
+            ("categories", self.categories, known),
+            ("denoiser.shares", self.denoiser.shares, self.world.categories),
+        ):
+            for name in names:
+                if name not in valid:
+                    raise ConfigError(
+                        f"{key}.{name}: unknown category; {nearest(name, valid)}(one of: {', '.join(valid)})"
+                    )
         TINY[self.family].sizes_of(self.sizes)
+        if self.autoencoder and self.autoencoder.frame_steps and self.world.module is not moving_world:
+            raise ConfigError(f"autoencoder.frame_steps: {self.family} draws no videos; leave it out")
         if (self.init is None) == (self.autoencoder is None):
             raise ConfigError("autoencoder: give its recipe, or in `init` the pipeline to take it from; one of the two")
         return self
 
     @property
     def world(self) -> CaptionedWorld:
-        return TINY[self.family].world
+        return replace(TINY[self.family].world, only=tuple(self.categories))
 
     @property
     def checked_sizes(self) -> Any:
@@ -197,7 +215,7 @@ class PretrainConfig(Section):
                     "max_sequence_length": sizes.text_length,
                     "guidance": float(guidance),
                 },
-                "prompts": {"train": f"{self.world.name}:train", "heldout": f"{self.world.name}:heldout"},
+                "prompts": {"train": self.world.source("train"), "heldout": self.world.source("heldout")},
                 "rewards": [{"name": self.world.reward}],
                 "rollout": {
                     "steps": self.eval.steps,

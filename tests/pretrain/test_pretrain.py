@@ -109,6 +109,42 @@ def test_a_pool_holds_training_prompts_of_the_shares(family, shape):
     assert pool["x0"].shape == (3000, *shape)
 
 
+def test_a_recipe_can_be_of_some_categories_alone():
+    config = recipe_of("hunyuan_video", **{"denoiser.pool": 16, "categories": "[stand,speed]"})
+    train, held_out = config.world.prompts
+    assert {p.category for p in train} == {p.category for p in held_out} == {"stand", "speed"}
+    _, prompts = denoiser.latent_pool(denoiser.open_family(TINY["hunyuan_video"].build(config), config), config)
+    assert {p.metadata["category"] for p in prompts} == {"stand", "speed"}
+    assert {p.text for p in prompts} <= {p.text for p in train}
+    assert config.evaluation("x", 1.0).prompts.heldout == "moving:heldout:stand,speed"
+
+
+def test_an_autoencoder_begins_with_single_frames(monkeypatch):
+    config = recipe_of(
+        "hunyuan_video", **{"autoencoder.steps": 3, "autoencoder.batch": 2, "autoencoder.frame_steps": 2}
+    )
+    vae = TINY["hunyuan_video"].build(config).vae
+    encode, seen = vae.encode, []
+    monkeypatch.setattr(vae, "encode", lambda x: seen.append(tuple(x.shape)) or encode(x))
+    autoencoder.train(vae, config)
+    assert seen[:3] == [(2, 3, 1, 32, 32)] * 2 + [(2, 3, 9, 32, 32)]
+
+
+def test_squared_error_draws_an_autoencoder_to_the_mean():
+    # Most pixels are background: absolute error alone leaves the rare bright ones for last.
+    errors = []
+    for weight in (0.0, 20.0):
+        changes = {"autoencoder.steps": 12, "autoencoder.batch": 4, "autoencoder.warmup": 1}
+        config = recipe_of("flux", **changes, **{"autoencoder.squared_weight": weight})
+        vae = TINY["flux"].build(config).vae
+        autoencoder.train(vae, config)
+        pixels = config.world.render(config.world.prompts[0][:32], np.random.default_rng(0), config.checked_sizes)
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(pixels * 2 - 1).latent_dist.mode()).sample
+        errors.append(float((decoded - (pixels * 2 - 1)).square().mean()))
+    assert errors[1] < errors[0]
+
+
 def test_a_first_frame_is_that_of_its_video_and_what_the_family_encodes():
     config = recipe_of("skyreels", **{"denoiser.pool": 6})
     family: Any = denoiser.open_family(TINY["skyreels"].build(config), config)
@@ -172,6 +208,8 @@ def test_learning_rate_warms_up_and_decays():
         ("family=fluxx", r"family: unknown family 'fluxx'; did you mean 'flux'"),
         ("sizes.text_widht=32", r"sizes\.text_widht"),
         ("init=shapes:flux", "one of the two"),
+        ("categories=[colours]", r"categories\.colours: unknown category; did you mean 'colors'"),
+        ("autoencoder.frame_steps=5", r"autoencoder\.frame_steps: flux draws no videos"),
     ],
 )
 def test_a_recipe_that_cannot_run_is_refused_in_one_line(override, message):

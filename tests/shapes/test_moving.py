@@ -8,6 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from fastgrpo.config import RewardSpec
+from fastgrpo.errors import ConfigError
 from fastgrpo.prompts import load_prompts, open_image
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.moving import MovingShapesReward
@@ -94,6 +95,14 @@ def test_the_prompt_sets_are_balanced_and_carry_first_frames(part):
     assert picture.shape == (32, 32, 3)
     np.testing.assert_array_equal(picture, first_frame(prompts[1].text, 1))
     assert not np.array_equal(picture, first_frame(prompts[1].text, 2))
+
+
+def test_a_prompt_set_can_be_of_some_categories_alone():
+    prompts = load_prompts("moving:heldout:stand,speed")
+    assert Counter(p.metadata["category"] for p in prompts) == {"stand": 160, "speed": 160}
+    assert {p.text for p in prompts} <= {p.text for p in world.split()[1]}
+    with pytest.raises(ConfigError, match="moving:train:sped: unknown category 'sped'; did you mean 'speed'"):
+        load_prompts("moving:train:sped")
 
 
 def test_scenes_move_as_their_prompts_say(truth):
