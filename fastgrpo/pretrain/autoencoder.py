@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.base import resolve_path
 from fastgrpo.pretrain.recipe import PretrainConfig, Progress, as_prompts, cosine_lr
 from fastgrpo.rewards import load_reward
@@ -21,6 +24,8 @@ def train(vae: Any, config: PretrainConfig) -> None:
     """Trains `vae` in place on fresh renders and sets its config's factors, so that its latents are normalised."""
     stage, world, sizes = config.autoencoder, config.world, config.checked_sizes
     assert stage is not None
+    if stage.inflate is not None:
+        inflate(vae, stage.inflate)
     rng, generator = np.random.default_rng((config.seed, 0)), torch.Generator().manual_seed(config.seed)
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -28,8 +33,6 @@ def train(vae: Any, config: PretrainConfig) -> None:
     for step in range(stage.steps):
         optimizer.param_groups[0]["lr"] = cosine_lr(step, stage.steps, stage.lr, stage.warmup)
         pixels = as_input(vae, world.render(world.draw(world.prompts[0], stage.batch, rng), rng, sizes))
-        if step < stage.frame_steps:
-            pixels = pixels[:, :, :1]
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample(generator)).sample
@@ -43,6 +46,34 @@ def train(vae: Any, config: PretrainConfig) -> None:
         progress(step + 1, error=error.detach(), kl=kl.detach())
     pixels = world.render(world.draw(world.prompts[0], 16 * CHUNK // getattr(sizes, "frames", 1), rng), rng, sizes)
     normalise(vae, raw_latents(vae, pixels, generator))
+
+
+@torch.no_grad()
+def inflate(vae: Any, path: str) -> None:
+    """Starts a video autoencoder from an image pipeline's, of the same channels (arXiv 1705.07750).
+
+    A convolution's last tap in time, the present, is the image's kernel, the others are zero: a latent frame shows the
+    last frame it stands for, but for padding and for statistics over all frames where the image's has its own. Latent
+    channels beyond the image's keep a third of their random start, with little noise. Raises ConfigError where the two do not fit.
+    """
+    image: Any = AutoencoderKL.from_pretrained(resolve_path(path), subfolder="vae", torch_dtype=torch.float32)
+    few, many, state = image.config.latent_channels, vae.config.latent_channels, vae.state_dict()
+    # Of the encoder's last convolution: means, then log-variances.
+    moments = [*range(few), *range(many, many + few)]
+    for name, value in image.state_dict().items():
+        stem, leaf = name.rsplit(".", 1)
+        start = state.get(f"{stem}.conv.{leaf}", state.get(name))
+        rows = moments if stem == "encoder.conv_out" else list(range(len(value)))
+        place = (rows, slice(value.shape[1])) if value.ndim > 1 else rows
+        if start is None or few > many or max(rows) >= len(start) or start[place].shape[:2] != value.shape[:2]:
+            raise ConfigError(f"autoencoder.inflate: {path} does not fit at {name}; give both the same channels")
+        start.mul_(1 / 3)
+        if stem == "encoder.conv_out":
+            start[many + few :] = -4.0 if leaf == "bias" else 0.0
+        start[place] = F.pad(value.unsqueeze(2), (0, 0, 0, 0, start.shape[2] - 1, 0)) if value.ndim > 1 else value
+    for convolution in (vae.quant_conv, vae.post_quant_conv):
+        nn.init.zeros_(convolution.bias)
+        convolution.weight.copy_(torch.eye(len(convolution.weight))[:, :, None, None, None])
 
 
 @torch.no_grad()

@@ -31,8 +31,8 @@ class AutoencoderConfig(Section):
     kl_weight: float = Field(ge=0)
     # The absolute error alone is content with an empty picture for long: most pixels are background.
     squared_weight: float = Field(default=0.0, ge=0)
-    # The first so many of the steps see only the first frame of each video, at a fraction of the cost.
-    frame_steps: int = Field(default=0, ge=0)
+    # An image pipeline whose autoencoder a video one starts from: it draws frames before it has seen a video.
+    inflate: str | None = None
     bfloat16: bool
 
 
@@ -182,8 +182,8 @@ class PretrainConfig(Section):
                         f"{key}.{name}: unknown category; {nearest(name, valid)}(one of: {', '.join(valid)})"
                     )
         TINY[self.family].sizes_of(self.sizes)
-        if self.autoencoder and self.autoencoder.frame_steps and self.world.module is not moving_world:
-            raise ConfigError(f"autoencoder.frame_steps: {self.family} draws no videos; leave it out")
+        if self.autoencoder and self.autoencoder.inflate and self.world.module is not moving_world:
+            raise ConfigError(f"autoencoder.inflate: {self.family} draws no videos; leave it out")
         if (self.init is None) == (self.autoencoder is None):
             raise ConfigError("autoencoder: give its recipe, or in `init` the pipeline to take it from; one of the two")
         return self

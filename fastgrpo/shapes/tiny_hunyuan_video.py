@@ -30,7 +30,6 @@ class TinyHunyuanVideoSizes(Section):
     text_length: int = 14
     latent_channels: int = 8
     vae_channels: list[int] = Field(default_factory=lambda: [8, 16, 24, 32])
-    vae_norm_groups: int = 8
     spatial_factor: int = 8
     patch_size: int = 1
     attention_heads: int = 4
@@ -78,7 +77,7 @@ def build_autoencoder(sizes: TinyHunyuanVideoSizes) -> AutoencoderKLHunyuanVideo
         **settings,
         latent_channels=sizes.latent_channels,
         layers_per_block=1,
-        norm_num_groups=sizes.vae_norm_groups,
+        norm_num_groups=8,
         scaling_factor=1.0,
         spatial_compression_ratio=sizes.spatial_factor,
         temporal_compression_ratio=4,

@@ -19,6 +19,7 @@ from fastgrpo.pretrain.recipe import MOVING, STILL, TINY, PretrainConfig, as_pro
 from fastgrpo.prompts import Prompt
 from fastgrpo.rewards import load_reward
 from fastgrpo.settings import load_settings
+from fastgrpo.shapes import moving_verifier
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FLUX = CONFIGS / "pretrain-shapes-flux.yaml"
@@ -119,15 +120,30 @@ def test_a_recipe_can_be_of_some_categories_alone():
     assert config.evaluation("x", 1.0).prompts.heldout == "moving:heldout:stand,speed"
 
 
-def test_an_autoencoder_begins_with_single_frames(monkeypatch):
-    config = recipe_of(
-        "hunyuan_video", **{"autoencoder.steps": 3, "autoencoder.batch": 2, "autoencoder.frame_steps": 2}
-    )
-    vae = TINY["hunyuan_video"].build(config).vae
-    encode, seen = vae.encode, []
-    monkeypatch.setattr(vae, "encode", lambda x: seen.append(tuple(x.shape)) or encode(x))
-    autoencoder.train(vae, config)
-    assert seen[:3] == [(2, 3, 1, 32, 32)] * 2 + [(2, 3, 9, 32, 32)]
+def test_a_video_autoencoder_that_starts_from_an_image_one_shows_the_objects():
+    sizes = {"sizes.vae_channels": "[16,32,48]", "sizes.spatial_factor": 4, "sizes.latent_channels": 5}
+    config = recipe_of("hunyuan_video", **sizes, **{"sizes.frames": 5})
+    world, vae = config.world, TINY["hunyuan_video"].build(config).vae
+    prompts = [p for p in world.prompts[1] if p.category == "stand"][:12]
+    video = world.render(prompts, np.random.default_rng(0), config.checked_sizes) * 2 - 1
+
+    @torch.no_grad()
+    def objects() -> float:
+        decoded = vae.decode(vae.encode(video).latent_dist.mean).sample
+        return float(moving_verifier.verify((decoded / 2 + 0.5).clamp(0, 1), prompts).objects.mean())
+
+    before = objects()
+    autoencoder.inflate(vae, "shapes:flux")
+    kernel = vae.encoder.down_blocks[1].resnets[0].conv1.conv.weight
+    assert kernel[:, :, :-1].abs().max() == 0 < kernel[:, :, -1].abs().max()
+    assert before < 0.2
+    assert objects() > 0.8
+
+
+def test_an_image_autoencoder_of_other_channels_does_not_fit():
+    vae = TINY["hunyuan_video"].build(recipe_of("hunyuan_video")).vae
+    with pytest.raises(ConfigError, match=r"autoencoder\.inflate: shapes:flux does not fit at"):
+        autoencoder.inflate(vae, "shapes:flux")
 
 
 def test_squared_error_draws_an_autoencoder_to_the_mean():
@@ -209,7 +225,7 @@ def test_learning_rate_warms_up_and_decays():
         ("sizes.text_widht=32", r"sizes\.text_widht"),
         ("init=shapes:flux", "one of the two"),
         ("categories=[colours]", r"categories\.colours: unknown category; did you mean 'colors'"),
-        ("autoencoder.frame_steps=5", r"autoencoder\.frame_steps: flux draws no videos"),
+        ("autoencoder.inflate=shapes:flux", r"autoencoder\.inflate: flux draws no videos"),
     ],
 )
 def test_a_recipe_that_cannot_run_is_refused_in_one_line(override, message):
