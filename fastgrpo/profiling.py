@@ -16,7 +16,7 @@ HISTORY = 100_000
 def profiled(folder: Path, iteration: int, rank: int) -> Iterator[None]:
     """Traces the block into `folder`/iteration-000020-rank-0.json.gz, for chrome://tracing or ui.perfetto.dev.
 
-    Operators with their shapes and memory, on the CPU and the GPU where there is one, below the phases' names. On a GPU,
+    Operators with shapes and memory, on the CPU and the GPU where there is one, below the phases' names. On a GPU,
     allocations go to a .pickle beside it, for pytorch.org/memory_viz; fastgrpo never reads it. Tracing makes an
     iteration slower: its times are not the run's.
     """

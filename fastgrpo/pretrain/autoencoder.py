@@ -54,7 +54,8 @@ def inflate(vae: Any, path: str) -> None:
 
     A convolution's last tap in time, the present, is the image's kernel, the others are zero: a latent frame shows the
     last frame it stands for, but for padding and for statistics over all frames where the image's has its own. Latent
-    channels beyond the image's keep a third of their random start, with little noise. Raises ConfigError where the two do not fit.
+    channels beyond the image's keep a third of their random start, with little noise. Raises
+    ConfigError where the two do not fit.
     """
     image: Any = AutoencoderKL.from_pretrained(resolve_path(path), subfolder="vae", torch_dtype=torch.float32)
     few, many, state = image.config.latent_channels, vae.config.latent_channels, vae.state_dict()
