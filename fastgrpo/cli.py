@@ -180,6 +180,26 @@ def plan(
         raise typer.Exit(1)
 
 
+@app.command("plan-table")
+def plan_table(
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="CONFIG…", help="Configs named …-<n>x<gpu>.yaml, or a folder of them.")
+    ],
+) -> None:
+    """Plan recipes on the hardware that their names say, as a Markdown table, a line as soon as it is known."""
+    require_extra("train", "fastgrpo plan-table")
+    from fastgrpo import plan as planning
+
+    paths = [path for given in recipes for path in (planning.recipes_in(given) if given.is_dir() else [given])]
+    for path in paths:
+        planning.recipe_hardware(path)
+    for line in planning.TABLE_HEAD:
+        typer.echo(line)
+    for path in paths:
+        typer.echo(planning.table_row(path))
+        sys.stdout.flush()
+
+
 @app.command("convert-reward")
 def convert_reward(
     source: Annotated[Path, typer.Argument(help="A .pt, .pth or .bin file of weights, or VideoAlign's template.")],
@@ -282,12 +302,15 @@ def _complain(error: UserError) -> None:
 
 def _check(config: Any, ranks: int) -> None:
     """What a run would find out before its weights load: names, prompts, numbers that do not divide."""
+    import torch
+
     from fastgrpo.arithmetic import arithmetic
-    from fastgrpo.models import check_family
+    from fastgrpo.models import check_family, check_parts
     from fastgrpo.prompts import load_prompts
     from fastgrpo.rewards import load_reward
 
     check_family(config)
+    check_parts(config, "cuda" if torch.cuda.is_available() else "cpu")
     for spec in config.scored:
         load_reward(spec)
     for source in filter(None, (config.prompts.train, config.prompts.heldout)):

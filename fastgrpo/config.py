@@ -82,8 +82,15 @@ class Model(Section):
         default=None,
         description="Full fine-tuning of these parts alone, by dotted name (time_text_embed, norm1.linear); null: all.",
     )
-    activation_checkpointing: Literal["none", "all"] | PositiveInt = Field(
-        default="none", description="all: every block is recomputed in backward; k: every k-th block."
+    activation_checkpointing: Literal["none", "selective", "all", "auto"] | PositiveInt = Field(
+        default="none",
+        description="What is recomputed in backward. all: every block; k: every k-th block; selective: all of a block "
+        "but its matrix products and attention; auto: the least of none, selective and all that a plan says fits.",
+    )
+    attention_backend: NonEmpty | None = Field(
+        default=None,
+        description="Of the trained components, by diffusers' name: native, flash, xformers, flash_hub and others; "
+        "null: PyTorch's own.",
     )
 
 
@@ -399,6 +406,11 @@ class Parallel(Section):
         default="whole",
         description="Of full fine-tuning's float32 weights. whole: every rank loads all, then keeps its shard; "
         "sharded: each reads its shards from safetensors, and none ever holds all.",
+    )
+    context_kind: Literal["ulysses", "ring"] = Field(
+        default="ulysses",
+        description="How context ranks attend. ulysses: tokens are exchanged for heads; ring: keys and values go "
+        "round, on GPUs, for flux and wan.",
     )
     frozen: Literal["shard", "replicate"] = Field(
         default="shard",

@@ -7,8 +7,7 @@ on every rank and exchanges heads in `joint_attention`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,11 +19,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from fastgrpo.errors import ConfigError
 
 
-def split_tokens(module: nn.Module, tokens: Sequence[int], ranks: int, size: int, device: str) -> None:
+def split_tokens(
+    module: nn.Module, tokens: Sequence[int], ranks: int, size: int, device: str, method: str = "ulysses"
+) -> None:
     """Splits the tokens of a diffusers transformer over every `size` consecutive ones of `ranks` processes, in place.
 
-    tokens: the lengths of the sequences that are split. Raises ConfigError for a model without a plan, and for heads or
-    tokens that do not divide.
+    tokens: the lengths of the sequences that are split; method: ulysses or ring. Raises ConfigError for a model without
+    a plan, and for heads or tokens that do not divide.
     """
     from diffusers.hooks.context_parallel import apply_context_parallel
     from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
@@ -33,16 +34,10 @@ def split_tokens(module: nn.Module, tokens: Sequence[int], ranks: int, size: int
     plan = _video_plan() if kind == "HunyuanVideoTransformer3DModel" else getattr(module, "_cp_plan", None)
     if plan is None:
         raise ConfigError(f"parallel.context: {size}, but {kind} has no plan to split its tokens; leave it at 1")
-    heads = cast(Any, module).config.num_attention_heads
-    if heads % size:
-        raise ConfigError(f"parallel.context: {size} does not divide the {heads} attention heads of {kind}")
-    if odd := next((n for n in tokens if n % size), None):
-        raise ConfigError(
-            f"parallel.context: {size} does not divide the {odd} tokens of a sample; change model.height, width, "
-            "frames or max_sequence_length, or split over fewer ranks"
-        )
-    mesh = init_device_mesh(device, (ranks // size, 1, size), mesh_dim_names=("data", "ring", "ulysses"))
-    config = ContextParallelConfig(ulysses_degree=size)
+    check_split(size, cast(Any, module).config.num_attention_heads, tokens, method)
+    ring, ulysses = (size, 1) if method == "ring" else (1, size)
+    mesh = init_device_mesh(device, (ranks // size, ring, ulysses), mesh_dim_names=("data", "ring", "ulysses"))
+    config = ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses)
     # What diffusers' enable_parallelism sets up, which needs a GPU to count.
     config.setup(dist.get_rank(), ranks, torch.device(device), mesh)
     for part in module.modules():
@@ -52,14 +47,58 @@ def split_tokens(module: nn.Module, tokens: Sequence[int], ranks: int, size: int
     apply_context_parallel(module, config, plan)
 
 
+def check_split(size: int, heads: int, tokens: Sequence[int], method: str) -> None:
+    """Raises ConfigError for tokens, and with Ulysses heads, that `size` does not divide."""
+    if method == "ulysses" and heads % size:
+        raise ConfigError(f"parallel.context: {size} does not divide the model's {heads} attention heads")
+    if odd := next((n for n in tokens if n % size), None):
+        raise ConfigError(
+            f"parallel.context: {size} does not divide the {odd} tokens of a sample; change model.height, width, "
+            "frames or max_sequence_length, or split over fewer ranks"
+        )
+
+
+def check_context(config: Any, parts: Mapping[str, Mapping[str, Any]], device: str) -> None:
+    """Raises ConfigError for context parallelism that a model cannot have, from its components' configs alone.
+
+    config: of the run. parts: as `ModelFamily.read_configs` gives them.
+    """
+    family, size, method = config.model.family, config.parallel.context, config.parallel.context_kind
+    if size == 1:
+        return
+    allowed = ("flux", "wan") if method == "ring" else ("flux", "wan", "hunyuan_video", "skyreels")
+    if family not in allowed:
+        raise ConfigError(
+            f"parallel.context: {size}, but the tokens of {family} cannot be split by {method}; leave it at 1 (split: "
+            f"{', '.join(allowed)})"
+        )
+    if method == "ring" and device == "cpu":
+        raise ConfigError("parallel.context_kind: ring attention needs GPUs; on a CPU use ulysses")
+    transformer = parts.get("transformer") or parts["transformer_2"]
+    check_split(
+        size, transformer["num_attention_heads"], token_lengths(config.model, transformer, parts["vae"]), method
+    )
+
+
 def split_lengths(family: Any) -> list[int]:
-    """The token sequences of a sample that a plan splits: an image's or a video's, and FLUX's text."""
-    settings = family.transformer.config
-    if family.name == "flux":
-        return [family.latent_shape[0], family.config.max_sequence_length]
-    patch = settings.patch_size
-    cube = prod(patch) if isinstance(patch, Sequence) else patch * patch * getattr(settings, "patch_size_t", 1)
-    return [prod(family.latent_shape[1:]) // cube]
+    """`token_lengths` of a family that is loaded."""
+    return token_lengths(family.config, family.transformer.config, family.pipeline.vae.config)
+
+
+def token_lengths(model: Any, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> list[int]:
+    """The token sequences of a sample that a plan splits: an image's or a video's, and FLUX's text.
+
+    model: its settings; transformer, vae: the configs of its components.
+    """
+    if model.family == "flux":
+        side = 2 * 2 ** (len(vae["block_out_channels"]) - 1)
+        return [(model.height // side) * (model.width // side), model.max_sequence_length]
+    space = vae.get("spatial_compression_ratio") or vae["scale_factor_spatial"]
+    time = vae.get("temporal_compression_ratio") or vae["scale_factor_temporal"]
+    patch = transformer["patch_size"]
+    t, h, w = patch if isinstance(patch, Sequence) else (transformer["patch_size_t"], patch, patch)
+    frames = (model.frames - 1) // time + 1
+    return [(frames // t) * (model.height // space // h) * (model.width // space // w)]
 
 
 def _video_plan() -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """One iteration of a config by the trainer's own code on fake tensors and a fake process group: what each phase costs.
 
-Two evaluations of the model of each kind are run, and what follows is stood for by the second one's cost; a test proves
-that this changes no figure. Nothing is allocated, whatever the model's size.
+Evaluations of the model that cost the same are run once and multiplied, and so are blocks that are alike
+(fastgrpo/depth.py); a test proves that this changes no figure. Nothing is allocated, whatever the model's size.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from fastgrpo.adamw_8bit import AdamW8bit
 from fastgrpo.architectures import build_family, encoded_shapes
 from fastgrpo.config import Config
-from fastgrpo.meter import Cost, Meter
+from fastgrpo.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
+from fastgrpo.errors import ConfigError
+from fastgrpo.meter import Cost, Meter, Peaks
 from fastgrpo.models import Conditioning, ModelFamily
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
 from fastgrpo.models.offload import Visitor
@@ -31,10 +32,11 @@ from fastgrpo.parallel import (
     Residency,
     World,
     check_world,
+    decide_residency,
     gathered,
+    kept_bytes,
     make_world,
     prepare_weights,
-    residency,
     sharded,
 )
 from fastgrpo.rollout import Layout, decode, lay_out, rank_samples, rollout
@@ -46,13 +48,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Phase:
-    """peak: bytes of live tensors at most; at_peak: the same by category. rows: model evaluations with and without
-    gradients, in rows of one branch."""
+    """at_peak: bytes of live tensors by category, at most; peaks: of each stretch, as the meter has them."""
 
     name: str
     cost: Cost
-    peak: int
     at_peak: dict[str, int]
+    peaks: Peaks = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
 
 
 @dataclass(frozen=True)
@@ -72,26 +77,39 @@ class DryRun:
 def dry_run(config: Config, ranks: int = 1, local: int | None = None, memory: int = 0, whole: bool = False) -> DryRun:
     """An iteration of rank 0 of `ranks`, `local` on a node, on devices of `memory` bytes (0: not known).
 
-    whole: every model evaluation is run, none is multiplied. Raises ConfigError, as the trainer would.
+    whole: every block of every model evaluation is run, none is multiplied. Raises ConfigError, as the trainer would.
     """
     check_world(config, ranks, local or ranks)
+    if config.parallel.context > 1 and config.parallel.context_kind == "ring":
+        raise ConfigError("parallel.context_kind: ring attention cannot be planned without a GPU; plan it as ulysses")
+    # What a backend keeps and computes is what PyTorch's own attention does.
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention_backend": None})})
     with _process_group(config, ranks):
         world = replace(make_world(config, ranks, 0, CPU), memory=memory)
         family = build_family(config.model)
-        family.device = CPU
-        meter, mode = Meter(), FakeTensorMode(allow_non_fake_inputs=True)
+        stacks = [] if whole else stacks_of(family, config)
+        short = [SHORT] * len(stacks)
+        depths = [short, *([*short[:i], SHORT + 1, *short[i + 1 :]] for i in range(len(stacks)))]
+        families = [family, *(build_family(config.model) for _ in depths[1:])]
+        parts = [_Iteration(config, world, f, stacks, depth, whole) for f, depth in zip(families, depths, strict=True)]
+        more = [stack.length - SHORT for stack in stacks]
+        needs = [kept_bytes(config, f.policy) for f in families]
+        resident, gradients = (deep_number(numbers, more) for numbers in zip(*needs, strict=True))
+        kept = decide_residency(config, resident, gradients, memory)
+        decoded: dict[int, Any] = {}
+        return _deep([part.run(kept, decoded) for part in parts], more)
 
-        policy = family.policy
-        whole_weights = (*policy.parameters(), *policy.buffers()) if config.parallel.load == "whole" else ()
-        loaded = sum(t.numel() * t.element_size() for t in whole_weights)
 
-        def fill(module: nn.Module) -> None:
-            with mode:
-                materialize(module)
-
-        frozen = prepare_weights(family, config, world, fill)
-        with mode, meter:
-            return _Iteration(config, world, family, meter, whole, loaded).run(frozen)
+def _deep(runs: list[DryRun], more: list[int]) -> DryRun:
+    """What the whole depth costs, of runs at the short depth and with one block more of each stack."""
+    phases = []
+    for same in zip(*(run.phases for run in runs), strict=True):
+        live = deep_peaks([phase.peaks for phase in same], more)
+        phases.append(Phase(same[0].name, deep_cost([phase.cost for phase in same], more), live))
+    numbers = {
+        name: deep_number([getattr(run, name) for run in runs], more) for name in ("parameters", "trainable", "state")
+    }
+    return replace(runs[0], phases=phases, **numbers)
 
 
 @contextmanager
@@ -111,16 +129,35 @@ def _process_group(config: Config, ranks: int) -> Iterator[None]:
 
 
 class _Iteration:
-    def __init__(
-        self, config: Config, world: World, family: ModelFamily, meter: Meter, whole: bool, loaded: int
-    ) -> None:
-        # Bytes of the trained components as they are loaded.
-        self.loaded = loaded
-        self.config, self.world, self.family, self.meter, self.whole = config, world, family, meter, whole
-        self.phases: list[Phase] = []
+    """An iteration of a family of which `lengths` blocks of each stack are left; made with its weights ready."""
 
-    def run(self, frozen: dict[str, nn.Module] | None) -> DryRun:
-        config, family, world, meter = self.config, self.family, self.world, self.meter
+    def __init__(
+        self, config: Config, world: World, family: ModelFamily, stacks: list[Stack], lengths: list[int], whole: bool
+    ) -> None:
+        self.config, self.world, self.family, self.whole = config, world, family, whole
+        self.phases: list[Phase] = []
+        self.meter, self.mode = Meter(), FakeTensorMode(allow_non_fake_inputs=True)
+        family.device = CPU
+        shorten(family, stacks, lengths)
+        policy = family.policy
+        whole_weights = (*policy.parameters(), *policy.buffers()) if config.parallel.load == "whole" else ()
+        # Bytes of the trained components as they are loaded.
+        self.loaded = sum(t.numel() * t.element_size() for t in whole_weights)
+
+        def fill(module: nn.Module) -> None:
+            with self.mode:
+                materialize(module)
+
+        self.frozen = prepare_weights(family, config, world, fill)
+        self.stretches = Stretches(self.meter, family, stacks, lengths)
+
+    def run(self, kept: Residency, decoded: dict[int, Any]) -> DryRun:
+        """decoded: what decoding cost, kept between iterations of the same pipeline at other depths."""
+        with self.mode, self.meter:
+            return self._run(kept, decoded)
+
+    def _run(self, kept: Residency, decoded: dict[int, Any]) -> DryRun:
+        config, family, world, meter, frozen = self.config, self.family, self.world, self.meter, self.frozen
         for layer in quantized_layers(family.policy):
             layer.dequantize = _unpacked
         waiting = set(family.visitors)
@@ -141,7 +178,6 @@ class _Iteration:
         with meter.counting("optimizer"):
             optimizer = OptimizerState(family.policy, config.update, 1, _PlannedAdamW8bit)
         meter.claim(optimizer.ema or (), "ema")
-        kept = residency(config, family.policy, world)
         roll = config.rollout
         samples = roll.prompts_per_iteration * roll.candidates
         plan = plan_rollout(roll, family.noise_levels(roll.steps, roll.shift), samples, 0, config.run.seed)
@@ -153,20 +189,20 @@ class _Iteration:
         if config.objective.kl_weight:
             reference = _without_lora(family) if frozen is None else lambda: nullcontext(frozen)
         updater = _Updater(family, config, world, optimizer, reference, kept)
-        updater.meter, updater.whole = meter, self.whole
+        updater.meter, updater.stretches, updater.whole = meter, self.stretches, self.whole
 
         if config.model.text_encoders == "offload":
             with self.phase("encode", "activations"), family.encoding():
                 pass
-        predict = _Repeated(meter, family.predict, "activations", self.whole)
+        predict = _Repeated(self, family.predict)
         with (
             self.phase("rollout", "trajectories"),
             gathered(family.modules.values(), kept.rollout_gathered),
             _replaced(family, "predict", predict),
         ):
             trajectory = rollout(family, plan, layout, conditioning, roll, config.run.seed, 0)
-        decoded = _Repeated(meter, family.decode, "activations", self.whole, runs=1)
-        with self.phase("decode", "decoded"), _replaced(family, "decode", decoded):
+        decoding = _Repeated(self, family.decode, runs=1, last=decoded)
+        with self.phase("decode", "decoded"), _replaced(family, "decode", decoding):
             images = decode(family, trajectory.latents, roll.decode_batch)
         del images
         with self.phase("update", "activations"):
@@ -187,11 +223,12 @@ class _Iteration:
 
     @contextmanager
     def phase(self, name: str, category: str) -> Iterator[None]:
-        self.meter.new_peak()
+        self.meter.new_peaks()
+        self.stretches.enter(name)
         before = self.meter.cost.copy()
         with self.meter.counting(category):
             yield
-        self.phases.append(Phase(name, self.meter.cost - before, self.meter.peak, self.meter.at_peak))
+        self.phases.append(Phase(name, self.meter.cost - before, self.meter.at_peak, self.meter.peaks))
 
 
 class _PlannedVisitor(Visitor):
@@ -224,81 +261,97 @@ def _unpacked(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torc
 
 class _Repeated:
     """Stands for a method of the family whose calls cost the same: it is run `runs` times for each component, and the
-    last of these calls' cost counts for those that follow. rows: of all calls."""
+    last of these calls' cost counts for those that follow. rows: of all calls. last: of a call that has been run."""
 
-    def __init__(self, meter: Meter, method: Callable[..., Tensor], category: str, whole: bool, runs: int = 2) -> None:
-        self.meter, self.method, self.category, self.whole, self.runs = meter, method, category, whole, runs
+    def __init__(
+        self, iteration: _Iteration, method: Callable[..., Tensor], runs: int = 2, last: dict[int, Any] | None = None
+    ) -> None:
+        self.meter, self.stretches, self.whole = iteration.meter, iteration.stretches, iteration.whole
+        self.method, self.runs = method, runs
         self.calls: dict[int, int] = {}
-        self.last: dict[int, tuple[Cost, Counter[str], tuple[int, ...], torch.dtype]] = {}
+        self.last: dict[int, tuple[Cost, Peaks, tuple[int, ...], torch.dtype]] = {} if last is None else last
+        self.shared = last is not None
         self.rows = 0
 
     def __call__(self, x: Tensor, *rest: Any) -> Tensor:
         self.rows += len(x)
         key = id(rest[2]) if len(rest) > 2 else 0
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] > self.runs and not self.whole:
+        call = self.calls[key] = self.calls.get(key, 0) + 1
+        known = key in self.last and (self.shared or call > self.runs)
+        if known and not self.whole:
             cost, more, shape, dtype = self.last[key]
             self.meter.cost.add(cost)
             self.meter.swell(more)
             return torch.empty(shape, dtype=dtype)
-        before = self.meter.cost.copy()
+        before, outside = self.meter.cost.copy(), self.stretches.call
         category = self.meter.category
-        with self.meter.counting(self.category), self.meter.transient() as more:
+        self.stretches.enter(self.method.__name__, list(self.calls).index(key), min(call, self.runs))
+        with self.meter.counting("activations"), self.meter.transient() as more:
             output = self.method(x, *rest)
+        self.stretches.enter(*outside)
         self.meter.claim([output], category)
         self.last[key] = self.meter.cost - before, more, tuple(output.shape), output.dtype
         return output
 
 
 class _Updater(Updater):
-    """The trainer's update, where of equal micro-batches in a row two are run, and of optimizer steps two."""
+    """The trainer's update, where micro-batches that cost the same are run once, and so are optimizer steps."""
 
     meter: Meter
+    stretches: Stretches
     whole: bool
-    begin: Cost
-    step_cost: Cost
     rows = 0
+    # What a step is made of, and its cost.
+    _made_of: list[Any] | None = None
+    _begin: Cost
+    _cost: Cost | None = None
 
     def _choose(self, plan: RolloutPlan, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
         chosen = super()._choose(plan, layout, worth, k)
         self.rows += sum(len(micro.rows) for micro in chosen)
         if self.whole:
-            return chosen
-        if k == 2:
-            # The second step's cost, its optimizer included.
-            self.step_cost = self.meter.cost - self.begin
-        if k > 1:
-            self.meter.cost.add(self.step_cost)
+            return _Thinned(chosen, self)
+        if self._made_of is not None and self._cost is None:
+            # The step before has ended, its optimizer included.
+            self._cost = self.meter.cost - self._begin
+        made_of = [self.kind(micro) for micro in chosen]
+        if made_of == self._made_of and self._cost is not None:
+            self.meter.cost.add(self._cost)
             return []
-        self.begin = self.meter.cost.copy()
+        self._made_of, self._begin, self._cost = made_of, self.meter.cost.copy(), None
         return _Thinned(chosen, self)
+
+    def kind(self, micro: MicroBatch) -> tuple[str, int, bool]:
+        """Micro-batches of one kind cost the same, but for a step's first."""
+        matters = self.residency.sync_once or self.residency.update_gathered
+        return micro.module, micro.pairs.shape[1], micro.syncs and matters
 
 
 class _Thinned(list):
-    """Micro-batches of an optimizer step, iterated over with what is left out multiplied."""
+    """Micro-batches of an optimizer step, iterated over with what is left out counted: of each component the first one,
+    and then one of each kind, are run, or all of a whole run."""
 
     def __init__(self, chosen: list[MicroBatch], updater: _Updater) -> None:
+        super().__init__(chosen)
         self.updater = updater
-        runs: list[list[MicroBatch]] = []
-        for micro in chosen:
-            if runs and _kind(runs[-1][0]) == _kind(micro):
-                runs[-1].append(micro)
-            else:
-                runs.append([micro])
-        self.times = [1 if i == 0 else len(run) - 1 for run in runs for i in range(min(len(run), 2))]
-        super().__init__(micro for run in runs for micro in run[:2])
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        meter, updater = self.updater.meter, self.updater
-        for micro, times in zip(super().__iter__(), self.times, strict=True):
-            before = meter.cost.copy()
+        meter, updater, stretches = self.updater.meter, self.updater, self.updater.stretches
+        begun: set[str] = set()
+        known: dict[Any, Cost] = {}
+        for micro in super().__iter__():
+            kind = updater.kind(micro)
+            if kind in known and not updater.whole:
+                meter.cost.add(known[kind])
+                continue
+            before, first = meter.cost.copy(), micro.module not in begun
+            stretches.enter("micro-batch", kind, first)
             yield micro
-            meter.cost.add(meter.cost - before, times - 1)
             meter.claim(_gradients(updater.family.policy), "gradients")
-
-
-def _kind(micro: MicroBatch) -> tuple[str, int, bool]:
-    return micro.module, micro.pairs.shape[1], micro.syncs
+            if not first:
+                known[kind] = meter.cost - before
+            begun.add(micro.module)
+        stretches.enter("optimizer")
 
 
 def _gradients(policy: nn.Module) -> Iterator[Tensor]:

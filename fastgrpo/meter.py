@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -94,16 +94,23 @@ def _attention_flops(query: Any, key: Any, value: Any) -> int:
 _register_cpu_attention()
 
 
+# The most bytes by category of each stretch of a program, by its name.
+Peaks = dict[Hashable, Counter[str]]
+
+
 class Meter(TorchDispatchMode):
-    """Counts while it is entered. cost: the running total; live: bytes by category; peak, at_peak: the most of them."""
+    """Counts while it is entered. cost: the running total; live: bytes by category; peaks: the most of them in each
+    stretch, as `stretch` names what runs now."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cost = Cost()
         self.live: Counter[str] = Counter()
-        self.total, self.peak = 0, 0
-        self.at_peak: dict[str, int] = {}
+        self.total = 0
+        self.peaks: Peaks = {}
         self.category = "activations"
+        self._stretch: Hashable = None
+        self._most = 0
         self._paused = False
         self._known: dict[int, list[Any]] = {}
         self._references: dict[int, weakref.ref] = {}
@@ -117,29 +124,59 @@ class Meter(TorchDispatchMode):
         finally:
             self.category = before
 
-    def new_peak(self) -> None:
-        """The peak starts over, at what is live."""
-        self.peak, self.at_peak = self.total, dict(self.live)
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by category where there were the most."""
+        return dict(max(self.peaks.values(), key=lambda live: live.total(), default=Counter()))
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+    @property
+    def stretch(self) -> Hashable:
+        return self._stretch
+
+    @stretch.setter
+    def stretch(self, name: Hashable) -> None:
+        self._stretch = name
+        self._most = self.peaks[name].total() if name in self.peaks else -1
+        self._mark()
+
+    def new_peaks(self) -> None:
+        """Peaks start over, at what is live."""
+        self.peaks = {}
+        self.stretch = self.stretch
 
     @contextmanager
-    def transient(self) -> Iterator[Counter[str]]:
-        """Gives, filled when it ends, the bytes by category that its peak has more than its beginning."""
-        begin, before = Counter(self.live), (self.peak, self.at_peak)
-        more: Counter[str] = Counter()
-        self.new_peak()
+    def transient(self) -> Iterator[Peaks]:
+        """Gives, filled when it ends, the bytes by category that each of its peaks has more than its beginning."""
+        begin, before = Counter(self.live), self.peaks
+        more: Peaks = {}
+        self.new_peaks()
         yield more
-        more.update(self.at_peak)
-        more.subtract(begin)
-        if self.peak <= before[0]:
-            self.peak, self.at_peak = before
+        inner, self.peaks = self.peaks, before
+        for name, live in inner.items():
+            more[name] = _difference(live, begin)
+            self._offer(name, live)
+        self.stretch = self.stretch
 
-    def swell(self, more: Counter[str]) -> None:
-        """The peak as if `more` came and went."""
-        total = self.total + sum(more.values())
-        if total > self.peak:
-            both = Counter(self.live)
-            both.update(more)
-            self.peak, self.at_peak = total, dict(both)
+    def swell(self, more: Peaks) -> None:
+        """The peaks as if what `transient` gave came and went."""
+        for name, extra in more.items():
+            live = Counter(self.live)
+            live.update(extra)
+            self._offer(name, live)
+        self.stretch = self.stretch
+
+    def _offer(self, name: Hashable, live: Counter[str]) -> None:
+        if name not in self.peaks or live.total() > self.peaks[name].total():
+            self.peaks[name] = live
+
+    def _mark(self) -> None:
+        if self.total > self._most:
+            self._most = self.total
+            self.peaks[self._stretch] = Counter(self.live)
 
     def claim(self, tensors: Iterable[Tensor], category: str) -> None:
         """These tensors' storages belong to `category`, whether they were known or not."""
@@ -253,8 +290,14 @@ class Meter(TorchDispatchMode):
     def _change(self, category: str, size: int) -> None:
         self.live[category] += size
         self.total += size
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, dict(self.live)
+        self._mark()
+
+
+def _difference(more: Counter[str], less: Counter[str]) -> Counter[str]:
+    """Category by category, below zero too."""
+    result = Counter(more)
+    result.subtract(less)
+    return result
 
 
 def _group_size(args: Any) -> int:

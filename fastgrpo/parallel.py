@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fastgrpo.adamw_8bit import STATE_BYTES
 from fastgrpo.config import Config
 from fastgrpo.context import split_lengths, split_tokens
 from fastgrpo.errors import ConfigError
+from fastgrpo.models.attention import set_backend
 from fastgrpo.models.base import DTYPES, ModelFamily
 from fastgrpo.models.sharded_load import load_shards
 
@@ -76,8 +78,8 @@ def start_world(config: Config) -> World:
 
     Raises ConfigError for a mesh that these ranks do not make, and for samples that they cannot share equally.
     """
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    memory, ranks, local = this_machine()
+    rank = int(os.environ.get("RANK", "0"))
     check_world(config, ranks, local)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -87,9 +89,18 @@ def start_world(config: Config) -> World:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
-    total = torch.cuda.mem_get_info(device)[1] if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     world = make_world(config, ranks, rank, device)
-    return replace(world, memory=int(world.gather(np.array([float(total)])).min()))
+    return replace(world, memory=int(world.gather(np.array([float(memory)])).min()))
+
+
+def this_machine() -> tuple[int, int, int]:
+    """(bytes of this rank's device, ranks in all, ranks of this node), as torchrun describes them."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 
 
 def sharded(config: Config, ranks: int) -> bool:
@@ -150,8 +161,10 @@ def prepare_weights(
         frozen = {name: copy.deepcopy(module).to(family.dtype) for name, module in family.modules.items()}
     family.make_trainable()
     for module in (*family.modules.values(), *frozen.values()):
+        set_backend(module, config.model.attention_backend)
         if world.context > 1:
-            split_tokens(module, split_lengths(family), world.ranks, world.context, world.device.type)
+            kind = config.parallel.context_kind
+            split_tokens(module, split_lengths(family), world.ranks, world.context, world.device.type, kind)
     for module in family.modules.values():
         checkpoint_activations(family.blocks(module), config.model.activation_checkpointing)
     for name, module in (*family.modules.items(), *frozen.items()):
@@ -202,6 +215,11 @@ ROLLOUT_SHARE, UPDATE_SHARE, GRADIENT_SHARE = 0.75, 0.5, 0.1
 def residency(config: Config, policy: nn.Module, world: World) -> Residency:
     """The settings rollout.gather, update.gather and update.grad_sync, with `auto` decided by bytes: the training
     state of a rank beside the gathered weights, against its device's memory (where that is unknown, all is kept)."""
+    return decide_residency(config, *kept_bytes(config, policy), world.memory)
+
+
+def kept_bytes(config: Config, policy: nn.Module) -> tuple[int, int]:
+    """Bytes of a rank: its training state beside the gathered weights; unreduced gradients."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     held = sum(p.numel() * p.element_size() for p in map(local, (*policy.parameters(), *policy.buffers())))
     # AdamW's moments, and the EMA.
@@ -209,14 +227,18 @@ def residency(config: Config, policy: nn.Module, world: World) -> Residency:
     state = sum(map(torch.Tensor.numel, map(local, trained))) * (moments + (4 if config.update.ema_decay else 0))
     compute = DTYPES[config.model.dtype].itemsize
     gathered = sum(p.numel() * compute for p in policy.parameters() if isinstance(p, DTensor))
-    gradients = 4 * sum(p.numel() for p in trained)
+    return int(held + state + gathered), 4 * sum(p.numel() for p in trained)
+
+
+def decide_residency(config: Config, resident: int, gradients: int, memory: int) -> Residency:
+    """`residency` of `kept_bytes` and a device's memory."""
 
     def decided(setting: str, kept: str, need: float, share: float) -> bool:
-        return setting == kept or (setting == "auto" and (world.memory == 0 or need <= share * world.memory))
+        return setting == kept or (setting == "auto" and (memory == 0 or need <= share * memory))
 
     return Residency(
-        decided(config.rollout.gather, "once", held + state + gathered, ROLLOUT_SHARE),
-        decided(config.update.gather, "once", held + state + gathered, UPDATE_SHARE),
+        decided(config.rollout.gather, "once", resident, ROLLOUT_SHARE),
+        decided(config.update.gather, "once", resident, UPDATE_SHARE),
         decided(config.update.grad_sync, "once", gradients, GRADIENT_SHARE),
     )
 
@@ -260,15 +282,32 @@ def set_gradient_sync(transformer: nn.Module, on: bool) -> None:
 
 
 def checkpoint_activations(blocks: list[nn.Module], setting: str | int) -> None:
-    """Recomputes blocks in backward instead of keeping their activations: none, all, or every k-th block."""
+    """Recomputes blocks in backward instead of keeping their activations: none, all, every k-th block, or selective,
+    all blocks but for the outputs of their matrix products and attention.
+
+    `auto` has been replaced by one of them (fastgrpo/plan.py); it raises ValueError here.
+    """
     if setting == "none":
         return
-    every = 1 if setting == "all" else int(setting)
+    contexts = partial(create_selective_checkpoint_contexts, saved_operations()) if setting == "selective" else None
+    every = 1 if setting in ("all", "selective") else int(setting)
     for block in blocks[::every]:
-        block.forward = partial(_recomputed, block.forward)
+        block.forward = partial(_recomputed, block.forward, contexts)
 
 
-def _recomputed(forward, *args, **kwargs):
+def _recomputed(forward, contexts, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    selective = {} if contexts is None else {"context_fn": contexts}
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **selective, **kwargs)
+
+
+def saved_operations() -> list[Any]:
+    """What selective checkpointing keeps: matrix products and attention, by far the most of a block's work."""
+    aten = torch.ops.aten
+    names = (
+        "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )  # fmt: skip
+    return [getattr(aten, name).default for name in names]

@@ -6,14 +6,16 @@ arithmetic on them, at the efficiencies of fastgrpo/gpus.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import Config, validate
+from fastgrpo.config import Config, load_config, validate
 from fastgrpo.dry_run import DryRun, Phase, dry_run
-from fastgrpo.errors import ConfigError
-from fastgrpo.gpus import COMPUTE_EFFICIENCY, GPUS, LINK_EFFICIENCY, RESERVED, SPARE, Gpu
+from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.gpus import COMPUTE_EFFICIENCY, GPUS, LINK_EFFICIENCY, RESERVED, SPARE, Gpu, gpu_named
 from fastgrpo.meter import Collective
 
 
@@ -45,9 +47,32 @@ class Plan:
 
 
 def plan(config: Config, gpu: Gpu, world: int, local: int | None = None) -> Plan:
-    """The plan of `world` GPUs, `local` on each node (at most 8 if it is not said)."""
+    """The plan of `world` GPUs, `local` on each node (at most 8 if it is not said).
+
+    Of model.activation_checkpointing auto, the least recomputation that fits takes its place, or all if none does.
+    """
     local = local or min(world, 8)
-    return Plan(config, gpu, world, local, dry_run(config, world, local, gpu.memory))
+    found = None
+    for setting in LEAST_FIRST if config.model.activation_checkpointing == "auto" else (None,):
+        settings = {} if setting is None else {"model.activation_checkpointing": setting}
+        chosen = overridden(config, settings)
+        found = Plan(chosen, gpu, world, local, dry_run(chosen, world, local, gpu.memory))
+        if found.fits:
+            break
+    assert found is not None
+    return found
+
+
+# What `auto` tries, the least recomputation first.
+LEAST_FIRST = ("none", "selective", "all")
+
+
+def settled(config: Config, memory: int, ranks: int, local: int) -> Config:
+    """A config with model.activation_checkpointing auto replaced by what fits devices of `memory` bytes; called before
+    a process group is made, since a plan makes one of its own."""
+    if config.model.activation_checkpointing != "auto":
+        return config
+    return plan(config, Gpu("this device", memory, 1.0, 1.0, 1.0), ranks, local).config
 
 
 def seconds(phase: Phase, config: Config, gpu: Gpu, local: int) -> tuple[float, float]:
@@ -76,6 +101,8 @@ def remedies(config: Config, worst: str) -> Iterator[dict[str, Any]]:
             yield {"rollout.decode_batch": 1}
         if config.model.frames > 1 and not config.model.vae_tiling:
             yield {"model.vae_tiling": True}
+    if worst != "decode" and config.model.activation_checkpointing == "none":
+        yield {"model.activation_checkpointing": "selective"}
     if worst != "decode" and config.model.activation_checkpointing != "all":
         yield {"model.activation_checkpointing": "all"}
     if config.rollout.gather != "per_block":
@@ -158,15 +185,54 @@ def as_json(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> dict
 
 
 def forward_equivalents(found: Plan) -> float:
-    """Transformer forwards of one row, an iteration and GPU: a backward counts two, a recomputation one more."""
+    """Transformer forwards of one row, an iteration and GPU: a backward counts two, a recomputed block one more, but
+    not with selective checkpointing, whose matrix products and attention are kept."""
     setting = found.config.model.activation_checkpointing
-    recomputed = {"none": 0.0, "all": 1.0}.get(str(setting), 1 / int(setting) if isinstance(setting, int) else 0.0)
+    recomputed = {"none": 0.0, "selective": 0.0, "all": 1.0}.get(
+        str(setting), 1 / int(setting) if isinstance(setting, int) else 0.0
+    )
     return found.run.forwards + found.run.trained * (3 + recomputed)
 
 
 def total_seconds(found: Plan, gpu: Gpu) -> float:
     """Of an iteration without rewards, communication hidden behind computation as far as it is shorter."""
     return sum(max(seconds(phase, found.config, gpu, found.local)) for phase in found.run.phases)
+
+
+TABLE_HEAD = (
+    "| recipe | fits | GiB a GPU | peak in | forward-equivalents | PFLOP | TB of collectives | seconds |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+)
+
+
+# <model>-<recipe>-<n>x<gpu>
+HARDWARE = re.compile(r".*-(\d+)x([a-z][a-z0-9]*)")
+
+
+def recipes_in(folder: Path) -> list[Path]:
+    """Configs of a folder whose names say their hardware."""
+    return sorted(path for path in folder.glob("*.yaml") if HARDWARE.fullmatch(path.stem))
+
+
+def recipe_hardware(path: Path) -> tuple[int, Gpu]:
+    """GPUs and their kind of a recipe named <model>-<recipe>-<n>x<gpu>.yaml. Raises UserError for another name."""
+    match = HARDWARE.fullmatch(path.stem)
+    if match is None:
+        raise UserError(f"{path}: the name of a recipe ends in its hardware, such as -8xh100.yaml")
+    return int(match[1]), gpu_named(match[2])
+
+
+def table_row(path: Path) -> str:
+    """A recipe's plan on its own hardware, as a line of the table under TABLE_HEAD."""
+    world, gpu = recipe_hardware(path)
+    found = plan(load_config(path), gpu, world)
+    flops = sum(phase.cost.flops for phase in found.run.phases)
+    cells = (
+        path.stem, "yes" if found.fits else "no", f"{found.need / 2**30:.1f}", found.worst.name,
+        f"{forward_equivalents(found):,.0f}", f"{flops / 1e15:,.1f}", f"{found.collective_bytes / 1e12:.2f}",
+        f"{total_seconds(found, gpu):,.0f}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
 
 
 def _phase(phase: Phase, found: Plan) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """Context parallelism: two ranks that share every sample's tokens give the samples and gradients of one. gloo."""
 
+import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +16,9 @@ from tiny_video import build, video_config
 
 from fastgrpo.config import Config
 from fastgrpo.context import split_lengths, split_tokens
-from fastgrpo.errors import ConfigError
-from fastgrpo.models import Conditioning, ModelFamily, family_class
+from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.models import Conditioning, ModelFamily, check_parts, family_class
+from fastgrpo.models.attention import set_backend
 from fastgrpo.prompts import Prompt
 from fastgrpo.rollout import lay_out, rank_samples, rollout
 from fastgrpo.schedule import plan_rollout
@@ -101,12 +105,72 @@ def test_split_tokens_change_nothing(differences, kind):
 
 def test_what_does_not_divide_is_one_line():
     _, family = family_of("flux")
-    with pytest.raises(ConfigError, match=r"parallel\.context: 5 does not divide the \d+ attention heads"):
+    with pytest.raises(ConfigError, match=r"parallel\.context: 5 does not divide the model's \d+ attention heads"):
         split_tokens(family.transformer, [10], 10, 5, "cpu")
     with pytest.raises(ConfigError, match=r"parallel\.context: 2 does not divide the 9 tokens of a sample"):
         split_tokens(family.transformer, [16, 9], 2, 2, "cpu")
     with pytest.raises(ConfigError, match="Linear has no plan to split its tokens"):
         split_tokens(torch.nn.Linear(1, 1), [2], 2, 2, "cpu")
+
+
+@pytest.mark.parametrize(
+    "model, parallel, said",
+    [
+        ({}, {"context": 3}, "parallel.context: 3 does not divide the model's 4 attention heads"),
+        ({"max_sequence_length": 9}, {"context": 2}, "parallel.context: 2 does not divide the 9 tokens of a sample"),
+        ({}, {"context": 2, "context_kind": "ring"}, "parallel.context_kind: ring attention needs GPUs"),
+        ({"attention_backend": "flas"}, {}, "model.attention_backend: unknown backend 'flas'; did you mean 'flash'?"),
+        ({"attention_backend": "_flash_3"}, {}, "model.attention_backend: _flash_3: Flash Attention 3 backend"),
+        ({"attention_backend": "flex"}, {"context": 2}, "model.attention_backend: flex cannot split tokens"),
+    ],
+    ids=str,
+)
+def test_what_a_model_cannot_have_is_one_line_before_weights_load(tmp_path, tiny_flux, model, parallel, said):
+    """The directory has no weights."""
+    path = tmp_path / "model"
+    shutil.copytree(tiny_flux, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_parts(tiny_config(path, model=model, parallel=parallel), "cpu")
+
+
+def test_a_missing_backend_package_names_its_extra(tiny_flux, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"model\.attention_backend: flash: needs the package 'flash_attn'.*flash-attn"):
+        check_parts(tiny_config(tiny_flux, model={"attention_backend": "flash"}), "cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_lengths_are_those_that_a_block_sees(kind):
+    _, family = family_of(kind)
+    seen = []
+
+    def watch(_, inputs, named):
+        seen.append(named["hidden_states"] if "hidden_states" in named else inputs[0])
+
+    family.blocks(family.transformer)[0].register_forward_pre_hook(watch, with_kwargs=True)
+    x = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
+    family.predict(x, torch.tensor([0.9, 0.4]), conditioning_of(kind, family))
+    assert seen[0].shape[1] == split_lengths(family)[0]
+
+
+def test_a_backend_is_what_every_attention_uses(monkeypatch):
+    from diffusers.models import attention_dispatch as dispatch
+
+    _, family = family_of("flux")
+    set_backend(family.transformer, "_native_math")
+    seen = []
+    run = dispatch._AttentionBackendRegistry._backends[dispatch.AttentionBackendName._NATIVE_MATH]
+    monkeypatch.setitem(
+        dispatch._AttentionBackendRegistry._backends,
+        dispatch.AttentionBackendName._NATIVE_MATH,
+        lambda **settings: (seen.append(1), run(**settings))[1],
+    )
+    conditioning = conditioning_of("flux", family)
+    x = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
+    family.predict(x, torch.tensor([0.9, 0.4]), conditioning)
+    assert len(seen) == len(family.blocks(family.transformer))
+    with pytest.raises(ConfigError, match="Linear takes no backend of diffusers"):
+        set_backend(torch.nn.Linear(1, 1), "native")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ ROOMS = [
     {"parallel", "charts", "pictures"},
     {"rollout", "scoring"},
     {"update", "evaluate", "resume", "generation"},
-    {"architectures"},
+    {"architectures", "depth"},
     {"dry_run"},
     {"plan"},
     {"trainer", "export", "sample", "report", "compare", "pretrain"},

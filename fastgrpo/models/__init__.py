@@ -7,8 +7,10 @@ import importlib
 import torch
 
 from fastgrpo.config import Config, Model
+from fastgrpo.context import check_context
 from fastgrpo.errors import ConfigError, nearest
-from fastgrpo.models.base import Conditioning, ModelFamily
+from fastgrpo.models.attention import check_backend
+from fastgrpo.models.base import Conditioning, ModelFamily, resolve_path
 from fastgrpo.schedule import check_sampler
 
 FAMILIES = {
@@ -21,7 +23,7 @@ FAMILIES = {
     "wan": "fastgrpo.models.wan:Wan",
 }
 
-__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "check_family", "family_class", "load_family"]
+__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "check_family", "check_parts", "family_class", "load_family"]
 
 
 def family_class(name: str) -> type[ModelFamily]:
@@ -42,6 +44,17 @@ def family_class(name: str) -> type[ModelFamily]:
 def check_family(config: Config) -> None:
     """Raises ConfigError for an unknown family, or a sampler that its paradigm does not have; loads nothing."""
     check_sampler(config.rollout.sampler, family_class(config.model.family).paradigm, config.model.family)
+
+
+def check_parts(config: Config, device: str) -> None:
+    """Raises ConfigError for context parallelism or an attention backend that cannot be had, before weights load.
+
+    device: the kind that will run it.
+    """
+    check_backend(config.model.attention_backend, config.parallel.context)
+    if config.parallel.context > 1:
+        cls = family_class(config.model.family)
+        check_context(config, cls.read_configs(config.model, resolve_path(config.model.path)), device)
 
 
 def load_family(config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:

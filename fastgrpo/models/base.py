@@ -117,7 +117,7 @@ class ModelFamily(abc.ABC):
         if config.quantize:
             require("bitsandbytes", f"model.quantize: {config.quantize}")
         path = resolve_path(config.path)
-        parts = cls._read_configs(config, path)
+        parts = cls.read_configs(config, path)
         cls.check(config, parts)
         if config.lora and config.lora.targets:
             with _loading(config, cls):
@@ -137,7 +137,7 @@ class ModelFamily(abc.ABC):
         return family
 
     @classmethod
-    def _read_configs(cls, config: Model, path: str) -> dict[str, Mapping[str, Any]]:
+    def read_configs(cls, config: Model, path: str) -> dict[str, Mapping[str, Any]]:
         """The configs of the pipeline's components, by name. Raises ConfigError for another kind of pipeline."""
         import diffusers
 
