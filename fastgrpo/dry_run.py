@@ -228,7 +228,7 @@ class _Iteration:
         before = self.meter.cost.copy()
         with self.meter.counting(category):
             yield
-        self.phases.append(Phase(name, self.meter.cost - before, self.meter.at_peak, self.meter.peaks))
+        self.phases.append(Phase(name, self.meter.cost - before, self.meter.at_peak, dict(self.meter.peaks)))
 
 
 class _PlannedVisitor(Visitor):

@@ -157,7 +157,7 @@ SAYS = {
     "model.lora=true": "model.lora: true is not valid; it should be a section",
     "model.lora.targets.0=": "model.lora.targets.0: null is not valid; it should be text",
     "model.activation_checkpointing=some": "model.activation_checkpointing: 'some' is not valid; it should be 'none', "
-    "'all' or a whole number",
+    "'selective', 'all', 'auto' or a whole number",
     "rewards=[]": "rewards: [] is not valid; it should be a list of at least 1",
     "rewards=shapes": "rewards: 'shapes' is not valid; it should be a list",
     "rewards.1.name=x": "rewards.1.name: '1' is not an index of a list of 1, which counts from 0",

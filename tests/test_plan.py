@@ -98,7 +98,7 @@ def test_a_plan_says_what_would_fit(tiny_flux, monkeypatch, tmp_path):
     run = CliRunner().invoke(app, ["plan", str(path), "--world", "1"])
     assert run.exit_code == 1, run.output
     assert "does not fit" in run.stdout
-    assert "nearest that fits: model.activation_checkpointing=all" in run.stdout
+    assert "nearest that fits: model.activation_checkpointing=selective" in run.stdout
     found = planning.plan(config, GPUS["h100"], 1)
     data = json.loads(json.dumps(planning.as_json(found, ({"model.activation_checkpointing": "all"}, found))))
     assert not data["fits"]
