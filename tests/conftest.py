@@ -5,6 +5,12 @@ import os
 import pytest
 import torch
 
+# Kernel tests run Triton on the GPU where there is one, and in its interpreter on CPU tensors otherwise, which has to be
+# chosen before anything imports triton: peft does, where bitsandbytes is installed. Tests that compile ahead of time run
+# in a process of their own.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # One thread for each of several workers (`-n`), and for the processes that their tests start: two threads that wait
@@ -14,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = config.getoption("markexpr") or ""
     for item in items:
