@@ -62,7 +62,12 @@ def interrupt(folder: Path) -> None:
         os.kill(int(pid), signal.SIGUSR1)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_the_script_is_a_script():
+    subprocess.run(["bash", "-n", str(ROOT / "configs/launch/slurm.sh")], check=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_slurm_requeues_a_preempted_run_which_then_goes_on(submit, tmp_path, ranks):
     job = submit(ranks, 400)
     interrupt(tmp_path)
