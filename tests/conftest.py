@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-# Kernel tests run Triton on the GPU where there is one, and in its interpreter on CPU tensors otherwise, which has to be
-# chosen before anything imports triton: peft does, where bitsandbytes is installed. Tests that compile ahead of time run
-# in a process of their own.
+# Kernel tests run Triton on the GPU where there is one, and in its interpreter on CPU tensors otherwise. That has to be
+# chosen before anything imports triton: peft does, where bitsandbytes is installed. Tests that compile ahead of time
+# run in a process of their own.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
