@@ -9,7 +9,7 @@ from fastgrpo.config import load_config
 from fastgrpo.trainer import train
 
 # Iterations of about a minute on two cores.
-ITERATIONS = {"shapes-flux": 60, "shapes-stable-diffusion": 40}
+ITERATIONS = {"shapes-flux": 60, "shapes-stable-diffusion": 64}
 
 
 @pytest.mark.full

@@ -1,6 +1,7 @@
 """Wheels, versions and extras; and (full) that the built wheel installs into an empty environment and runs."""
 
 import email
+import os
 import re
 import subprocess
 import sys
@@ -137,9 +138,11 @@ def test_without_any_extra_the_doctor_answers_and_training_names_its_extra():
 def test_the_wheel_installs_into_an_empty_environment_and_runs(wheel, kernels_wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*command, code=0):
-        done = subprocess.run([str(c) for c in command], cwd=tmp_path, capture_output=True, text=True)
+        command = [str(part) for part in command]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
