@@ -150,6 +150,8 @@ class _Iteration:
 
         self.frozen = prepare_weights(family, config, world, fill)
         self.stretches = Stretches(self.meter, family, stacks, lengths)
+        # Outside the mode: schedulers read their tensors.
+        self.levels = family.noise_levels(config.rollout.steps, config.rollout.shift)
 
     def run(self, kept: Residency, decoded: dict[int, Any]) -> DryRun:
         """decoded: what decoding cost, kept between iterations of the same pipeline at other depths."""
@@ -180,7 +182,7 @@ class _Iteration:
         meter.claim(optimizer.ema or (), "ema")
         roll = config.rollout
         samples = roll.prompts_per_iteration * roll.candidates
-        plan = plan_rollout(roll, family.noise_levels(roll.steps, roll.shift), samples, 0, config.run.seed)
+        plan = plan_rollout(roll, self.levels, samples, 0, config.run.seed)
         mine = np.sort(rank_samples(samples, config.update.optimizer_steps, world.size, world.rank).reshape(-1))
         layout = lay_out(plan, roll, mine)
         with meter.counting("caches"):

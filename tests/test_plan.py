@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from fastgrpo import plan as planning
 from fastgrpo.architectures import architecture, build_family, known
 from fastgrpo.cli import app
-from fastgrpo.config import Model
+from fastgrpo.config import Model, load_config
 from fastgrpo.dry_run import dry_run
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.gpus import GPUS, Gpu, gpu_named
@@ -104,6 +104,13 @@ def test_a_plan_says_what_would_fit(tiny_flux, monkeypatch, tmp_path):
     assert not data["fits"]
     assert data["need_bytes"] == found.need > 0.9 * data["memory_bytes"]
     assert [phase["name"] for phase in data["phases"]] == ["rollout", "decode", "update"]
+
+
+def test_a_family_whose_scheduler_reads_its_tensors_is_planned():
+    small = ["rollout.prompts_per_iteration=1", "rollout.group_size=2", "rollout.steps=3", "rollout.forward_batch=2"]
+    window = [f"rollout.trained.{setting}" for setting in ("size=1", "start=0", "stop=null", "move=fixed")]
+    config = load_config("configs/shapes-stable-diffusion.yaml", [*small, *window])
+    assert [phase.name for phase in dry_run(config).phases] == ["rollout", "decode", "update"]
 
 
 def test_one_line_each(tiny_flux):
