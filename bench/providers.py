@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -116,11 +117,10 @@ def prepare(operation: str, provider: str, mode: str, inputs: Inputs) -> Callabl
     """A function of no arguments that does the timed work; what precedes it is done already."""
     op = OPERATIONS[operation]
     if provider == "ours":
-        call: Callable[[], object] = lambda: op.ours(inputs)  # noqa: E731
+        call: Callable[[], object] = partial(op.ours, inputs)
     else:
         function = torch.compile(op.eager, dynamic=False) if provider == "compile" else op.eager
-        arguments = op.arguments(inputs)
-        call = lambda: function(*arguments)  # noqa: E731
+        call = partial(function, *op.arguments(inputs))
     if mode == "no_grad":
         return torch.no_grad()(call)
     if operation == "on_policy" and provider == "ours":

@@ -142,13 +142,16 @@ def ranks(iterations: int = 2) -> dict[str, Any]:
             complete(root / "moved", count, last, constant)
         base = {n: t.detach().clone() for n, t in _weights(root / "empty", 1, constant).items()}
         one, moved = (_weights(root / name, steps[-1], constant) for name in ("straight", "moved"))
-        norm = lambda a, b: torch.stack([(a[n] - b[n]).norm() for n in a]).norm().item()  # noqa: E731
         rewards = [_column(root / name, "reward/mean") for name in ("straight", "moved")]
         return {
-            "weights apart / moved": norm(one, moved) / norm(one, base),
-            "weights apart / norm": norm(one, moved) / torch.stack([t.norm() for t in one.values()]).norm().item(),
+            "weights apart / moved": _distance(one, moved) / _distance(one, base),
+            "weights apart / norm": _distance(one, moved) / torch.stack([t.norm() for t in one.values()]).norm().item(),
             "rewards": rewards,
         }
+
+
+def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return torch.stack([(a[n] - b[n]).norm() for n in a]).norm().item()
 
 
 def _weights(folder: Path, iterations: int, *settings: str) -> dict[str, torch.Tensor]:

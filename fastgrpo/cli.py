@@ -302,15 +302,14 @@ def _complain(error: UserError) -> None:
 
 def _check(config: Any, ranks: int) -> None:
     """What a run would find out before its weights load: names, prompts, numbers that do not divide."""
-    import torch
-
+    from fastgrpo.adamw_8bit import check_optimizer
     from fastgrpo.arithmetic import arithmetic
-    from fastgrpo.models import check_family, check_parts
+    from fastgrpo.models import check_family
     from fastgrpo.prompts import load_prompts
     from fastgrpo.rewards import load_reward
 
     check_family(config)
-    check_parts(config, "cuda" if torch.cuda.is_available() else "cpu")
+    check_optimizer(config.update.optimizer)
     for spec in config.scored:
         load_reward(spec)
     for source in filter(None, (config.prompts.train, config.prompts.heldout)):

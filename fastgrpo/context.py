@@ -58,20 +58,15 @@ def check_split(size: int, heads: int, tokens: Sequence[int], method: str) -> No
         )
 
 
-def check_context(config: Any, parts: Mapping[str, Mapping[str, Any]], device: str) -> None:
+def check_context(config: Any, kinds: Sequence[str], parts: Mapping[str, Mapping[str, Any]], device: str) -> None:
     """Raises ConfigError for context parallelism that a model cannot have, from its components' configs alone.
 
-    config: of the run. parts: as `ModelFamily.read_configs` gives them.
+    config: of the run. kinds: those that the family has. parts: as `ModelFamily.read_configs` gives them.
     """
     family, size, method = config.model.family, config.parallel.context, config.parallel.context_kind
-    if size == 1:
-        return
-    allowed = ("flux", "wan") if method == "ring" else ("flux", "wan", "hunyuan_video", "skyreels")
-    if family not in allowed:
-        raise ConfigError(
-            f"parallel.context: {size}, but the tokens of {family} cannot be split by {method}; leave it at 1 (split: "
-            f"{', '.join(allowed)})"
-        )
+    if method not in kinds:
+        other = f"set parallel.context_kind to {' or '.join(kinds)}, or leave it at 1" if kinds else "leave it at 1"
+        raise ConfigError(f"parallel.context: {size}, but the tokens of {family} cannot be split by {method}; {other}")
     if method == "ring" and device == "cpu":
         raise ConfigError("parallel.context_kind: ring attention needs GPUs; on a CPU use ulysses")
     transformer = parts.get("transformer") or parts["transformer_2"]

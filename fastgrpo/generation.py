@@ -20,7 +20,8 @@ from torch import Tensor
 from fastgrpo.advantages import extremes
 from fastgrpo.config import Config
 from fastgrpo.errors import UserError
-from fastgrpo.models.base import Conditioning, ModelFamily, to_device
+from fastgrpo.models.base import ModelFamily
+from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.prompts import Prompt
 from fastgrpo.rewards import Reward, Scores, release
 from fastgrpo.rollout import Layout, Trajectory, decode, lay_out, rollout

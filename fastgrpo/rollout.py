@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import Rollout
-from fastgrpo.models.base import Conditioning, ModelFamily, to_device
+from fastgrpo.models.base import ModelFamily
+from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.schedule import RolloutPlan
 from fastgrpo_kernels import gaussian_step, log_prob, noise
 
@@ -182,9 +183,13 @@ def deterministic_step(
     """
     a, b, _ = plan.transitions[step]
     weight, needed = plan.second_order[step], step + 1 < plan.steps and plan.second_order[step + 1] != 0
-    y = gaussian_step(x, v, a, b, 0.0, None)
-    clean = gaussian_step(x, v, *plan.clean[step], 0.0, None) if weight or needed else None
-    if weight and clean is not None and previous is not None:
+    if not (weight or needed):
+        return gaussian_step(x, v, a, b, 0.0, None), None
+    taken = gaussian_step(x, v, a, b, 0.0, None, return_all=True, clean=plan.clean[step])
+    y, clean = taken.latents, taken.clean
+    assert clean is not None
+    if weight:
+        assert previous is not None
         y.add_(clean - previous, alpha=weight)
     return y, clean if needed else None
 

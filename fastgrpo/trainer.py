@@ -24,7 +24,7 @@ from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.evaluate import evaluate, heldout_prompts, record
 from fastgrpo.generation import Batch, Generator, flight_scores, flight_state, keep_extremes, tensors
 from fastgrpo.guard import RewardGuard
-from fastgrpo.models import check_family, check_parts, load_family
+from fastgrpo.models import check_family, load_family
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import World, gathered, prepare_weights, residency, start_world, this_machine
 from fastgrpo.plan import settled
@@ -52,7 +52,6 @@ class Trainer:
         self.rewards = {spec.key: load_reward(spec) for spec in config.scored}
         check_family(config)
         check_optimizer(config.update.optimizer)
-        check_parts(config, "cuda" if torch.cuda.is_available() else "cpu")
         config = self.config = settled(config, *this_machine())
         self.world: World = start_world(config)
         self.store = CheckpointStore.of_run(self.dir, self.world.main)

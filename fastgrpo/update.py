@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.config import Config
-from fastgrpo.models.base import Conditioning, ModelFamily, to_device
+from fastgrpo.models.base import ModelFamily
+from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.objective import SUMMED, Statistics, policy_loss
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import KEPT, Residency, World, hold_weights, set_gradient_sync

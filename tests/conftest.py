@@ -20,7 +20,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = config.getoption("markexpr") or ""
     for item in items:
@@ -28,18 +27,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if "full" in item.keywords and "full" not in asked:
             item.add_marker(pytest.mark.skip(reason="minutes long: pytest -m full, or make test-full"))
-        # A worker takes whole files, whose tests share fixtures; of the documents, which share none, one at a time.
-        if item.path.name != "test_docs.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_process_group():
-    """Ends the process group that an earlier test of this process may have left, and one that this test leaves."""
+    """Ends the process group that a test leaves, as a trainer does that shards."""
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
     yield
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 import functools
 
-import pytest
 import torch
 from tiny import tiny_config, tiny_rollout_inputs
 
@@ -37,7 +36,6 @@ def test_selective_keeps_products_and_recomputes_the_rest(tiny_flux):
     assert every[2] < selective[2] < none[2]
 
 
-@pytest.mark.usefixtures("no_process_group")
 def test_auto_takes_the_least_recomputation_that_fits(tiny_flux, monkeypatch):
     monkeypatch.setattr(planning, "RESERVED", 0)
     monkeypatch.setattr(planning, "dry_run", functools.cache(planning.dry_run))
@@ -54,7 +52,6 @@ def test_auto_takes_the_least_recomputation_that_fits(tiny_flux, monkeypatch):
         assert planning.plan(auto, roomy, 1).config.model.activation_checkpointing == setting
 
 
-@pytest.mark.usefixtures("no_process_group")
 def test_a_run_settles_auto_before_it_starts(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", model={"activation_checkpointing": "auto"})
     trainer = Trainer(config)

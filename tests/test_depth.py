@@ -16,8 +16,6 @@ from fastgrpo.config import Config
 from fastgrpo.depth import SHORT, Stack, shorten, stacks_of
 from fastgrpo.dry_run import DryRun, dry_run
 
-pytestmark = pytest.mark.usefixtures("no_process_group")
-
 
 @pytest.fixture(scope="module")
 def deep_flux(tmp_path_factory):

@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_config
 
 from fastgrpo.checkpoint import CheckpointStore
-from fastgrpo.config import dump_settings
+from fastgrpo.settings import dump_settings
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!/bin/bash

@@ -133,7 +133,6 @@ def test_two_ranks_are_one_rank(tiny_flux, runs, variant):
     compare(tiny_flux, runs / "alone", runs / variant)
 
 
-@pytest.mark.usefixtures("no_process_group")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_plan_is_what_is_measured(tiny_flux, runs, ranks):
     found = json.loads((runs / f"measured {ranks}" / "cost.json").read_text())

@@ -25,8 +25,6 @@ from fastgrpo.gpus import GPUS, Gpu, gpu_named
 from fastgrpo.meter import Collective, Meter
 from fastgrpo.settings import dump_settings
 
-pytestmark = pytest.mark.usefixtures("no_process_group")
-
 
 def test_multiplying_changes_no_figure(tiny_flux):
     config = tiny_config(

@@ -147,7 +147,8 @@ def test_clients_share_batches_and_one_cannot_spoil_another(url, remote, mean):
     assert len(mean.threads - {threading.get_ident()}) == 1
 
 
-def test_health_is_open_and_metrics_are_not(url):
+def test_health_is_open_and_metrics_are_not(url, remote):
+    remote(url).score(SAMPLES[:1], PROMPTS[:1], None)
     assert httpx.get(f"{url}/health", trust_env=False).json() == {"status": "ok"}
     assert httpx.get(f"{url}/metrics", trust_env=False).status_code == 401
     text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).text

@@ -14,6 +14,7 @@ PACKAGE, KERNELS = ROOT / "fastgrpo", ROOT / "kernels" / "fastgrpo_kernels"
 ROOMS = [
     {"fastgrpo_kernels", "fastgrpo", "errors"},
     {"settings"},
+    {"rollout_settings"},
     {"context", "config", "shapes", "prompt_sets"},
     {"gpus", "meter", "adamw_8bit"},
     {"schedule", "objective", "advantages", "optimizer", "arithmetic", "guard"},

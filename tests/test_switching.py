@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from fastgrpo.config import Config, Section, SubsetSteps, WindowSteps
+from fastgrpo.config import Config, SubsetSteps, WindowSteps
+from fastgrpo.settings import Section
 
 PAGE = (Path(__file__).parents[1] / "docs/switching.md").read_text(encoding="utf-8")
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# One task a GPU, requeued after preemption: sbatch --nodes 4 configs/launch/slurm.sh configs/flux-fast-8xh100.yaml run.dir=runs/flux
+# One task a GPU, requeued after preemption: sbatch --nodes 1 configs/launch/slurm.sh configs/flux-fast-8xh100.yaml run.dir=runs/flux
 #SBATCH --job-name=fastgrpo
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

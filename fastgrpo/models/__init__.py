@@ -11,6 +11,7 @@ from fastgrpo.context import check_context
 from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.models.attention import check_backend
 from fastgrpo.models.base import Conditioning, ModelFamily, resolve_path
+from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.schedule import check_sampler
 
 FAMILIES = {
@@ -42,8 +43,11 @@ def family_class(name: str) -> type[ModelFamily]:
 
 
 def check_family(config: Config) -> None:
-    """Raises ConfigError for an unknown family, or a sampler that its paradigm does not have; loads nothing."""
+    """Raises ConfigError for an unknown family, and for what it cannot have here; UserError for a package that is not
+    installed. Loads no weights."""
     check_sampler(config.rollout.sampler, family_class(config.model.family).paradigm, config.model.family)
+    check_quantization(config.model)
+    check_parts(config, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_parts(config: Config, device: str) -> None:
@@ -54,7 +58,8 @@ def check_parts(config: Config, device: str) -> None:
     check_backend(config.model.attention_backend, config.parallel.context)
     if config.parallel.context > 1:
         cls = family_class(config.model.family)
-        check_context(config, cls.read_configs(config.model, resolve_path(config.model.path)), device)
+        parts = cls.read_configs(config.model, resolve_path(config.model.path))
+        check_context(config, cls.context_kinds, parts, device)
 
 
 def load_family(config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:

@@ -13,65 +13,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastgrpo.config import Model
-from fastgrpo.errors import ConfigError, nearest, require
-from fastgrpo.models.embeddings import EmbeddingCache, Key, key_of, model_digest
+from fastgrpo.errors import ConfigError, nearest
+from fastgrpo.models.conditioning import Conditioning, PromptEncoding
+from fastgrpo.models.embeddings import EmbeddingCache, model_digest
 from fastgrpo.models.lora import check_targets, without_weights
-from fastgrpo.models.nf4 import quantize_layers
+from fastgrpo.models.nf4 import check_quantization, quantize_layers
 from fastgrpo.models.offload import Visitor
 from fastgrpo.models.sharded_load import empty_component, weight_files
 from fastgrpo.prompts import Prompt
 from fastgrpo.schedule import NoiseLevels, flow_levels, linear_levels, shifted
 
-# A batch size is part of the numerics, so text is always encoded in batches of this many prompts.
-ENCODE_BATCH = 8
-# Prompts encoded ahead, whose encodings are on the device together.
-AHEAD_BATCH = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
-class Conditioning(Mapping[str, Tensor]):
-    """What the model is conditioned on: named tensors whose first dimension is the row (a prompt, or a sample).
-
-    host: what the host must know of each row without asking the device, such as how long its text is.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], host: Mapping[str, np.ndarray] | None = None) -> None:
-        self.tensors, self.host = dict(tensors), dict(host or {})
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def rows(self, index: np.ndarray) -> Conditioning:
-        """The rows at `index` [R], in its order, repeats allowed."""
-        device = next(iter(self.tensors.values())).device
-        chosen = to_device(index, device)
-        return Conditioning(
-            {name: tensor.index_select(0, chosen) for name, tensor in self.tensors.items()},
-            {name: array[index] for name, array in self.host.items()},
-        )
-
-    def branches(self, name: str, guided: bool) -> Tensor:
-        """[R, …] of a name, or with guidance [2R, …]: the negative prompts' rows, then the prompts'."""
-        return torch.cat([self[f"negative_{name}"], self[name]]) if guided else self[name]
-
-    def host_branches(self, name: str, guided: bool) -> np.ndarray:
-        """`branches` of what the host knows."""
-        return np.concatenate([self.host[f"negative_{name}"], self.host[name]]) if guided else self.host[name]
-
-
-class ModelFamily(abc.ABC):
+class ModelFamily(PromptEncoding):
     """A diffusers pipeline as GRPO needs it.
 
     Latents are what the trained component takes, [B, *latent_shape], float32; `v` is its output in the compute dtype.
@@ -81,18 +41,16 @@ class ModelFamily(abc.ABC):
     # The pipeline classes that it serves.
     pipeline_classes: ClassVar[tuple[str, ...]]
     paradigm: ClassVar[Literal["flow", "diffusion"]] = "flow"
-    # embedded: the scale is an input of the model. cfg: two branches, the negative prompt's and the prompt's.
-    guidance_style: ClassVar[Literal["embedded", "cfg"]]
     # Components that are trained; `noise_levels` says which of them acts at a step.
     trained: ClassVar[tuple[str, ...]] = ("transformer",)
     # The encoding of a prompt's image, if the family conditions on one: latents of one frame.
     first_frame: ClassVar[str | None] = None
-    # Encodings that stay on the host (`Conditioning.host`).
-    host_names: ClassVar[tuple[str, ...]] = ()
     # Components that only encoding prompts needs.
     encoders: ClassVar[tuple[str, ...]]
     # Module lists whose members are sharded and checkpointed one by one.
     block_lists: ClassVar[tuple[str, ...]]
+    # How context parallelism may split its tokens.
+    context_kinds: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, pipeline: Any, config: Model, device: torch.device, cache: Path | None = None) -> None:
@@ -114,8 +72,7 @@ class ModelFamily(abc.ABC):
 
         sharded: the trained components stay without weights; `weight_files` says what `load_shards` is to read.
         """
-        if config.quantize:
-            require("bitsandbytes", f"model.quantize: {config.quantize}")
+        check_quantization(config)
         path = resolve_path(config.path)
         parts = cls.read_configs(config, path)
         cls.check(config, parts)
@@ -255,11 +212,6 @@ class ModelFamily(abc.ABC):
         return [block for name in self.block_lists for block in module.get_submodule(name).children()]
 
     @property
-    def guided(self) -> bool:
-        """Whether a prediction takes two branches."""
-        return self.guidance_style == "cfg" and self.config.guidance > 1
-
-    @property
     @abc.abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Of one sample, without the batch dimension, from model.height, width and frames."""
@@ -271,10 +223,6 @@ class ModelFamily(abc.ABC):
 
         parts: the config of each component by name; called before their weights are loaded.
         """
-
-    @abc.abstractmethod
-    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Embeddings of prompts' texts (and images) by `encoder`, [len(prompts), …] each; of negatives alike."""
 
     def encode_texts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """`encode_prompts` without what images bring."""
@@ -304,65 +252,6 @@ class ModelFamily(abc.ABC):
     def pipeline_shift(self) -> float:
         """The shift k that the pipeline's scheduler config asks for at this size."""
         return float(self.pipeline.scheduler.config.shift)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Prompt], keep: int = 4096) -> Conditioning:
-        """The conditioning of prompts, with classifier-free guidance that of their negatives too (`negative_<name>`).
-
-        Each text is encoded once and kept: the `keep` most recent in memory, all in model.embedding_cache.
-        """
-        tensors = self._encoded(prompts)
-        if self.guided:
-            negatives = self._encoded([self.negative(p) for p in prompts])
-            tensors |= {f"negative_{name}": tensor for name, tensor in negatives.items()}
-        self.embeddings.forget(max(keep, len(prompts)))
-        return self.condition(tensors)
-
-    def negative(self, prompt: Prompt) -> Prompt:
-        """What guidance leads away from; without classifier-free guidance the prompt itself."""
-        if not self.guided:
-            return prompt
-        return Prompt(self.config.negative_prompt if prompt.negative is None else prompt.negative, image=prompt.image)
-
-    def condition(self, encoded: Mapping[str, Tensor]) -> Conditioning:
-        """Encoded prompts as conditioning, with what stays on the host apart."""
-        host = [name for name in encoded if name.removeprefix("negative_") in self.host_names]
-        return Conditioning(
-            {name: tensor.to(self.device) for name, tensor in encoded.items() if name not in host},
-            {name: encoded[name].cpu().numpy() for name in host},
-        )
-
-    def _encoded(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        distinct = {key_of(p): p for p in prompts}
-        found = {key: self.embeddings.get(p) for key, p in distinct.items()}
-        missing = [p for key, p in distinct.items() if found[key] is None]
-        if missing:
-            with self.encoding():
-                found |= self._encoded_anew(missing)
-        rows = [cast(dict[str, Tensor], found[key_of(p)]) for p in prompts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _encoded_anew(self, prompts: Sequence[Prompt]) -> dict[Key, dict[str, Tensor]]:
-        found = {}
-        for start in range(0, len(prompts), ENCODE_BATCH):
-            chunk = list(prompts[start : start + ENCODE_BATCH])
-            encoded = self.encode_prompts(chunk + [chunk[-1]] * (ENCODE_BATCH - len(chunk)))
-            for row, prompt in enumerate(chunk):
-                found[key_of(prompt)] = {
-                    name: tensor[row].cpu() if name in self.host_names else tensor[row].clone()
-                    for name, tensor in encoded.items()
-                }
-                self.embeddings.put(prompt, found[key_of(prompt)])
-        return found
-
-    def encode_ahead(self, prompts: Sequence[Prompt]) -> None:
-        """Encodes into model.embedding_cache what it lacks of these prompts, negatives too; then frees the encoders."""
-        missing = [p for p in prompts if not (self.embeddings.has(p) and self.embeddings.has(self.negative(p)))]
-        for start in range(0, len(missing), AHEAD_BATCH):
-            self.encode(missing[start : start + AHEAD_BATCH], keep=1)
-        # What was read back from disk would be on the host; this is on the device.
-        self.embeddings.forget(0)
-        self.drop_encoders()
 
     def make_trainable(self) -> None:
         """Turns on the gradients of what the config trains: a new LoRA, model.trainable, or every weight.
@@ -413,12 +302,6 @@ class ModelFamily(abc.ABC):
         finally:
             for layer in layers:
                 layer._disable_adapters = False
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A host array as a tensor on `device`, without waiting for the device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def guide(branches: Tensor, scale: float, rescale_norm: bool = False) -> Tensor:

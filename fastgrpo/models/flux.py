@@ -20,6 +20,7 @@ class Flux(ModelFamily):
     pipeline_classes = ("FluxPipeline",)
     guidance_style = "embedded"
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    context_kinds = ("ulysses", "ring")
     block_lists = ("transformer_blocks", "single_transformer_blocks")
 
     @property

@@ -29,6 +29,7 @@ class HunyuanVideo(ModelFamily):
     pipeline_classes = ("HunyuanVideoPipeline",)
     guidance_style = "embedded"
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    context_kinds = ("ulysses",)
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     host_names = ("text_length",)
 

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.config import Model
+from fastgrpo.errors import require
+
 BLOCK = 64
+
+
+def check_quantization(config: Model) -> None:
+    """Raises UserError where model.quantize needs a package that is not installed; loads nothing."""
+    if config.quantize:
+        require("bitsandbytes", f"model.quantize: {config.quantize}")
 
 
 class NF4Linear(nn.Linear):

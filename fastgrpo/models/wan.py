@@ -30,6 +30,7 @@ class Wan(ModelFamily):
     guidance_style = "cfg"
     trained = ("transformer", "transformer_2")
     encoders = ("text_encoder", "tokenizer")
+    context_kinds = ("ulysses", "ring")
     block_lists = ("blocks",)
 
     def __init__(self, pipeline: Any, *args: Any, **settings: Any) -> None:

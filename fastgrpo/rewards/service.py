@@ -29,12 +29,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastgrpo.config import PositiveFloat, PositiveInt, RewardSpec
+from fastgrpo.config import RewardSpec
 from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.base import Reward, Scores
 from fastgrpo.rewards.wire import ScoreRequest, WireError, decode_request, encode_scores
-from fastgrpo.settings import Section
+from fastgrpo.settings import PositiveFloat, PositiveInt, Section
 
 log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

@@ -161,8 +161,7 @@ def _shift_moments_bwd_kernel(
     if y_ptr is not None:
         factor_eps *= tl.div_rn(1.0, s)
         a = load_scalar(a, row, A_PER_ROW)
-    # One sum, to which each latent is added as it arrives: few of them are in registers at a time.
-    if y_ptr is not None:
+        # One sum, to which each latent is added as it arrives: few of them are in registers at a time.
         grad = factor_eps * load_move(y_ptr, x_ptr, a, row, y_stride, x_stride, start, mask, BLOCK)
     else:
         grad = factor_eps * load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
