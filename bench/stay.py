@@ -53,6 +53,9 @@ def fork(work: Callable[[], None], rank: int = 0, ranks: int = 1, port: int = 0)
     if process:
         return process
     try:
+        # The parent's thread pools did not survive the fork. Asked for here, they are made anew before the loaders'
+        # threads ask at once, which is a race in PyTorch ("Invalid thread pool!").
+        torch.set_num_threads(1)
         if ranks > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
