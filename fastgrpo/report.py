@@ -240,10 +240,39 @@ def _time(runs: list[RunData]) -> str:
     for run in runs:
         phases = run.phases()
         total = sum(phases.values()) or 1.0
-        rows = [(name, _duration(value), f"{value / total:.1%}") for name, value in phases.items()]
-        tables.append(_table((run.name, "time", "share"), rows))
+        rows = [
+            (name, _duration(value), f"{value / total:.1%}", _gib(run.series(f"memory/{name}_bytes")[1]))
+            for name, value in phases.items()
+        ]
+        tables.append(_table((run.name, "time", "share", "most memory"), rows))
     chart = time_chart({run.name: run.phases() for run in runs})
-    return _section("Time by phase", f'<div class="wide">{chart}</div><div class="tables">{"".join(tables)}</div>')
+    note = "<br>".join(html.escape(f"{run.name}: {said}") for run in runs if (said := _machines(run)))
+    return _section(
+        "Time by phase", f'<div class="wide">{chart}</div><div class="tables">{"".join(tables)}</div>', note
+    )
+
+
+def _gib(values: Sequence[float]) -> str:
+    return f"{max(values) / 2**30:.2f} GiB" if values else ""
+
+
+def _machines(run: RunData) -> str:
+    """What the ranks and their GPUs told: who came last, and what held a clock back."""
+    said = []
+    _, last = run.series("ranks/last")
+    if last:
+        rank = max(set(last), key=last.count)
+        behind = _mean(run.series("ranks/behind_seconds")[1])
+        said.append(
+            f"rank {rank:.0f} came last in {last.count(rank)} of {len(last)} iterations, and the last one was "
+            f"{_duration(behind)} behind the median rank"
+        )
+    if power := run.series("gpu/power_w")[1]:
+        said.append(f"{_mean(power):.0f} W, {_mean(run.series('gpu/joules_per_sample')[1]):.0f} J a sample")
+    if clock := run.series("gpu/clock_mhz")[1]:
+        limited = _mean(run.series("gpu/limited")[1])
+        said.append(f"slowest clock {min(clock):.0f} MHz, {limited:.0%} of readings held back by power or heat")
+    return "; ".join(said)
 
 
 def _categories(runs: list[RunData]) -> str:

@@ -159,19 +159,36 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 class PhaseTimer:
-    """Seconds by phase. On a GPU, CUDA events mark the phases and nothing waits for them before `read`."""
+    """Seconds and the most memory by phase. On a GPU, CUDA events mark the phases and nothing waits for them before
+    `read`; memory is what its allocator has given out, which the host knows.
+
+    peak: bytes, the most of all phases and between them.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._cuda = torch.device(device).type == "cuda"
+        self.peak = 0
         self._seconds: dict[str, float] = {}
+        self._memory: dict[str, int] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time of the block to `name`, its name in a profiler's trace too; phases do not nest."""
+        self._mark()
         with torch.profiler.record_function(name):
-            yield from self._timed(name)
+            try:
+                yield from self._timed(name)
+            finally:
+                self._memory[name] = max(self._memory.get(name, 0), self._mark())
+
+    def _mark(self) -> int:
+        """The most memory since the last mark."""
+        most = peak_memory_bytes()
+        self.peak = max(self.peak, most)
+        forget_peak_memory()
+        return most
 
     def _timed(self, name: str) -> Iterator[None]:
         if self._cuda:
@@ -192,8 +209,8 @@ class PhaseTimer:
     def lap(self) -> Lap:
         """What passed since the last lap. Reading nothing, it waits for nothing; a new lap begins."""
         now = time.perf_counter()
-        lap = Lap(now - self._since, self._seconds, self._events)
-        self._seconds, self._events, self._since = {}, [], now
+        lap = Lap(now - self._since, self._seconds, self._events, self._memory)
+        self._seconds, self._events, self._since, self._memory = {}, [], now, {}
         return lap
 
     def read(self) -> dict[str, float]:
@@ -203,11 +220,12 @@ class PhaseTimer:
 
 @dataclasses.dataclass
 class Lap:
-    """A stretch of a run: seconds of the clock, and by phase."""
+    """A stretch of a run: seconds of the clock, and by phase. memory: bytes, the most in each phase."""
 
     total: float
     seconds: dict[str, float]
     events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]
+    memory: dict[str, int]
 
     def read(self) -> dict[str, float]:
         """Seconds by phase, with `total` (of the clock) and `other` (in no phase). On a GPU it waits for its end."""
@@ -219,8 +237,19 @@ class Lap:
         return {**seconds, "other": max(0.0, self.total - sum(seconds.values())), "total": self.total}
 
 
+def forget_peak_memory() -> None:
+    """`peak_memory_bytes` counts anew from here, but where the system does not allow that (not Linux, no GPU)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        # proc(5): resets the resident high-water mark, and nothing else.
+        file.write("5")
+
+
 def peak_memory_bytes() -> int:
-    """The most memory ever allocated: on the current GPU where there is one, else resident in this process."""
+    """The most memory allocated since `forget_peak_memory`: on the current GPU where there is one, else resident in
+    this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
@@ -232,17 +261,19 @@ def peak_memory_bytes() -> int:
 
 
 class Progress:
-    """One live line on a terminal (iteration, reward, seconds an iteration, time left); else a line every 10 s."""
+    """On a terminal a live line (iteration, reward, seconds an iteration, time left) over a table of the last
+    iteration's phases; else a line every 10 s."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
     def __init__(self, total: int, start: int = 0, enabled: bool = True) -> None:
         self._total, self._done, self._start, self._enabled = total, start, start, enabled
         self._begin = self._spoke = time.perf_counter()
-        self._bar: Any = None
+        self._live: Any = None
         if not enabled:
             return
         from rich.console import Console
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
@@ -251,36 +282,77 @@ class Progress:
             columns = (TextColumn("iteration"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[state]}"))
             self._bar = RichProgress(*columns, console=self._console)
             self._task = self._bar.add_task("train", total=total, completed=start, state="starting")
-            self._bar.start()
+            self._live = Live(self._bar, console=self._console)
+            self._live.start()
 
-    def update(self, done: int, reward: float) -> None:
-        """`done` iterations are behind us, the last with this mean reward."""
+    def update(self, done: int, metrics: Mapping[str, float]) -> None:
+        """`done` iterations are behind us, the last with these metrics."""
         if not self._enabled:
             return
         now = time.perf_counter()
         self._done = done
         pace = (now - self._begin) / max(1, done - self._start)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - done)))
-        state = f"reward {reward:.3f} · {pace:.2f} s/iteration · {left} left"
-        if self._bar is not None:
+        state = f"reward {metrics['reward/mean']:.3f} · {pace:.2f} s/iteration · {left} left"
+        if self._live is not None:
+            from rich.console import Group
+
             self._bar.update(self._task, completed=done, state=state)
+            self._live.update(Group(self._bar, phase_table(metrics)))
         elif now - self._spoke >= self.SECONDS_BETWEEN_LINES or done == self._total:
             self._spoke = now
-            print(f"iteration {done}/{self._total} · {state}", file=sys.stderr, flush=True)
+            remarks = "".join(f" · {remark}" for remark in remarks_of(metrics))
+            print(f"iteration {done}/{self._total} · {state}{remarks}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """A line of its own, above the live one."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+        if self._live is not None:
+            self._console.print(text, highlight=False, markup=False)
         elif self._enabled:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+# A rank is worth a remark when the others wait for it for this share of an iteration.
+STRAGGLES = 0.05
+
+
+def phase_table(metrics: Mapping[str, float]) -> Any:
+    """A rich table of an iteration: seconds, share and most memory of each phase; remarks below."""
+    from rich import box
+    from rich.table import Table
+
+    remarks = ", ".join(remarks_of(metrics)) or None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=remarks, caption_justify="left")
+    for column in ("phase", "seconds", "share", "most memory"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    total = metrics["time/total"]
+    phases = {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/") and k != "time/total"}
+    for name, seconds in phases.items():
+        memory = metrics.get(f"memory/{name}_bytes")
+        shown = "" if memory is None else f"{memory / 2**30:.2f} GiB"
+        table.add_row(name, f"{seconds:.2f}", f"{seconds / total:.0%}", shown)
+    return table
+
+
+def remarks_of(metrics: Mapping[str, float]) -> list[str]:
+    """What else an iteration's metrics tell: the rank that the others waited for, the GPUs' power, clock and limits."""
+    found = []
+    if metrics.get("ranks/behind_seconds", 0.0) > STRAGGLES * metrics.get("time/total", math.inf):
+        found.append(f"rank {metrics['ranks/last']:.0f} is {metrics['ranks/behind_seconds']:.2f} s behind")
+    if "gpu/power_w" in metrics:
+        found.append(f"{metrics['gpu/power_w']:.0f} W")
+    if "gpu/clock_mhz" in metrics:
+        found.append(f"{metrics['gpu/clock_mhz']:.0f} MHz")
+    if metrics.get("gpu/limited"):
+        found.append(f"{metrics['gpu/limited']:.0%} of GPUs held back by power or heat")
+    return found

@@ -133,6 +133,17 @@ def test_two_ranks_are_one_rank(tiny_flux, runs, variant):
     compare(tiny_flux, runs / "alone", runs / variant)
 
 
+def test_several_ranks_tell_who_came_last(runs):
+    def told(folder):
+        lines = [json.loads(line) for line in (runs / folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k.startswith("ranks/")} for line in lines]
+
+    assert told("alone") == [{}, {}]
+    for line in told("once"):
+        assert line["ranks/last"] in (0, 1)
+        assert line["ranks/behind_seconds"] >= 0
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_plan_is_what_is_measured(tiny_flux, runs, ranks):
     found = json.loads((runs / f"measured {ranks}" / "cost.json").read_text())

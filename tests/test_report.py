@@ -130,6 +130,21 @@ def test_a_report_always_says_what_held_out_rewards_did(make_run, action, fallin
     assert "first: held-out reward held" in page.text
 
 
+def test_a_report_tells_memory_stragglers_and_what_held_clocks_back(make_run):
+    run = make_run()
+    assert "came last" not in Page(write_report(run).read_text()).text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line |= {"memory/update_bytes": (2.0 + i / 40) * 2**30, "ranks/last": float(i % 4 == 0), "gpu/limited": 0.25}
+        line |= {"ranks/behind_seconds": 0.3, "gpu/power_w": 5000.0, "gpu/clock_mhz": 1700.0 - i}
+        line |= {"gpu/joules_per_sample": 52.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(write_report(run).read_text()).text
+    assert "update 24 s 60.0% 2.98 GiB" in text
+    assert "rank 0 came last in 30 of 40 iterations, and the last one was 0.3 s behind the median rank" in text
+    assert "5000 W, 52 J a sample; slowest clock 1661 MHz, 25% of readings held back by power or heat" in text
+
+
 def test_a_report_is_the_same_bytes_for_the_same_run(make_run):
     run = make_run()
     assert write_report(run).read_bytes() == write_report([run]).read_bytes()

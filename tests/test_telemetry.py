@@ -169,6 +169,49 @@ def test_a_phase_that_raises_is_timed():
     assert "reward" in timer.read()
 
 
+def test_memory_is_told_by_phase():
+    import numpy
+
+    timer = PhaseTimer("cpu")
+    with timer.phase("rollout"):
+        block = numpy.ones(2**25)
+        del block
+    with timer.phase("update"):
+        pass
+    lap = timer.lap()
+    assert 2**27 < lap.memory["rollout"] - lap.memory["update"] < 2**29
+    assert timer.peak >= lap.memory["rollout"]
+    assert timer.lap().memory == {}
+
+
+def test_the_live_table_shows_phases_memory_and_who_is_behind(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    metrics = {"reward/mean": 0.5, "time/rollout": 3.0, "time/update": 1.0, "time/total": 4.0}
+    metrics |= {"memory/update_bytes": 3.0 * 2**30, "ranks/last": 5.0, "ranks/behind_seconds": 0.5}
+    metrics |= {"gpu/power_w": 650.0, "gpu/clock_mhz": 1755.0, "gpu/limited": 0.5}
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr("rich.console.Console", lambda stderr: screen)
+    with Progress(total=10) as progress:
+        progress.update(1, metrics)
+        progress.note("a note")
+    shown = screen.file.getvalue()
+    for words in (
+        "reward 0.500",
+        "rollout",
+        "75%",
+        "3.00 GiB",
+        "rank 5 is 0.50 s behind",
+        "650 W",
+        "1755 MHz",
+        "a note",
+    ):
+        assert words in shown
+    assert "50% of GPUs held back" in shown
+
+
 @pytest.mark.gpu
 def test_phase_times_on_a_gpu_are_those_of_the_stream():
     import torch
@@ -193,7 +236,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch)
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     with Progress(total=10, start=2) as progress:
         for i in range(2, 10):
-            progress.update(i + 1, reward=0.5)
+            progress.update(i + 1, {"reward/mean": 0.5})
         progress.note("stopped")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" · ")[0] for line in lines[:-1]] == ["iteration 5/10", "iteration 8/10", "iteration 10/10"]
@@ -203,7 +246,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch)
 
 def test_progress_can_be_silent(capsys):
     with Progress(total=1, enabled=False) as progress:
-        progress.update(1, reward=0.5)
+        progress.update(1, {"reward/mean": 0.5})
     assert capsys.readouterr() == ("", "")
 
 

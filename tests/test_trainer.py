@@ -15,7 +15,7 @@ from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.rewards import Scores
 from fastgrpo.trainer import Trainer, train
 
-TIMES = ("time/", "samples_per_second", "memory/")
+TIMES = ("time/", "samples_per_second", "memory/", "ranks/", "gpu/")
 
 
 def metrics(run_dir: Path) -> list[dict]:
