@@ -17,7 +17,8 @@ from fastgrpo.config import load_config
 from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry
 from fastgrpo.trainer import Trainer
 
-WARM_UP, COUNTED = 3, 20
+# Enough for most prompts to have been encoded: each is encoded once in a run.
+WARM_UP, COUNTED = 20, 20
 
 
 def main(path: str, overrides: list[str]) -> None:
@@ -31,6 +32,7 @@ def main(path: str, overrides: list[str]) -> None:
         # Frozen evaluations and those with gradients; the backward of a loss is the transformer's, but for the loss.
         timed(family, "predict", "transformer forward", spent)
         timed(family, "decode", "VAE decode", spent)
+        timed(family, "encode_prompts", "text encoders", spent)
         timed(torch.Tensor, "backward", "backward", spent)
         for reward in trainer.rewards.values():
             timed(reward, "score", "reward", spent)

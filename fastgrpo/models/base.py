@@ -197,6 +197,11 @@ class ModelFamily(PromptEncoding):
         """The trained components, by name."""
         return {name: getattr(self.pipeline, name) for name in self.trained if getattr(self.pipeline, name) is not None}
 
+    @cached_property
+    def vae_dtype(self) -> torch.dtype:
+        """Of the autoencoder's weights, asked once: diffusers goes through every module for it."""
+        return self.pipeline.vae.dtype
+
     @property
     def transformer(self) -> nn.Module:
         """The trained component, the first of several."""

@@ -94,11 +94,11 @@ class Flux(ModelFamily):
             latents, self.config.height, self.config.width, self.pipeline.vae_scale_factor
         )
         scaled = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return to_pixels(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
+        return to_pixels(vae.decode(scaled.to(self.vae_dtype), return_dict=False)[0])
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         vae = self.pipeline.vae
-        drawn = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.sample(generator).float()
+        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator).float()
         scaled = (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
         return self.pipeline._pack_latents(scaled, *scaled.shape)

@@ -99,11 +99,11 @@ class QwenImage(ModelFamily):
         unpacked = self.pipeline._unpack_latents(
             latents, self.config.height, self.config.width, self.pipeline.vae_scale_factor
         )
-        return to_pixels(vae.decode((unpacked * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0])
+        return to_pixels(vae.decode((unpacked * std + mean).to(self.vae_dtype), return_dict=False)[0][:, :, 0])
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         vae, (mean, std) = self.pipeline.vae, self.latent_statistics
-        drawn = vae.encode((images * 2 - 1).to(vae.dtype)[:, :, None]).latent_dist.sample(generator).float()
+        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)[:, :, None]).latent_dist.sample(generator).float()
         scaled = ((drawn - mean) / std)[:, :, 0]
         return self.pipeline._pack_latents(scaled, *scaled.shape)

@@ -108,12 +108,12 @@ class StableDiffusion(ModelFamily):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        return to_pixels(vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0])
+        return to_pixels(vae.decode((latents / vae.config.scaling_factor).to(self.vae_dtype), return_dict=False)[0])
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         vae = self.pipeline.vae
-        drawn = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.sample(generator)
+        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator)
         return drawn.float() * vae.config.scaling_factor
 
 

@@ -153,11 +153,11 @@ class Wan(ModelFamily):
     def decode(self, latents: Tensor) -> Tensor:
         mean, std = self.latent_statistics
         vae = self.pipeline.vae
-        return to_pixels(vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0])
+        return to_pixels(vae.decode((latents * std + mean).to(self.vae_dtype), return_dict=False)[0])
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         vae = self.pipeline.vae
         mean, std = self.latent_statistics
-        drawn = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.sample(generator)
+        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator)
         return (drawn.float() - mean) / std
