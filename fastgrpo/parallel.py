@@ -188,6 +188,9 @@ def shard(transformer: nn.Module, blocks: list[nn.Module], world: World, config:
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32, output_dtype=compute, cast_forward_inputs=False
     )
+    for parameter in transformer.parameters():
+        # A UNet's convolutions lie channels last, which FSDP2 does not take.
+        parameter.data = parameter.data.contiguous()
     keeps = config.parallel.frozen == "replicate"
     whole = {p for p in transformer.parameters() if not p.requires_grad} if keeps else None
     for block in blocks:

@@ -13,6 +13,7 @@ from fastgrpo.cli import main
 from fastgrpo.config import dump
 from fastgrpo.evaluate import apply_checkpoint, open_run
 from fastgrpo.models import load_family
+from fastgrpo.trainer import Trainer
 
 LORA = {"rank": 2, "alpha": 4.0}
 SHORT = [("sd_v", None), ("sd3", LORA), ("qwen_image", None)]
@@ -43,3 +44,14 @@ def test_a_run_with_cached_prompts_exports_what_its_pipeline_loads(tmp_path: Pat
     if lora:
         pipeline.load_lora_weights(exported)
     assert (after - by_pipeline(use_ddim(pipeline), family, PROMPTS[:2])).abs().max() <= 1e-4
+
+
+def test_a_unet_in_bfloat16_is_sharded_and_trains(tmp_path: Path):
+    """Its convolutions lie channels last, and FSDP2, which bfloat16 runs by, takes no such weights."""
+    build("sd_v").save_pretrained(tmp_path / "base")
+    trainer = Trainer(image_config(tmp_path / "base", "sd_v", tmp_path / "run", model={"dtype": "bfloat16"}))
+    before = [p.full_tensor().clone() for p in trainer.family.policy.parameters()]
+    trainer.run()
+    after = [p.full_tensor() for p in trainer.family.policy.parameters()]
+    assert all(torch.isfinite(p).all() for p in after)
+    assert any((p != q).any() for p, q in zip(before, after, strict=True))
