@@ -102,7 +102,7 @@ def record(case: str, dtype: str, shape: tuple[int, ...]) -> dict[str, list]:
     launches: list[Launch] = []
 
     def recorded(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **named: Any) -> None:
-        options = {"num_warps": named.pop("num_warps", 4)}
+        options = {name: named.pop(name) for name in ("num_warps", "maxnreg") if name in named}
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | named
         launches.append(Launch(kernel, math.prod(grid), arguments, options))
 

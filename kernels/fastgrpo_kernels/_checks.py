@@ -50,14 +50,16 @@ def check_no_grad(**tensors: object) -> None:
             raise ValueError(f"{name}: requires a gradient, but none flows into it; pass {name}.detach()")
 
 
-def per_sample(name: str, value: object, like: Tensor, *, positive: bool = False) -> float | Tensor:
-    """A coefficient as a float, or as a float32/float64 [B] tensor on the device of `like`.
+def per_sample(
+    name: str, value: object, like: Tensor, *, positive: bool = False, less_one: bool = False
+) -> float | Tensor:
+    """A coefficient, `less_one` or not, as a float, or as a float32/float64 [B] tensor on the device of `like`.
 
     Values are checked where that needs no device-to-host copy.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         _check_values(name, value, math.isfinite(value), not positive or value > 0)
-        return float(value)
+        return float(value) - less_one
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a float or a [B] tensor, got {type(value).__name__}")
     if value.dtype not in (torch.float32, torch.float64):
@@ -67,6 +69,8 @@ def per_sample(name: str, value: object, like: Tensor, *, positive: bool = False
     if is_host_readable(value):
         finite = bool(torch.isfinite(value).all())
         _check_values(name, value, finite, not positive or bool((value > 0).all()))
+    if less_one:
+        value = value - 1.0
     if like.device.type != "cpu":
         value = value.to(device=like.device, dtype=torch.float32, non_blocking=True)
     elif value.device.type != "cpu":

@@ -40,13 +40,13 @@ def difference(left: Tensor, right: Tensor) -> Tensor:
     return out.copy_(left).sub_(right)
 
 
-def residual(y: Tensor, x: Tensor, v: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
+def residual(y: Tensor, x: Tensor, v: Tensor, a_less_one: float | Tensor, b: float | Tensor) -> Tensor:
     """y - a·x - b·v as a new contiguous float32 tensor.
 
     As (y - x) - (a - 1)·x - b·v: steps are short and a is near 1, which float32 knows to 6e-8 only, but a - 1 well.
     """
     out = difference(y, x)
-    add_scaled(out, 1.0 - a, x.to(torch.float32))
+    add_scaled(out, -a_less_one, x.to(torch.float32))
     add_scaled(out, -b, v.to(torch.float32))
     return out
 

@@ -1,5 +1,6 @@
 """What every Triton launch needs: rows without copies where possible, coefficients in float32, the grid, counters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ def rows(tensor: Tensor) -> Tensor:
     if tensor.ndim > 1 and tensor[0].is_contiguous():
         return tensor.flatten(1)
     return tensor.contiguous().flatten(1)
+
+
+def row_strides(tensors: Sequence[Tensor | None], elements: int) -> list[int | None]:
+    """Batch strides of rows [B, D]; None where it is D: what is dense shares its offsets, which saves registers."""
+    return [None if t is None or t.stride(0) == elements else t.stride(0) for t in tensors]
 
 
 def kernel_scalar(value: float | Tensor) -> float | Tensor:
@@ -45,5 +51,6 @@ def launch(kernel: Any, programs: int, *args: object, **constants: object) -> No
 
 
 def hip_options(options: dict[str, Any], warp: int) -> dict[str, Any]:
-    """Launch options on AMD: warps of its size, 256 threads at least."""
+    """Launch options on AMD: warps of its size, 256 threads at least; its compiler takes no limit of registers."""
+    options = {name: value for name, value in options.items() if name != "maxnreg"}
     return options | {"num_warps": max(options["num_warps"] * 32, 256) // warp}

@@ -11,8 +11,8 @@ static = load("static")
 TABLE = {tuple(row[k] for k in static.KEY): row for row in static.read_table()}
 NONE_OF = ("stack_bytes", "fp64", "local")
 REGISTERS, REGISTERS_WITH_NOISE = 40, 80
-# Every latent at once, none of them noise from a key: docs/kernels.md tells what was tried.
-REGISTERS_WITH_EVERY_LATENT = {"grpo_loss/all step": 54, "grpo_loss/all stored": 44, "gaussian_step/all stored": 42}
+# Every latent at once, none of them noise from a key, on MI300X: docs/kernels.md tells what was tried.
+REGISTERS_ON_MI300X = {"grpo_loss/all step": 47, "grpo_loss/all stored": 48, "gaussian_step/all stored": 42}
 
 # One target and dtype for each kernel; `make test-full` compiles the whole matrix.
 SMALL = (["sm_90"], None, ["bfloat16"])
@@ -35,7 +35,9 @@ def rows():
 
 def check(row):
     makes_noise = load("static_cases").CASES[row["case"]].makes_noise
-    limit = REGISTERS_WITH_NOISE if makes_noise else REGISTERS_WITH_EVERY_LATENT.get(row["case"], REGISTERS)
+    limit = REGISTERS_WITH_NOISE if makes_noise else REGISTERS
+    if row["target"] == "gfx942":
+        limit = REGISTERS_ON_MI300X.get(row["case"], limit)
     assert row["registers"] <= limit, row
     assert all(row[column] == 0 for column in NONE_OF), row
     if row["bytes_per_element"] == "":

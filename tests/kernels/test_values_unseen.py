@@ -5,6 +5,7 @@ import torch
 from kernel_cases import KERNEL_DEVICE, make_case
 
 from fastgrpo_kernels import (
+    StoredStep,
     clipped_loss,
     gaussian_step,
     grpo_loss,
@@ -37,8 +38,8 @@ def test_a_deviation_that_is_none_gives_nan_in_its_row_alone():
     found = [
         *moments.launch_shift_moments(shift),
         moments.launch_shift_moments_backward(one, one, shift)[0],
-        density.launch_log_prob(x, v, x, a, b, s),
-        density.launch_log_prob_backward(one, x, v, x, a, b, s),
+        density.launch_log_prob(x, v, x, a - 1, b, s),
+        density.launch_log_prob_backward(one, x, v, x, a - 1, b, s),
         on_policy.launch_on_policy_gradient(one, b, s, eps, None, 0, x.shape, torch.float32),
         paths.launch_gaussian_step(step)[1],
         clipped.launch_clipped_loss(one, one, s, one, one, None, ratio)[2][0],
@@ -147,8 +148,22 @@ def test_short_steps_keep_their_digits():
     """a is near 1 where a step is short: rounded to float32 it would lose what the residual is made of."""
     a, b, s = transitions.dance_sde(1.0, 0.99, 0.1)
     case = make_case((2, 4, 32, 32), torch.float32)
-    y = gaussian_step(case.x, case.v_old, a, b, s, case.eps)
+    x, v_old, one = case.x, case.v_old, torch.ones(2)
+    y = gaussian_step(x, v_old, a, b, s, case.eps)
     v, reference = case.v.clone().requires_grad_(), case.v.double().requires_grad_()
-    log_prob(case.x, v, y, a, b, s).sum().backward()
-    log_prob_reference(case.x, reference, y, a, b, s).sum().backward()
-    assert (v.grad - reference.grad).abs().max() <= 3e-7 * reference.grad.abs().max()
+    log_prob(x, v, y, a, b, s).sum().backward()
+    log_prob_reference(x, reference, y, a, b, s).sum().backward()
+    device = [t.to(KERNEL_DEVICE) for t in (one, x, case.v, y)]
+    kernel = density.launch_log_prob_backward(*device, a - 1, b, s)
+    for found in (v.grad, kernel.cpu()):
+        assert (found - reference.grad).abs().max() <= 3e-7 * reference.grad.abs().max()
+
+    stored = case.v.double().requires_grad_()
+    eps = (y.double() - a * x.double() - b * v_old.double()) / s
+    shift_moments_reference(stored, v_old, b, s, eps)[0].sum().backward()
+    v.grad = None
+    shift_moments(v, v_old, b, s, StoredStep(x, y, a))[0].sum().backward()
+    shift = Shift(*device[2:3], v_old.to(KERNEL_DEVICE), b, s, x=device[1], y=device[3], a_less_one=a - 1)
+    kernel, _ = moments.launch_shift_moments_backward(device[0], 0 * device[0], shift)
+    for found in (v.grad, kernel.cpu()):
+        assert (found - stored.grad).abs().max() <= 3e-7 * stored.grad.abs().max()

@@ -29,17 +29,20 @@ def load_deviation(s, row, PER_ROW: tl.constexpr):
 
 
 @triton.jit
-def load_block(ptr, row, stride, start, mask, BLOCK: tl.constexpr):
-    """One block of one row in float32; zero beyond the row."""
-    return tl.load(ptr + row * stride + start + tl.arange(0, BLOCK), mask=mask, other=0.0).to(tl.float32)
+def load_block(ptr, row, stride, elements, start, mask, BLOCK: tl.constexpr):
+    """One block of one row in float32; zero beyond the row. A stride of None is that of dense rows."""
+    if stride is None:
+        stride = elements
+    # One sum, which the pointers of dense latents share: registers.
+    return tl.load(ptr + (row * stride + start + tl.arange(0, BLOCK)), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, start, mask, BLOCK: tl.constexpr):
+def load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, elements, start, mask, BLOCK: tl.constexpr):
     """The model output of one block: v, or the guided v rounded to its storage dtype."""
-    v = load_block(v_ptr, row, v_stride, start, mask, BLOCK)
+    v = load_block(v_ptr, row, v_stride, elements, start, mask, BLOCK)
     if v_uncond_ptr is not None:
-        uncond = load_block(v_uncond_ptr, row, v_uncond_stride, start, mask, BLOCK)
+        uncond = load_block(v_uncond_ptr, row, v_uncond_stride, elements, start, mask, BLOCK)
         # An explicit fma: rollout and replay must round alike.
         v = tl.fma(tl.zeros_like(v) + scale, v - uncond, uncond).to(v_ptr.dtype.element_ty).to(tl.float32)
     return v
@@ -97,8 +100,8 @@ def _gaussian_step_kernel(
     mask = offsets < elements - start
     out = row * elements + start + offsets
     scale = load_scalar(guidance, row, G_PER_ROW)
-    v = load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, start, mask, BLOCK)
-    x = load_block(x_ptr, row, x_stride, start, mask, BLOCK)
+    v = load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, elements, start, mask, BLOCK)
+    x = load_block(x_ptr, row, x_stride, elements, start, mask, BLOCK)
     if v_out_ptr is not None:
         tl.store(v_out_ptr + out, v.to(v_out_ptr.dtype.element_ty), mask=mask)
     if clean_ptr is not None:
@@ -109,7 +112,7 @@ def _gaussian_step_kernel(
     if words_ptr is not None:
         y += load_scalar(s, row, S_PER_ROW) * normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK)
     elif eps_ptr is not None:
-        y += load_scalar(s, row, S_PER_ROW) * load_block(eps_ptr, row, eps_stride, start, mask, BLOCK)
+        y += load_scalar(s, row, S_PER_ROW) * load_block(eps_ptr, row, eps_stride, elements, start, mask, BLOCK)
     stored = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + out, stored, mask=mask)
     if partials_ptr is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._cpu import add_scaled, column, guide, quotient, sum_blocks
-from .._launch import arrivals, kernel_scalar, launch, rows
+from .._launch import arrivals, kernel_scalar, launch, row_strides, rows
 from .._noise_args import noise_cpu
 from ..noise import split_seed
 
@@ -75,7 +75,7 @@ def _affine(x: Tensor, v: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
 
 def launch_gaussian_step(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The Triton path: one launch."""
-    from ..noise_kernel import BLOCK, NUM_WARPS, READ_WARPS
+    from ..noise_kernel import BLOCK, NUM_WARPS, READ_REGISTERS, READ_WARPS
     from .kernel import _gaussian_step_kernel
 
     y, log_prob, clean, kept = step.outputs()
@@ -87,6 +87,7 @@ def launch_gaussian_step(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     coefficients = [kernel_scalar(0.0 if c is None else c) for c in (step.a, step.b, step.s, *optional)]
     names = ("A", "B", "S", "G", "CLEAN_A", "CLEAN_B")
     per_row = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip(names, coefficients, strict=True)}
+    limit = {"maxnreg": READ_REGISTERS} if words is None and step.v_uncond is not None else {}
     density: list[Tensor | None] = [None, None, None]
     if step.log_prob:
         partials = torch.empty((batch, blocks), dtype=torch.float32, device=y.device)
@@ -96,11 +97,12 @@ def launch_gaussian_step(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch * blocks,
         *(y, *density, None if step.clean_a is None else clean, kept if step.keep_v else None),
         *(*flat, words, *split_seed(step.seed), *coefficients),
-        *(0 if t is None else t.stride(0) for t in flat),
+        *row_strides(flat, elements),
         elements,
         blocks,
         **per_row,
         BLOCK=BLOCK,
         num_warps=READ_WARPS if words is None else NUM_WARPS,
+        **limit,
     )
     return y, log_prob, clean, kept

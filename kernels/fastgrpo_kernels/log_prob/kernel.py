@@ -11,12 +11,15 @@ from ..gaussian_step.kernel import finish_log_prob, load_deviation, load_scalar
 
 
 @triton.jit
-def standard_residual(x_ptr, v_ptr, y_ptr, a, b, inverse_s, mask):
-    """(y - a·x - b·v)/s of one block in float32; zero beyond the row."""
+def standard_residual(x_ptr, v_ptr, y_ptr, a_less_one, b, inverse_s, mask):
+    """(y - a·x - b·v)/s of one block in float32; zero beyond the row.
+
+    Steps are short and a is near 1, which float32 knows to 6e-8 only, but a - 1 well.
+    """
     x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr, mask=mask, other=0.0).to(tl.float32)
-    return (y - a * x - b * v) * inverse_s
+    return ((y - x) - a_less_one * x - b * v) * inverse_s
 
 
 @triton.jit
@@ -27,7 +30,7 @@ def _log_prob_fwd_kernel(
     x_ptr,
     v_ptr,
     y_ptr,
-    a,
+    a_less_one,
     b,
     s,
     x_stride,
@@ -44,13 +47,13 @@ def _log_prob_fwd_kernel(
     row = (pid // blocks).to(tl.int64)
     start = (pid % blocks).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
-    a, b = load_scalar(a, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
+    a_less_one, b = load_scalar(a_less_one, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
     step = load_deviation(s, row, S_PER_ROW)
     z = standard_residual(
         x_ptr + row * x_stride + start + offsets,
         v_ptr + row * v_stride + start + offsets,
         y_ptr + row * y_stride + start + offsets,
-        a,
+        a_less_one,
         b,
         tl.div_rn(1.0, step),
         offsets < elements - start,
@@ -66,7 +69,7 @@ def _log_prob_bwd_kernel(
     x_ptr,
     v_ptr,
     y_ptr,
-    a,
+    a_less_one,
     b,
     s,
     x_stride,
@@ -84,14 +87,14 @@ def _log_prob_bwd_kernel(
     start = (pid % blocks).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < elements - start
-    a, b = load_scalar(a, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
+    a_less_one, b = load_scalar(a_less_one, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
     inverse_s = tl.div_rn(1.0, load_deviation(s, row, S_PER_ROW))
     factor = tl.load(grad_ptr + row) * tl.div_rn(b * inverse_s, tl.cast(elements, tl.float32))
     z = standard_residual(
         x_ptr + row * x_stride + start + offsets,
         v_ptr + row * v_stride + start + offsets,
         y_ptr + row * y_stride + start + offsets,
-        a,
+        a_less_one,
         b,
         inverse_s,
         mask,

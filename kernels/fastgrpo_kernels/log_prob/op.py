@@ -19,7 +19,7 @@ def log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s:
     mean(-(y - a·x - b·v)²/(2s²)) - log s - ½·log 2π; trainers that sum over elements have D times it. `x` (before the
     step), `v` (the model output) and `y` (after the step, as stored) are [B, ...] of 2 to 5 dimensions in float32,
     bfloat16 or float16 (each its own), any strides; `a`, `b` and `s` > 0 are floats or [B] float64/float32 (see
-    `transitions`). Everything is computed in float32.
+    `transitions`). Everything is computed in float32, but for a - 1, in a's own precision.
 
     Differentiable once, in `v` alone: b·(y - a·x - b·v)/(s²·D), in v's dtype. For the ratio of two policies use
     `shift_moments`: a difference of two log-probabilities loses the digits that a clip range of 1e-4 needs.
@@ -30,47 +30,48 @@ def log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s:
     check_latents("x", x)
     check_latents("v", v, like=x)
     check_latents("y", y, like=x)
-    a, b, s = per_sample("a", a, x), per_sample("b", b, x), per_sample("s", s, x, positive=True)
-    check_no_grad(x=x, y=y, a=a, b=b, s=s)
+    less_one = per_sample("a", a, x, less_one=True)
+    b, s = per_sample("b", b, x), per_sample("s", s, x, positive=True)
+    check_no_grad(x=x, y=y, a=less_one, b=b, s=s)
     if not is_eager(x, v, y):
-        return _log_prob_op(x, v, y, *as_rows((a, b, s), x))
+        return _log_prob_op(x, v, y, *as_rows((less_one, b, s), x))
     if torch.is_grad_enabled() and v.requires_grad:
-        return _LogProb.apply(x, v, y, a, b, s)  # pyright: ignore[reportReturnType]
-    return _forward(x, v, y, a, b, s)
+        return _LogProb.apply(x, v, y, less_one, b, s)  # pyright: ignore[reportReturnType]
+    return _forward(x, v, y, less_one, b, s)
 
 
-def _forward(x, v, y, a, b, s) -> Tensor:
+def _forward(x, v, y, a_less_one, b, s) -> Tensor:
     body = log_prob_cpu if x.device.type == "cpu" else launch_log_prob
-    return body(x, v, y, a, b, s)
+    return body(x, v, y, a_less_one, b, s)
 
 
-def _backward(grad, x, v, y, a, b, s) -> Tensor:
+def _backward(grad, x, v, y, a_less_one, b, s) -> Tensor:
     body = log_prob_backward_cpu if x.device.type == "cpu" else launch_log_prob_backward
-    return body(grad, x, v, y, a, b, s)
+    return body(grad, x, v, y, a_less_one, b, s)
 
 
-def log_prob_cpu(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
+def log_prob_cpu(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
     """The ATen path: one buffer, float32 sums in blocks, scaled once per sample in float64."""
-    z = residual(y, x, v, a, b).mul_(column(quotient(1.0, s), x)).flatten(1)
+    z = residual(y, x, v, a_less_one, b).mul_(column(quotient(1.0, s), x)).flatten(1)
     log_s = s.double().log() if isinstance(s, Tensor) else math.log(s)
     mean_square = sum_blocks(z.square_()) / z.shape[1]
     return (-0.5 * mean_square - log_s - 0.5 * math.log(2.0 * math.pi)).to(torch.float32)
 
 
 def log_prob_backward_cpu(
-    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient
+    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient
 ) -> Tensor:
     """Gradient of v in ATen: one buffer, one pass for each term."""
     factor = grad.double() * quotient(quotient(b, s), s) / v[0].numel()
-    return residual(y, x, v, a, b).mul_(column(factor, x)).to(v.dtype)
+    return residual(y, x, v, a_less_one, b).mul_(column(factor, x)).to(v.dtype)
 
 
-def launch_log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
+def launch_log_prob(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
     """The Triton path, one launch: partial sums to their own slots, which the last program of a row adds."""
     from ..noise_kernel import BLOCK
     from .kernel import _log_prob_fwd_kernel
 
-    inputs, shape, constants = _kernel_arguments(x, v, y, a, b, s)
+    inputs, shape, constants = _kernel_arguments(x, v, y, a_less_one, b, s)
     batch, elements, blocks = shape
     out = torch.empty(batch, dtype=torch.float32, device=x.device)
     partials = torch.empty((batch, blocks), dtype=torch.float32, device=x.device)
@@ -80,36 +81,36 @@ def launch_log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coeffici
 
 
 def launch_log_prob_backward(
-    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient
+    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient
 ) -> Tensor:
     """Gradient of v by Triton: one launch."""
     from ..noise_kernel import BLOCK
     from .kernel import _log_prob_bwd_kernel
 
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    inputs, shape, constants = _kernel_arguments(x, v, y, a, b, s)
+    inputs, shape, constants = _kernel_arguments(x, v, y, a_less_one, b, s)
     batch, elements, blocks = shape
     arguments = grad_v, grad.contiguous(), *inputs, elements, blocks
     launch(_log_prob_bwd_kernel, batch * blocks, *arguments, **constants, BLOCK=BLOCK)
     return grad_v
 
 
-def _kernel_arguments(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient):
+def _kernel_arguments(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient):
     """(pointers, coefficients and strides), (B, D, blocks of a row), and the constants of both kernels over latents."""
     from ..noise_kernel import BLOCK, READ_WARPS
 
     x, v, y = rows(x), rows(v), rows(y)
-    a, b, s = kernel_scalar(a), kernel_scalar(b), kernel_scalar(s)
-    constants = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("ABS", (a, b, s), strict=True)}
-    inputs = x, v, y, a, b, s, x.stride(0), v.stride(0), y.stride(0)
+    a_less_one, b, s = kernel_scalar(a_less_one), kernel_scalar(b), kernel_scalar(s)
+    constants = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("ABS", (a_less_one, b, s), strict=True)}
+    inputs = x, v, y, a_less_one, b, s, x.stride(0), v.stride(0), y.stride(0)
     return inputs, (*x.shape, -(-x.shape[1] // BLOCK)), {**constants, "num_warps": READ_WARPS}
 
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, v, y, a, b, s):
-        save_arguments(ctx, (x, v, y, a, b, s))
-        return _forward(x, v, y, a, b, s)
+    def forward(ctx, x, v, y, a_less_one, b, s):
+        save_arguments(ctx, (x, v, y, a_less_one, b, s))
+        return _forward(x, v, y, a_less_one, b, s)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -118,23 +119,25 @@ class _LogProb(torch.autograd.Function):
 
 
 @torch.library.custom_op("fastgrpo_kernels::log_prob", mutates_args=())
-def _log_prob_op(x: Tensor, v: Tensor, y: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    check_traced(a=a, b=b, s=s)
-    return _forward(x, v, y, a, b, s)
+def _log_prob_op(x: Tensor, v: Tensor, y: Tensor, a_less_one: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    check_traced(a=a_less_one, b=b, s=s)
+    return _forward(x, v, y, a_less_one, b, s)
 
 
 @_log_prob_op.register_fake
-def _(x, v, y, a, b, s):
+def _(x, v, y, a_less_one, b, s):
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("fastgrpo_kernels::log_prob_backward", mutates_args=())
-def _log_prob_backward_op(grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    return _backward(grad, x, v, y, a, b, s)
+def _log_prob_backward_op(
+    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Tensor, b: Tensor, s: Tensor
+) -> Tensor:
+    return _backward(grad, x, v, y, a_less_one, b, s)
 
 
 @_log_prob_backward_op.register_fake
-def _(grad, x, v, y, a, b, s):
+def _(grad, x, v, y, a_less_one, b, s):
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 

@@ -32,5 +32,5 @@ def _on_policy_gradient_kernel(
     mask = offsets < elements - start
     scale = tl.div_rn(load_scalar(b, row, B_PER_ROW), load_deviation(s, row, S_PER_ROW))
     factor = -tl.load(advantage_weight_ptr + row) * tl.div_rn(scale, tl.cast(elements, tl.float32))
-    eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
+    eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, elements, mask, BLOCK)
     tl.store(grad_ptr + row * elements + start + offsets, (factor * eps).to(grad_ptr.dtype.element_ty), mask=mask)

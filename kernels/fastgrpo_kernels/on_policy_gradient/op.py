@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._checks import LATENT_DTYPES, as_rows, check_no_grad, check_traced, is_eager, per_sample
 from .._cpu import column, quotient
-from .._launch import kernel_scalar, launch, rows
+from .._launch import kernel_scalar, launch, row_strides, rows
 from .._noise_args import Noise, noise_cpu, split_noise
 from ..noise import NoiseKey, split_seed
 
@@ -137,7 +137,7 @@ def launch_on_policy_gradient(
         eps,
         words,
         *split_seed(seed),
-        0 if eps is None else eps.stride(0),
+        *row_strides([eps], elements),
         elements,
         blocks,
         B_PER_ROW=isinstance(b, Tensor),

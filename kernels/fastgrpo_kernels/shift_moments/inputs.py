@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._checks import as_rows, check_guidance, check_latents, check_no_grad, per_sample
 from .._cpu import Tile, column, guide, quotient, residual, tile_coefficient, tiles
-from .._launch import kernel_scalar, rows
+from .._launch import kernel_scalar, row_strides, rows
 from .._noise_args import Noise, StoredStep, noise_cpu, split_noise
 from ..noise import split_seed
 
@@ -18,7 +18,7 @@ LATENTS = ("v", "v_old", "v_uncond", "v_reference", "eps", "x", "y")
 
 
 class Shift(NamedTuple):
-    """Tensors and coefficients of one call; ε comes from `eps`, from (`words`, `seed`), or from (`x`, `y`, `a`)."""
+    """Tensors and coefficients of one call; ε is `eps`, or that of (`words`, `seed`), or of (`x`, `y`, a - 1)."""
 
     v: Tensor
     v_old: Tensor
@@ -29,7 +29,7 @@ class Shift(NamedTuple):
     seed: int = 0
     x: Tensor | None = None
     y: Tensor | None = None
-    a: Coefficient | None = None
+    a_less_one: Coefficient | None = None
     v_uncond: Tensor | None = None
     guidance: Coefficient | None = None
     v_reference: Tensor | None = None
@@ -62,9 +62,9 @@ def check_shift(
     if isinstance(noise, StoredStep):
         check_latents("noise.x", noise.x, like=v)
         check_latents("noise.y", noise.y, like=v)
-        a = per_sample("noise.a", noise.a, v)
-        check_no_grad(**{"noise.x": noise.x, "noise.y": noise.y, "noise.a": a})
-        return shift._replace(x=noise.x, y=noise.y, a=a)
+        less_one = per_sample("noise.a", noise.a, v, less_one=True)
+        check_no_grad(**{"noise.x": noise.x, "noise.y": noise.y, "noise.a": less_one})
+        return shift._replace(x=noise.x, y=noise.y, a_less_one=less_one)
     if noise is None:
         raise TypeError("noise: expected the step's NoiseKey, its noise tensor or its StoredStep, got None")
     eps, words, seed = split_noise(noise, v)
@@ -73,7 +73,7 @@ def check_shift(
 
 def with_rows(shift: Shift) -> Shift:
     """Coefficients as [B] tensors, for the custom operators."""
-    names = [n for n in ("b", "s", "a", "guidance") if getattr(shift, n) is not None]
+    names = [n for n in ("b", "s", "a_less_one", "guidance") if getattr(shift, n) is not None]
     values = as_rows([getattr(shift, n) for n in names], shift.v)
     return shift._replace(**dict(zip(names, values, strict=True)))
 
@@ -89,7 +89,8 @@ def shift_tiles(shift: Shift) -> Iterator[tuple[Tile, Shift]]:
     """(tile, its part of the call as [rows, columns]) of every tile; a key's noise is made first."""
     shift = with_noise(shift)
     flat = {name: rows(t) for name in LATENTS if (t := getattr(shift, name)) is not None}
-    coefficients = {name: c for name in ("b", "s", "a", "guidance") if (c := getattr(shift, name)) is not None}
+    names = ("b", "s", "a_less_one", "guidance")
+    coefficients = {name: c for name in names if (c := getattr(shift, name)) is not None}
     for tile in tiles(*flat["v"].shape):
         parts = {name: t[tile] for name, t in flat.items()}
         yield tile, shift._replace(**parts, **{n: tile_coefficient(c, tile) for n, c in coefficients.items()})
@@ -101,8 +102,9 @@ def noise_of(part: Shift) -> Tensor:
         return part.eps.to(torch.float32)
     assert part.x is not None
     assert part.y is not None
-    assert part.a is not None
-    return residual(part.y, part.x, part.v_old, part.a, part.b).mul_(column(quotient(1.0, part.s), part.v))
+    assert part.a_less_one is not None
+    scaled = residual(part.y, part.x, part.v_old, part.a_less_one, part.b)
+    return scaled.mul_(column(quotient(1.0, part.s), part.v))
 
 
 def guided(shift: Shift) -> Tensor:
@@ -114,20 +116,21 @@ def guided(shift: Shift) -> Tensor:
 
 def kernel_arguments(shift: Shift) -> tuple[list[object], dict[str, object], int]:
     """Arguments of both latent-sized kernels after their outputs, their constants, and the number of programs."""
-    from ..noise_kernel import BLOCK
+    from ..noise_kernel import BLOCK, READ_REGISTERS
 
     flat = [None if t is None else rows(t) for t in (getattr(shift, name) for name in LATENTS)]
     words = None if shift.words is None else shift.words.contiguous()
-    values = (0.0 if shift.a is None else shift.a, shift.b, shift.s, 1.0 if shift.guidance is None else shift.guidance)
-    coefficients = [kernel_scalar(c) for c in values]
-    strides = [0 if t is None else t.stride(0) for t in flat]
+    values = (shift.a_less_one, 0.0), (shift.b, 0.0), (shift.s, 0.0), (shift.guidance, 1.0)
+    coefficients = [kernel_scalar(absent if c is None else c) for c, absent in values]
     batch, elements = shift.v.shape[0], shift.v[0].numel()
     blocks = -(-elements // BLOCK)
     constants: dict[str, object] = {
         f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("ABSG", coefficients, strict=True)
     }
     constants |= {"BLOCK": BLOCK, "num_warps": _warps(shift)}
-    arguments = [*flat, words, *split_seed(shift.seed), *coefficients, *strides, elements, blocks]
+    if shift.x is not None:
+        constants["maxnreg"] = READ_REGISTERS
+    arguments = [*flat, words, *split_seed(shift.seed), *coefficients, *row_strides(flat, elements), elements, blocks]
     return arguments, constants, batch * blocks
 
 

@@ -14,24 +14,25 @@ from ..reduction import is_last_of_row, sum_slots
 
 
 @triton.jit
-def load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK: tl.constexpr):
+def load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, elements, mask, BLOCK: tl.constexpr):
     """ε of one block, from the key or from memory."""
     if words_ptr is not None:
         return normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK)
     else:
-        return load_block(eps_ptr, row, eps_stride, block.to(tl.int64) * BLOCK, mask, BLOCK)
+        return load_block(eps_ptr, row, eps_stride, elements, block.to(tl.int64) * BLOCK, mask, BLOCK)
 
 
 @triton.jit
-def load_move(y_ptr, x_ptr, a, row, y_stride, x_stride, start, mask, BLOCK: tl.constexpr):
-    """y - a·x of one block of a stored step.
+def load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start, mask, BLOCK: tl.constexpr):
+    """y - a·x of one block of a stored step, as (y - x) - (a - 1)·x: a is near 1, which float32 knows to 6e-8 only.
 
     The barriers keep registers few: a division is a call, which must not find latents in flight, and the compiler would
     hold four of them at once, more than these two and then the others need.
     """
     tl.debug_barrier()
-    y = load_block(y_ptr, row, y_stride, start, mask, BLOCK)
-    move = y - a * load_block(x_ptr, row, x_stride, start, mask, BLOCK)
+    y = load_block(y_ptr, row, y_stride, elements, start, mask, BLOCK)
+    x = load_block(x_ptr, row, x_stride, elements, start, mask, BLOCK)
+    move = (y - x) - a_less_one * x
     tl.debug_barrier()
     return move
 
@@ -53,7 +54,7 @@ def _shift_moments_fwd_kernel(
     words_ptr,
     seed_low,
     seed_high,
-    a,
+    a_less_one,
     b,
     s,
     guidance,
@@ -81,17 +82,22 @@ def _shift_moments_fwd_kernel(
     scale = load_scalar(guidance, row, G_PER_ROW)
     if y_ptr is not None:
         inverse_s = tl.div_rn(1.0, load_deviation(s, row, S_PER_ROW))
-        move = load_move(y_ptr, x_ptr, load_scalar(a, row, A_PER_ROW), row, y_stride, x_stride, start, mask, BLOCK)
-    v = load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, start, mask, BLOCK)
+        a_less_one = load_scalar(a_less_one, row, A_PER_ROW)
+        # First, or with a reference last: so registers are fewest.
+        if v_reference_ptr is None:
+            move = load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start, mask, BLOCK)
+    v = load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, elements, start, mask, BLOCK)
     if v_reference_ptr is not None:
-        reference = v - load_block(v_reference_ptr, row, v_reference_stride, start, mask, BLOCK)
+        reference = v - load_block(v_reference_ptr, row, v_reference_stride, elements, start, mask, BLOCK)
         tl.store(partials_ptr + 2 * programs + pid, tl.sum(reference * reference))
-    v_old = load_block(v_old_ptr, row, v_old_stride, start, mask, BLOCK)
+    v_old = load_block(v_old_ptr, row, v_old_stride, elements, start, mask, BLOCK)
     shift = v - v_old
     if y_ptr is not None:
+        if v_reference_ptr is not None:
+            move = load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start, mask, BLOCK)
         eps = (move - load_scalar(b, row, B_PER_ROW) * v_old) * inverse_s
     else:
-        eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
+        eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, elements, mask, BLOCK)
     # Beyond the row both operands are zero.
     tl.store(partials_ptr + pid, tl.sum(shift * eps))
     tl.store(partials_ptr + programs + pid, tl.sum(shift * shift))
@@ -124,7 +130,7 @@ def _shift_moments_bwd_kernel(
     words_ptr,
     seed_low,
     seed_high,
-    a,
+    a_less_one,
     b,
     s,
     guidance,
@@ -160,20 +166,24 @@ def _shift_moments_bwd_kernel(
     guidance = load_scalar(guidance, row, G_PER_ROW)
     if y_ptr is not None:
         factor_eps *= tl.div_rn(1.0, s)
-        a = load_scalar(a, row, A_PER_ROW)
+        a_less_one = load_scalar(a_less_one, row, A_PER_ROW)
         # One sum, to which each latent is added as it arrives: few of them are in registers at a time.
-        grad = factor_eps * load_move(y_ptr, x_ptr, a, row, y_stride, x_stride, start, mask, BLOCK)
+        grad = factor_eps * load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start, mask, BLOCK)
     else:
-        grad = factor_eps * load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, mask, BLOCK)
-    v_old = load_block(v_old_ptr, row, v_old_stride, start, mask, BLOCK)
+        grad = factor_eps * load_noise(
+            eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, elements, mask, BLOCK
+        )
+    v_old = load_block(v_old_ptr, row, v_old_stride, elements, start, mask, BLOCK)
     if y_ptr is not None:
         grad -= factor_eps * b * v_old
-    v = load_guided(v_ptr, v_uncond_ptr, guidance, row, v_stride, v_uncond_stride, start, mask, BLOCK)
+    v = load_guided(v_ptr, v_uncond_ptr, guidance, row, v_stride, v_uncond_stride, elements, start, mask, BLOCK)
     grad += factor_change * (v - v_old)
     if v_reference_ptr is not None:
         factor_reference = 2.0 * tl.load(grad_reference_ptr + row) * scale * per_element
         tl.debug_barrier()
-        grad += factor_reference * (v - load_block(v_reference_ptr, row, v_reference_stride, start, mask, BLOCK))
+        grad += factor_reference * (
+            v - load_block(v_reference_ptr, row, v_reference_stride, elements, start, mask, BLOCK)
+        )
     out = row * elements + start + offsets
     if v_uncond_ptr is not None:
         tl.store(grad_v_uncond_ptr + out, ((1.0 - guidance) * grad).to(grad_v_ptr.dtype.element_ty), mask=mask)

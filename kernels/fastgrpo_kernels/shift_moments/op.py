@@ -173,6 +173,8 @@ class _ShiftMoments(torch.autograd.Function):
         return tuple(place(_backward(grads[0], grads[1], shift), shift))
 
 
+# Here and in the operators of grpo_loss `a` is Shift's a_less_one: Inductor's cache, which outlives an upgrade, holds
+# code that names these arguments, and does not look at their schema.
 @torch.library.custom_op("fastgrpo_kernels::shift_moments", mutates_args=())
 def _shift_moments_op(
     v: Tensor,
