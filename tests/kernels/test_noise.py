@@ -7,7 +7,18 @@ from kernel_cases import KERNEL_DEVICE
 from scipy import stats
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo_kernels import STREAM_INITIAL, STREAM_SDE, STREAM_SUBSET, noise, noise_key, normal, random_words, uniform
+from fastgrpo_kernels import (
+    STREAM_INITIAL,
+    STREAM_SDE,
+    STREAM_SUBSET,
+    _launch,
+    noise,
+    noise_key,
+    normal,
+    random_words,
+    uniform,
+)
+from fastgrpo_kernels.noise_kernel import _normal_kernel
 from fastgrpo_kernels.noise_reference import normal as oracle_normal
 from fastgrpo_kernels.noise_reference import philox_words
 
@@ -66,6 +77,17 @@ def test_bits_depend_on_the_row_alone():
         assert torch.equal(normal(key, (5, 1001)), full)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("block", [256, 1024])
+def test_kernel_bits_do_not_depend_on_the_block(block):
+    words = key_of(2).words.to(KERNEL_DEVICE)
+    out, elements = torch.empty(2, 4100, device=KERNEL_DEVICE), 4100
+    blocks = -(-elements // block)
+    _launch.launch(
+        _normal_kernel, 2 * blocks, out, words, *noise.split_seed(3), elements, blocks, BLOCK=block, num_warps=4
+    )
+    assert torch.equal(out, noise.launch_normal(words, 3, elements))
 
 
 def test_every_part_of_the_key_matters_and_draws_are_uncorrelated():
