@@ -104,6 +104,55 @@ def test_sde_step_with_logprob(shape, sde_type, steps):
     assert len(sde_step_with_logprob(scheduler, v, scheduler.timesteps[index], x, sde_type=sde_type)) == 4
 
 
+def difference(found, expected, sde_type):
+    """Largest of mean, log-probability and gradient, over the largest value; a log-density passes through 0: 1."""
+    floors = 0.0, float(sde_type == "sde"), 0.0
+    return [
+        float((f.detach().double() - e.detach().double()).abs().max() / e.detach().abs().max().clamp_min(floor))
+        for f, e, floor in zip(found, expected, floors, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("steps", [8, 16])
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+def test_every_step_of_a_schedule_against_float32_and_float64(sde_type, steps):
+    """Trainers take these steps in float32. Where a step has next to no noise, it is theirs that is off."""
+    x, v, noise = latents((3, 16, 32, 32))
+    scheduler = flow_scheduler(steps)
+    # As diffusers spaces them: down to 0.009, and from there to 0.
+    sigmas = torch.linspace(1, 0.003, steps)
+    scheduler.sigmas = torch.cat([3 * sigmas / (1 + 2 * sigmas), torch.zeros(1)])
+    scheduler.timesteps = 1000 * scheduler.sigmas[:-1]
+
+    def formula(index, y, dtype):
+        w, pair = v.to(dtype).requires_grad_(), scheduler.sigmas[index : index + 2]
+        if sde_type == "sde":
+            mean, std, _ = oracles.flow_sde(w, x.to(dtype), 0.7, *pair, scheduler.sigmas[1])
+            log_prob = oracles.gaussian_log_density(y.to(dtype), mean, std)
+        else:
+            mean, std = oracles.flow_cps(w, x.to(dtype), 0.7, *pair)
+            log_prob = -oracles.mean_over_elements((y.to(dtype) - mean) ** 2)
+        return mean, log_prob, torch.autograd.grad(log_prob.sum(), w)[0], std
+
+    coarse = 0
+    # CPS has no noise at all in its last step.
+    for index in range(steps - (sde_type == "cps")):
+        mean, *_, std = formula(index, x, torch.float32)
+        y = (mean + std * noise).detach()
+        exact, theirs = formula(index, y, torch.float64)[:3], formula(index, y, torch.float32)[:3]
+        w, timestep = v.clone().requires_grad_(), scheduler.timesteps[index : index + 1]
+        _, log_prob, mean, _ = sde_step_with_logprob(scheduler, w, timestep, x, 0.7, y, sde_type=sde_type)
+        ours = mean, log_prob, torch.autograd.grad(log_prob.sum(), w)[0]
+        limits = MEAN, LOG_PROB, GRADIENT
+        assert all(e <= limit for e, limit in zip(difference(ours, exact, sde_type), limits, strict=True))
+        if std.max() < 0.01:
+            coarse += 1
+            assert difference(theirs, exact, sde_type)[2] > 3 * difference(ours, exact, sde_type)[2]
+        else:
+            assert all(e <= limit for e, limit in zip(difference(ours, theirs, sde_type), limits, strict=True))
+    assert coarse == 1
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_ddim_step_with_logprob(shape, prediction):
