@@ -24,7 +24,12 @@ from fastgrpo.errors import UserError, nearest, require
 
 from .providers import OPERATIONS, PROVIDERS, SHAPES, Inputs, least_bytes, prepare
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "bench" / "data"
+DOCUMENT = ROOT / "docs" / "results.md"
+MARKS = ("<!-- kernels table -->\n", "<!-- end of kernels table -->\n")
+# The table that the document shows.
+SHOWN = DATA / "kernels-cpu-x86-64-1-threads.csv"
 KEY = ("op", "mode", "provider", "shape", "dtype")
 COLUMNS = (
     *KEY, "p20_ms", "p50_ms", "p80_ms", "cpu_ms", "gb_per_s", "of_copy", "peak_mib", "launches", "repeats", "threads",
@@ -40,11 +45,13 @@ Times = tuple[float, float]
 def run(
     ops: list[str] | None, shapes: list[str] | None, providers: list[str] | None, modes: list[str] | None, repeats: int
 ) -> None:
-    """Measure, print, and put rows and plot of this device into bench/data."""
+    """Measure, print, and put rows and plot of this device into bench/data, and the rows shown into docs/results.md."""
     rows = measure(ops, shapes, providers, modes, repeats)
     table = DATA / f"kernels-{device_slug()}.csv"
     upsert(table, rows)
     plot(read(table), table.with_suffix(".png"))
+    if table == SHOWN:
+        DOCUMENT.write_text(document(), encoding="utf-8")
     show(rows)
 
 
@@ -59,6 +66,8 @@ def measure(
     commit = _git("rev-parse", "--short", "HEAD").strip()
     rows = []
     for shape in shapes:
+        # Else what was compiled for the shapes before counts against a limit.
+        torch.compiler.reset()
         inputs = Inputs(SHAPES[shape], torch.bfloat16, device)
         for op in ops:
             for mode in [m for m in OPERATIONS[op].modes if not modes or m in modes]:
@@ -236,6 +245,33 @@ def show(rows: list[Row]) -> None:
     Console().print(table)
 
 
+def document() -> str:
+    """docs/results.md with the rows of SHOWN between its marks: a line for each shape, operation and mode."""
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    found = {tuple(row[k] for k in KEY): row for row in read(SHOWN)}
+    lines = ["| shape | operation | CPU ms | eager/ours | wall ms, median | eager/ours | peak extra MiB | eager/ours |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for shape in SHAPES:
+        for op, operation in OPERATIONS.items():
+            for mode in operation.modes:
+                rows = [found.get((op, mode, provider, shape, "bfloat16")) for provider in PROVIDERS]
+                if rows[0] is None:
+                    continue
+                cells = [_beside(rows, column) for column in ("cpu_ms", "p50_ms", "peak_mib")]
+                name = f"{op}, {mode}".replace("_", " ")
+                lines.append(f"| {shape} | {name} | {' | '.join(cells)} |")
+    return f"{before}{MARKS[0]}\n" + "".join(f"{line}\n" for line in lines) + f"\n{MARKS[1]}{after}"
+
+
+def _beside(rows: list[Row | None], column: str) -> str:
+    """One figure of all providers, and how many times ours eager's is."""
+    values = [None if row is None else float(row[column]) for row in rows]
+    shown = " / ".join("–" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values)
+    ours, eager = values[:2]
+    return f"{shown} | {'–' if not ours or eager is None else f'{eager / ours:.1f}×'}"
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Bars of the median time, a panel an operation and mode, grouped by shape."""
     require("matplotlib", "bench kernels")
@@ -271,14 +307,13 @@ def compare(base: str, ops: list[str] | None, shapes: list[str] | None, repeats:
     from rich.console import Console
     from rich.table import Table
 
-    root = DATA.parents[1]
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", base, "kernels"], cwd=root, capture_output=True)
+        archive = subprocess.run(["git", "archive", base, "kernels"], cwd=ROOT, capture_output=True)
         if archive.returncode:
             raise UserError(f"bench compare: {archive.stderr.decode().strip()}")
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
         before = _measure_tree(Path(folder) / "kernels", ops, shapes, repeats)
-    after = {tuple(row[k] for k in KEY): row for row in _measure_tree(root / "kernels", ops, shapes, repeats)}
+    after = {tuple(row[k] for k in KEY): row for row in _measure_tree(ROOT / "kernels", ops, shapes, repeats)}
     table = Table(title=f"{device_slug()}: {base} → this tree, ms", title_justify="left")
     for column in ("op", "mode", "shape", "p50 at base", "p50 here", "ratio"):
         table.add_column(column)
@@ -305,4 +340,4 @@ def _measure_tree(kernels: Path, ops: list[str] | None, shapes: list[str] | None
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=DATA.parents[1], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -119,7 +119,7 @@ def prepare(operation: str, provider: str, mode: str, inputs: Inputs) -> Callabl
     if provider == "ours":
         call: Callable[[], object] = partial(op.ours, inputs)
     else:
-        function = torch.compile(op.eager, dynamic=False) if provider == "compile" else op.eager
+        function = torch.compile(op.eager, dynamic=False, fullgraph=True) if provider == "compile" else op.eager
         call = partial(function, *op.arguments(inputs))
     if mode == "no_grad":
         return torch.no_grad()(call)

@@ -69,6 +69,20 @@ def test_rows_are_upserted_by_key_and_plotted(tmp_path, tiny):
     assert (tmp_path / "device.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_document_shows_the_committed_table(tmp_path, tiny, monkeypatch):
+    assert kernels.document() == kernels.DOCUMENT.read_text(encoding="utf-8")
+    # A run adds its rows to table and document.
+    monkeypatch.setattr(kernels, "DATA", tmp_path)
+    monkeypatch.setattr(kernels, "SHOWN", tmp_path / f"kernels-{kernels.device_slug()}.csv")
+    document = tmp_path / "results.md"
+    document.write_text("before\n" + "".join(kernels.MARKS) + "after\n")
+    monkeypatch.setattr(kernels, "DOCUMENT", document)
+    kernels.run(["log_prob"], ["flux"], ["ours", "eager"], ["forward"], 3)
+    (row,) = [line for line in document.read_text().splitlines() if line.startswith("| flux | log prob, forward |")]
+    assert row.count("/") == 6
+    assert row.count("×") == 3
+
+
 def test_unknown_names_and_refs_are_one_line():
     with pytest.raises(UserError, match=r"^bench kernels: unknown op 'los'; did you mean 'loss'"):
         kernels.measure(["los"], None, None, None, 3)
