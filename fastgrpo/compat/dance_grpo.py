@@ -35,6 +35,10 @@ def flux_step(
     log-probability, with `grpo` for eta <= 0, where there is no density, and for levels that do not fall.
     """
     gaussian.check(model_output, prev_sample, density=grpo, latents=latents)
+    eta = gaussian.number("eta", eta)
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or not sigmas.dtype.is_floating_point:
+        raise TypeError("sigmas: expected a tensor [T + 1] of noise levels")
+    gaussian.integers("index", index, len(sigmas) - 1)
     if grpo and eta <= 0:
         raise ValueError(f"eta: must be positive for the step to have a density, got {eta}")
     sigma, sigma_next = _level(sigmas, index), _level(sigmas, index + 1)

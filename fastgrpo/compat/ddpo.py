@@ -40,6 +40,8 @@ def ddim_step_with_logprob(
     affine in the model output, and for an unknown prediction_type.
     """
     gaussian.check(model_output, prev_sample, sample=sample)
+    eta = gaussian.number("eta", eta)
+    gaussian.integers("timestep", timestep, self.config.num_train_timesteps)
     if self.num_inference_steps is None:
         raise ValueError("num_inference_steps: is None; call the scheduler's set_timesteps first")
     if prev_sample is not None and generator is not None:

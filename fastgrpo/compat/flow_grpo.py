@@ -43,6 +43,7 @@ def sde_step_with_logprob(
     costs no device-to-host copy for a timestep that the schedule does not have.
     """
     gaussian.check(model_output, prev_sample, sample=sample)
+    noise_level = gaussian.number("noise_level", noise_level)
     if sde_type not in ("sde", "cps"):
         raise ValueError(f"sde_type: unknown {sde_type!r}; one of: sde, cps")
     sigmas = self.sigmas.to(sample.device, non_blocking=True).double()
@@ -73,6 +74,8 @@ def sde_step_with_logprob(
 
 def _step_index(scheduler: Any, timestep: Tensor | Sequence[float], device: torch.device) -> Tensor:
     """Index of each timestep in the schedule; of one that occurs twice the second, as diffusers takes it."""
+    if not isinstance(timestep, (Tensor, Sequence)) or isinstance(timestep, str):
+        raise TypeError(f"timestep: expected [B] or [1] timesteps, got {type(timestep).__name__}")
     if not hasattr(scheduler, "timesteps"):
         return torch.tensor([int(scheduler.index_for_timestep(t)) for t in timestep]).to(device, non_blocking=True)
     timesteps = scheduler.timesteps.to(device, non_blocking=True)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastgrpo.config import ObjectiveConfig
 from fastgrpo_kernels import NoiseKey, StoredStep, grpo_loss
+from fastgrpo_kernels._checks import check_latents, check_no_grad
 
 
 class GRPOLoss(nn.Module):
@@ -56,10 +57,17 @@ class GRPOLoss(nn.Module):
         `ref_model_output` is needed for beta > 0 and refused for beta = 0, which would ignore it. Metrics: ratio,
         clip_ratio, kl, dropped (means over samples) and max_deviation of the ratio from 1, float32.
         """
+        check_latents("model_output", model_output)
+        for name, other in (("old_model_output", old_model_output), ("ref_model_output", ref_model_output)):
+            if other is not None or name == "old_model_output":
+                check_latents(name, other, like=model_output, same_dtype=True)
+        check_no_grad(old_model_output=old_model_output, ref_model_output=ref_model_output, advantages=advantages)
         if (ref_model_output is None) != (self.config.kl_weight == 0):
             needed = "needs the reference model's output" if ref_model_output is None else "ignores it; pass None"
             raise ValueError(f"ref_model_output: beta = {self.config.kl_weight} {needed}")
         batch = model_output.shape[0]
+        if not isinstance(advantages, Tensor):
+            raise TypeError(f"advantages: expected a [{batch}] tensor, got {type(advantages).__name__}")
         if advantages.shape != (batch,):
             raise ValueError(f"advantages: expected shape [{batch}], got {list(advantages.shape)}")
         config = self.config

@@ -1,6 +1,7 @@
 """Argument checks shared by the operations: each failure is one line that names the argument and the remedy."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,37 @@ def is_eager(*tensors: Tensor | None) -> bool:
 def is_host_readable(tensor: Tensor) -> bool:
     """Whether reading the values costs no device-to-host copy."""
     return tensor.device.type == "cpu" and is_eager(tensor)
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse anything but a Python number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Refuse anything but an integer in [low, high)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if not low <= int(value) < high:
+        raise ValueError(f"{name}: must be in [{low}, {_power(high)}), got {value}")
+
+
+def _power(value: int) -> str:
+    return f"2**{value.bit_length() - 1}" if value >= 1 << 16 and not value & (value - 1) else str(value)
+
+
+def check_sizes(name: str, value: object) -> list[int]:
+    """A shape as a list of integers."""
+    if not isinstance(value, Sequence) or not all(isinstance(size, (numbers.Integral, torch.SymInt)) for size in value):
+        raise TypeError(f"{name}: expected a sequence of integers, got {value!r}")
+    return list(value)
+
+
+def check_dtype(name: str, value: object) -> None:
+    """Refuse anything but a dtype of latents."""
+    if value not in LATENT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {value!r}")
 
 
 def check_latents(name: str, value: object, *, like: Tensor | None = None, same_dtype: bool = False) -> None:

@@ -10,13 +10,14 @@ between the CPU path, the Triton kernel and the numpy oracle (`noise_reference.p
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._checks import is_eager
+from ._checks import check_dtype, check_integer, check_sizes, is_eager, is_host_readable
 from ._launch import launch
 
 NOISE_V1 = 1
@@ -54,13 +55,10 @@ def noise_key(
     `stream` is one of the STREAM constants. Ids and iterations count modulo 2³². Raises ValueError for a seed outside
     [0, 2⁶³), a stream outside [0, 128) or a step outside [0, 2²⁴) (tensors on a device are not read).
     """
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed: must be in [0, 2**63), got {seed}")
-    if not 0 <= stream < 128:
-        raise ValueError(f"stream: must be in [0, 128), got {stream}")
-    if isinstance(step, int) and not 0 <= step < 1 << 24:
-        raise ValueError(f"step: must be in [0, 2**24), got {step}")
-    ids = _int64(sample, device)
+    check_integer("seed", seed, 0, 1 << 63)
+    check_integer("stream", stream, 0, 128)
+    _check_steps(step)
+    ids = _int64("sample", sample, device)
     if ids.ndim != 1:
         raise ValueError(f"sample: expected [B] ids, got shape {list(ids.shape)}")
     columns = [_column("step", step, ids) | (stream << 24), ids, _column("iteration", iteration, ids)]
@@ -74,6 +72,8 @@ def normal(key: NoiseKey, shape_per_row: Sequence[int], dtype: torch.dtype = tor
     Row i depends on row i of the key alone: not on B, the device's block size, or any generator's state.
     """
     check_key(key)
+    check_dtype("dtype", dtype)
+    shape_per_row = check_sizes("shape_per_row", shape_per_row)
     elements = math.prod(shape_per_row)
     if elements <= 0:
         raise ValueError(f"shape_per_row: has no elements, got {list(shape_per_row)}")
@@ -85,8 +85,9 @@ def normal(key: NoiseKey, shape_per_row: Sequence[int], dtype: torch.dtype = tor
 
 
 def random_words(key: NoiseKey, count: int) -> Tensor:
-    """The first `count` raw 32-bit words of each row's sequence: int64 [B, count], values in [0, 2³²)."""
+    """The first `count` < 2³⁴ raw 32-bit words of each row's sequence: int64 [B, count], values in [0, 2³²)."""
     check_key(key)
+    check_integer("count", count, 1, 1 << 34)
     groups = torch.arange((count + 3) // 4, dtype=torch.int64, device=key.words.device)
     words = torch.stack(_philox(groups, key.words, key.seed), dim=-1)
     return words.flatten(1)[:, :count]
@@ -182,11 +183,24 @@ def _philox(groups: Tensor, words: Tensor, seed: int) -> list[Tensor]:
     return [c.expand(shape) for c in (c0, c1, c2, c3)]
 
 
-def _int64(value: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
+def _check_steps(step: Rows) -> None:
+    """Refuse steps that would run into the stream's bits, where reading them costs no device-to-host copy."""
+    if isinstance(step, int):
+        check_integer("step", step, 0, 1 << 24)
+    elif not isinstance(step, Tensor) or is_host_readable(step):
+        steps = _int64("step", step, "cpu")
+        outside = steps[(steps < 0) | (steps >= 1 << 24)]
+        if outside.numel():
+            raise ValueError(f"step: must be in [0, 2**24), got {int(outside[0])}")
+
+
+def _int64(name: str, value: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
     if isinstance(value, Tensor):
         if value.dtype.is_floating_point or value.dtype == torch.bool:
-            raise TypeError(f"noise_key: expected integers, got {value.dtype}")
+            raise TypeError(f"{name}: expected integers, got {value.dtype}")
         return value.to(device=device, dtype=torch.int64, non_blocking=True)
+    if not isinstance(value, Sequence) or not all(isinstance(v, numbers.Integral) for v in value):
+        raise TypeError(f"{name}: expected integers, got {value!r}")
     host = torch.tensor(value, dtype=torch.int64)
     if torch.device(device).type == "cuda":
         # Pinned memory: a pageable copy would wait for the device.
@@ -197,7 +211,7 @@ def _int64(value: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
 def _column(name: str, value: Rows, ids: Tensor) -> Tensor:
     if isinstance(value, int):
         return torch.full_like(ids, value)
-    column = _int64(value, ids.device)
+    column = _int64(name, value, ids.device)
     if column.shape != ids.shape:
         raise ValueError(f"{name}: expected an int or shape {list(ids.shape)}, got {list(column.shape)}")
     return column

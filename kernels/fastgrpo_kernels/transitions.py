@@ -45,7 +45,7 @@ def dance_sde(sigma: Scalar, sigma_next: Scalar, eta: Scalar) -> Transition:
     """
     sigma, sigma_next, eta = _float64(sigma=sigma, sigma_next=sigma_next, eta=eta)
     _check_flow_levels(sigma, sigma_next)
-    _check(eta, "eta", "at least 0", lambda t: t >= 0)
+    _check(eta, "eta", "at least 0 and finite", lambda t: (t >= 0) & (t < math.inf))
     delta = sigma_next - sigma
     half = eta * eta / (2.0 * sigma)
     return Transition(1.0 + half * delta, delta * (1.0 + half * (1.0 - sigma)), eta * _sqrt(-delta))
@@ -60,7 +60,7 @@ def flow_sde(sigma: Scalar, sigma_next: Scalar, noise_level: Scalar, sigma_max: 
     sigma, sigma_next, noise_level, sigma_max = _float64(
         sigma=sigma, sigma_next=sigma_next, noise_level=noise_level, sigma_max=sigma_max
     )
-    _check(noise_level, "noise_level", "at least 0", lambda t: t >= 0)
+    _check(noise_level, "noise_level", "at least 0 and finite", lambda t: (t >= 0) & (t < math.inf))
     _check(sigma_max, "sigma_max", "at least 0 and less than 1", lambda t: (t >= 0) & (t < 1))
     _check_flow_levels(sigma, sigma_next)
     eta = noise_level * _sqrt(sigma / (1.0 - _where_one(sigma, sigma_max)))
@@ -106,7 +106,7 @@ def ddim(
     _check(now, "alpha_bar", "at least 0", lambda t: t >= 0)
     _check(following, "alpha_bar_next", "at most 1", lambda t: t <= 1)
     _check(following - now, "alpha_bar_next", "greater than alpha_bar", lambda t: t > 0, shown=following)
-    _check(eta, "eta", "at least 0", lambda t: t >= 0)
+    _check(eta, "eta", "at least 0 and finite", lambda t: (t >= 0) & (t < math.inf))
     s = eta * _sqrt((1.0 - following) / (1.0 - now) * (1.0 - now / following))
     room = 1.0 - following - s * s
     _check(room, "eta", "small enough that s² <= 1 - alpha_bar_next", lambda t: t >= -1e-12, shown=eta)

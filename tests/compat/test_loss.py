@@ -88,6 +88,23 @@ def test_bad_calls(settings, ref, advantages, message):
         GRPOLoss(**settings)(v, v_old, B, S, key, advantages, reference if ref else None)
 
 
+def test_a_wrong_tensor_is_named_as_the_module_names_it():
+    v, v_old, reference, key = inputs()
+    for call, error, message in (
+        (lambda: GRPOLoss()(None, v_old, B, S, key, ADVANTAGES), TypeError, "^model_output: expected a tensor"),
+        (lambda: GRPOLoss()(v, v_old[:1], B, S, key, ADVANTAGES), ValueError, "^old_model_output: expected shape"),
+        (lambda: GRPOLoss()(v, v, B, S, key, ADVANTAGES), ValueError, "^old_model_output: requires a gradient"),
+        (lambda: GRPOLoss()(v, v_old, B, S, key, [1.0] * 3), TypeError, "^advantages: expected a"),
+        (
+            lambda: GRPOLoss(beta=0.1)(v, v_old, B, S, key, ADVANTAGES, reference.half()),
+            TypeError,
+            r"^ref_model_output: expected torch\.float32",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
 @pytest.mark.parametrize("settings", [{"epsilon_low": 0.0}, {"delta": 0.5}, {"ratio": "other"}, {"beta": -1.0}])
 def test_bad_settings(settings):
     with pytest.raises(ValueError):

@@ -110,3 +110,13 @@ def test_refuses(index):
     call, message = refusals()[index]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_refuses_other_types():
+    case = make_case((2, 3, 20), torch.float32)
+    arguments = case.x, case.v, case.a, case.b, case.s, case.key
+    for clean in (1.0, [1.0]):
+        with pytest.raises(TypeError, match="clean: expected the coefficients"):
+            gaussian_step(*arguments, return_all=True, clean=clean)
+    with pytest.raises(TypeError, match="return_all: expected True or False, got str"):
+        gaussian_step(*arguments, return_all="yes")

@@ -119,6 +119,8 @@ def test_broadcasts_levels_against_samples():
         (lambda: transitions.cps(0.8, 0.5, 1.5), "noise_level: must be between 0 and 1"),
         (lambda: transitions.dance_sde(0.8, -0.1, 0.3), "sigma_next: must be at least 0"),
         (lambda: transitions.dance_sde(0.8, 0.5, -0.3), "eta: must be at least 0"),
+        (lambda: transitions.dance_sde(0.8, 0.5, math.inf), "eta: must be at least 0 and finite"),
+        (lambda: transitions.flow_sde(0.8, 0.5, math.inf, 0.9), "noise_level: must be at least 0 and finite"),
         (lambda: transitions.dance_sde(float("nan"), 0.5, 0.3), "sigma: must be at most 1, got nan"),
         (lambda: transitions.flow_sde(1.0, 0.9, 0.7, 1.0), "sigma_max: must be at least 0 and less than 1"),
         (lambda: transitions.ddim(0.5, 0.4, 0.5), "alpha_bar_next: must be greater than alpha_bar"),

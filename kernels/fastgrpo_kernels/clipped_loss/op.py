@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward
-from .._checks import as_rows, check_no_grad, check_traced, is_eager, per_sample
+from .._checks import as_rows, check_integer, check_no_grad, check_number, check_traced, is_eager, per_sample
 from .._launch import kernel_scalar, launch
 
 Coefficient = float | Tensor
@@ -100,6 +100,10 @@ def check_objective(
     """The objective's numbers, or ValueError with the name of the one out of range."""
     if ratio not in get_args(Ratio):
         raise ValueError(f"ratio: unknown form {ratio!r}; one of: {', '.join(get_args(Ratio))}")
+    numbers = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "dppo_threshold": dppo_threshold}
+    for name, value in (numbers | {"kl_weight": kl_weight}).items():
+        if value is not None or name not in ("dual_clip", "dppo_threshold"):
+            check_number(name, value)
     for name, value, valid, expected in (
         ("clip_low", clip_low, 0 <= clip_low < math.inf, "at least 0"),
         ("clip_high", clip_high, 0 <= clip_high < math.inf, "at least 0"),
@@ -116,8 +120,10 @@ def check_objective(
             raise ValueError(f"{name}: must be {expected}, got {value}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum' over a sample's elements, got {reduction!r}")
-    if reduction == "sum" and (elements is None or elements < 1):
-        raise ValueError(f"elements: reduction 'sum' needs the latent elements of one sample, got {elements}")
+    if reduction == "sum" and elements is None:
+        raise ValueError("elements: reduction 'sum' needs the latent elements of one sample, got None")
+    if elements is not None:
+        check_integer("elements", elements, 1, 1 << 63)
     unit = float(elements) if reduction == "sum" and elements is not None else 1.0
     return Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
 

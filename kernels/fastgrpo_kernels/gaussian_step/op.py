@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import (
-    LATENT_DTYPES,
     as_rows,
+    check_dtype,
     check_guidance,
     check_latents,
     check_no_grad,
@@ -108,8 +108,7 @@ def gaussian_step(
         _check_noiseless(s)
     eps, words, seed = split_noise(noise, x)
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    if out_dtype not in LATENT_DTYPES:
-        raise TypeError(f"out_dtype: expected float32, bfloat16 or float16, got {out_dtype}")
+    check_dtype("out_dtype", out_dtype)
     step = Step(x, v, a, b, s, eps, words, seed, out_dtype, v_uncond, check_guidance(v, v_uncond, guidance_scale))
     step = _check_extras(step, return_all, clean, has_noise=noise is not None)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, v, v_uncond))
@@ -128,6 +127,8 @@ def gaussian_step(
 
 
 def _check_extras(step: Step, return_all: bool, clean: Sequence[Coefficient] | None, *, has_noise: bool) -> Step:
+    if not isinstance(return_all, bool):
+        raise TypeError(f"return_all: expected True or False, got {type(return_all).__name__}")
     if not return_all:
         if clean is not None:
             raise ValueError("clean: is returned with return_all=True only")
@@ -135,7 +136,9 @@ def _check_extras(step: Step, return_all: bool, clean: Sequence[Coefficient] | N
     if has_noise:
         step = step._replace(s=per_sample("s", step.s, step.x, positive=True), log_prob=True)
     if clean is not None:
-        clean_a, clean_b = (per_sample("clean", c, step.x) for c in tuple(clean)[:2])
+        if not isinstance(clean, Sequence) or len(clean) < 2:
+            raise TypeError(f"clean: expected the coefficients (a, b) of x and v, got {clean!r}")
+        clean_a, clean_b = (per_sample("clean", c, step.x) for c in clean[:2])
         check_no_grad(clean=clean_a)
         check_no_grad(clean=clean_b)
         step = step._replace(clean_a=clean_a, clean_b=clean_b)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import LATENT_DTYPES, as_rows, check_no_grad, check_traced, is_eager, per_sample
+from .._checks import as_rows, check_dtype, check_no_grad, check_sizes, check_traced, is_eager, per_sample
 from .._cpu import column, quotient
 from .._launch import kernel_scalar, launch, row_strides, rows
 from .._noise_args import Noise, noise_cpu, split_noise
@@ -37,8 +37,7 @@ def on_policy_gradient(
     (checked where reading them costs no device-to-host copy), and an input that requires a gradient.
     """
     shape = _check_shape(shape, noise)
-    if dtype not in LATENT_DTYPES:
-        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    check_dtype("dtype", dtype)
     # A stand-in for v: its shape and device, without its memory.
     like = _source(noise).new_empty((), dtype=torch.float32).expand(shape)
     if not isinstance(advantage_weight, Tensor) or advantage_weight.ndim != 1:
@@ -74,7 +73,7 @@ def _source(noise: Noise) -> Tensor:
 
 
 def _check_shape(shape: Sequence[int], noise: Noise) -> list[int]:
-    sizes = list(shape)
+    sizes = check_sizes("shape", shape)
     if not 2 <= len(sizes) <= 5 or math.prod(sizes) <= 0:
         raise ValueError(f"shape: expected v's non-empty [B, ...] of 2 to 5 dimensions, got {sizes}")
     rows_of_noise = _source(noise).shape[0]
