@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastgrpo.errors import UserError, nearest, require
+from fastgrpo.nvml import Board
 
 from .providers import OPERATIONS, PROVIDERS, SHAPES, Inputs, least_bytes, prepare
 
@@ -189,15 +190,8 @@ def _nvml(device: torch.device) -> Row:
     if device.type != "cuda":
         return {"clock_mhz": "", "power_w": "", "throttle": ""}
     require("pynvml", "bench kernels")
-    import pynvml  # pyright: ignore[reportMissingImports]
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    return {
-        "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "power_w": round(pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
-        "throttle": hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-    }
+    now = Board(device).read()
+    return {"clock_mhz": round(now.clock_mhz), "power_w": round(now.watts), "throttle": hex(now.reasons)}
 
 
 def _quantile(times: Sequence[float], q: float) -> float:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from fastgrpo.nvml import Reading
+from fastgrpo.nvml import Reading, board_of
 
 PHASES = ("conditioning", "rollout", "decode", "reward", "sync", "update", "other", "total")
 # What a rank does alone before it meets the others over their scores: who is slow here, all wait for.
@@ -38,6 +39,27 @@ class Told:
         if self.reading is not None:
             clock, limited = self.reading.clock_mhz, float(bool(self.reading.limits))
         return np.array([*by_phase[0], *by_phase[1], self.joules, clock, limited, self.peak])
+
+
+class Teller:
+    """What this rank tells of its iterations. Energy is what passed since the last `told` or `pass_over`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._board = board_of(device)
+        self._before: Reading | None = None
+
+    def told(self, seconds: Mapping[str, float], memory: Mapping[str, int], peak: int) -> Told:
+        before, now = self._before, self._read()
+        joules = now.joules - before.joules if now and before else math.nan
+        return Told(seconds, memory, peak, joules, now)
+
+    def pass_over(self) -> None:
+        """What passed since is not the next iteration's."""
+        self._read()
+
+    def _read(self) -> Reading | None:
+        self._before = self._board.read() if self._board else None
+        return self._before
 
 
 def told_metrics(rows: np.ndarray, samples: int) -> dict[str, float]:

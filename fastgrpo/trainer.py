@@ -5,9 +5,8 @@ The host is asked once an iteration, at scoring: images come to it there, and th
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,18 @@ from fastgrpo.adamw_8bit import check_optimizer
 from fastgrpo.advantages import Advantages, compute_advantages, group_spread
 from fastgrpo.arithmetic import arithmetic
 from fastgrpo.checkpoint import CheckpointStore, training_tensors
-from fastgrpo.config import Config, Model
+from fastgrpo.config import Config
 from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.evaluate import evaluate, heldout_prompts, record
 from fastgrpo.generation import Batch, Generator, flight_scores, flight_state, keep_extremes, tensors
 from fastgrpo.guard import RewardGuard
-from fastgrpo.models import ModelFamily, check_family, load_family
-from fastgrpo.nvml import Reading, board_of
+from fastgrpo.models import check_family, load_family
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import World, gathered, prepare_weights, residency, start_world, this_machine
 from fastgrpo.plan import settled
 from fastgrpo.profiling import profiled
 from fastgrpo.prompts import Prompt, PromptSampler, SpreadSampler, load_prompts
-from fastgrpo.ranks import Told, told_metrics
+from fastgrpo.ranks import Teller, told_metrics
 from fastgrpo.resume import GOING_ON, PREEMPTED, claim_directory, listening
 from fastgrpo.rewards import Scores, load_reward
 from fastgrpo.rollout import rank_samples
@@ -44,11 +42,10 @@ from fastgrpo.update import Updater, packed, unpacked
 class Trainer:
     """A run in this process: `run()` trains to train.iterations, from the checkpoint if run.resume finds one.
 
-    load: what makes the model's family, as `load_family` does. Raises UserError for what the user can mend, before
-    weights load where that is possible.
+    Raises UserError for what the user can mend, before weights load where that is possible.
     """
 
-    def __init__(self, config: Config, load: Callable[[Model, torch.device, bool], ModelFamily] = load_family) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.dir = Path(config.run.dir)
         self.prompts = load_prompts(config.prompts.train)
@@ -63,7 +60,7 @@ class Trainer:
         roll = config.rollout
         kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
         self.sampler = kind(len(self.prompts), roll.prompts_per_iteration, config.run.seed)
-        self.family = load(config.model, self.world.device, config.parallel.load == "sharded")
+        self.family = load_family(config.model, self.world.device, config.parallel.load == "sharded")
         if config.model.text_encoders == "drop":
             self.family.encode_ahead(self._prompts_to_come()[self.world.rank :: self.world.size])
             self.world.barrier()
@@ -95,8 +92,7 @@ class Trainer:
         self.stopping = GOING_ON
         self._pending: tuple[int, dict[str, float], Tensor, Lap] | None = None
         self._apart: dict[str, float] = {}
-        self.board = board_of(self.world.device)
-        self._read: Reading | None = None
+        self.teller = Teller(self.world.device)
         if start is not None:
             self._restore(start)
 
@@ -298,7 +294,8 @@ class Trainer:
         self._pending = None
         statistics = packed.cpu().numpy()
         seconds = lap.read()
-        vectors = self.world.gather(np.concatenate([statistics, self._told(lap, seconds).vector()]))
+        told = self.teller.told(seconds, lap.memory, self.timer.peak)
+        vectors = self.world.gather(np.concatenate([statistics, told.vector()]))
         metrics |= unpacked(vectors[:, : len(statistics)])
         metrics |= told_metrics(vectors[:, len(statistics) :], self.samples)
         metrics |= {f"time/{name}": value for name, value in self._apart.items()}
@@ -306,15 +303,6 @@ class Trainer:
         metrics["samples_per_second"] = self.samples / seconds["total"]
         self.telemetry.log(iteration, metrics)
         self.progress.update(iteration + 1, metrics)
-
-    def _told(self, lap: Lap, seconds: dict[str, float]) -> Told:
-        """What this rank tells the others of an iteration."""
-        reading = None if self.board is None else self.board.read()
-        joules = math.nan
-        if reading is not None and self._read is not None:
-            joules = reading.joules - self._read.joules
-        self._read = reading
-        return Told(seconds, lap.memory, self.timer.peak, joules, reading)
 
     def _evaluate(self) -> None:
         self._flush()
@@ -377,8 +365,7 @@ class Trainer:
         begin = time.perf_counter()
         yield
         self._apart[name] = self._apart.get(name, 0.0) + time.perf_counter() - begin
-        # Its energy is not the next iteration's.
-        self._read = None if self.board is None else self.board.read()
+        self.teller.pass_over()
 
     def _restore(self, iteration: int) -> None:
         state = self.store.state(iteration, verified=True)

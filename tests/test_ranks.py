@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastgrpo.nvml import Board, Reading, board_of
-from fastgrpo.ranks import Told, told_metrics
+from fastgrpo.ranks import Teller, Told, told_metrics
 
 
 class FakeError(Exception):
@@ -69,6 +69,18 @@ def test_a_device_that_nvml_does_not_know_has_no_board(driver, monkeypatch):
 def test_a_gpu_without_nvml_has_no_board(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert board_of(torch.device("cuda")) is None
+
+
+def test_energy_is_of_one_iteration_and_not_of_what_lies_between(driver, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: driver.module)
+    teller = Teller(torch.device("cuda"))
+    assert math.isnan(teller.told({}, {}, 0).joules)
+    driver.board.millijoules += 3_000
+    assert teller.told({}, {}, 0).joules == pytest.approx(3.0)
+    driver.board.millijoules += 50_000
+    teller.pass_over()
+    driver.board.millijoules += 4_000
+    assert teller.told({}, {}, 0).joules == pytest.approx(4.0)
 
 
 def told(rollout: float, joules: float = math.nan, reading: Reading | None = None) -> np.ndarray:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import torch
 from torch import Tensor
 
 import fastgrpo_kernels as kernels
-from fastgrpo_kernels._checks import check_latents, check_no_grad, is_host_readable
+from fastgrpo_kernels._checks import (
+    check_integer,
+    check_latents,
+    check_no_grad,
+    check_number,
+    is_host_readable,
+)
 from fastgrpo_kernels.transitions import Transition
 
 Generator = torch.Generator | list[torch.Generator] | None
@@ -20,24 +25,21 @@ _UNIT = 1.0 / math.sqrt(2.0 * math.pi)
 
 def number(name: str, value: object) -> float:
     """A finite Python or NumPy number as a float."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    check_number(name, value)
+    found = float(value)  # pyright: ignore[reportArgumentType]
+    if not math.isfinite(found):
         raise ValueError(f"{name}: must be finite, got {value}")
-    return float(value)
+    return found
 
 
 def integers(name: str, value: object, steps: int) -> None:
     """Refuse anything but an integer, or a tensor of them, in [0, steps); a device's are not read."""
-    if isinstance(value, Tensor):
-        if value.dtype.is_floating_point or value.dtype == torch.bool:
-            raise TypeError(f"{name}: expected integers, got {value.dtype}")
-        inside = not is_host_readable(value) or bool(((value >= 0) & (value < steps)).all())
-    elif isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: expected an integer or a tensor of integers, got {type(value).__name__}")
-    else:
-        inside = 0 <= int(value) < steps
-    if not inside:
+    if not isinstance(value, Tensor):
+        check_integer(name, value, 0, steps)
+        return
+    if value.dtype.is_floating_point or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    if is_host_readable(value) and not ((value >= 0) & (value < steps)).all():
         raise ValueError(f"{name}: must be in [0, {steps}), got {value}")
 
 
