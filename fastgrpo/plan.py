@@ -96,6 +96,8 @@ def _rate(key: Collective, gpu: Gpu, local: int) -> float:
 # What may make a plan fit, nearest first: what costs recomputation or traffic before what changes numerics.
 def remedies(config: Config, worst: str) -> Iterator[dict[str, Any]]:
     """Settings to try, one after another, each on top of those before; `worst`: the phase with the highest peak."""
+    if worst == "encode" and config.model.lora is None and config.parallel.load != "sharded":
+        yield {"parallel.load": "sharded"}
     if worst == "decode":
         if config.rollout.decode_batch > 1:
             yield {"rollout.decode_batch": 1}
@@ -131,7 +133,7 @@ def nearest_fit(first: Plan, note: Callable[[str], None] = lambda _: None) -> tu
             world, step = world * 2, {}
         else:
             return None
-        tried.add(repr(step) if step else f"world {world}")
+        tried.add(repr(step))
         note(f"tries {', '.join(f'{k}={v}' for k, v in step.items()) or f'--world {world}'}")
         try:
             candidate = plan(overridden(current.config, step), first.gpu, world, None)
@@ -140,6 +142,9 @@ def nearest_fit(first: Plan, note: Callable[[str], None] = lambda _: None) -> tu
                 return None
             continue
         if candidate.need >= current.need and not candidate.fits:
+            if not step:
+                # Nor would still more GPUs: what does not fit is whole on each.
+                return None
             # It does not help: what costs is not kept.
             continue
         changed |= step or {"--world": world}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -160,3 +161,37 @@ def test_a_recipe_says_its_hardware(tiny_flux, tmp_path):
     row = run.stdout.splitlines()[-1].split(" | ")
     assert row[:2] == ["| tiny-fast-2xh100", "yes"]
     assert len(row) == planning.TABLE_HEAD[0].count("|") - 1
+
+
+@pytest.mark.parametrize("whole, worlds", [(True, [2]), (False, [2, 4, 8])])
+def test_more_gpus_are_tried_while_they_help_and_no_longer(tiny_flux, monkeypatch, whole, worlds):
+    """whole: what does not fit is on every GPU; else it is sharded, and eight do."""
+    config = tiny_config(tiny_flux, rollout={"forward_batch": 1, "decode_batch": 1})
+    monkeypatch.setattr(planning, "remedies", lambda config, worst: iter(()))
+
+    def planned(config, gpu, world, local) -> Any:
+        need = 800 if whole else 800 // world
+        return SimpleNamespace(
+            config=config,
+            gpu=gpu,
+            world=world,
+            local=1,
+            need=need,
+            fits=need <= 100,
+            worst=SimpleNamespace(name="encode"),
+        )
+
+    monkeypatch.setattr(planning, "plan", planned)
+    tried = []
+    found = planning.nearest_fit(planned(config, GPUS["h100"], 1, 1), tried.append)
+    assert tried == [f"tries --world {world}" for world in worlds]
+    assert (found is None) == whole
+    if found is not None:
+        assert found[0] == {"--world": 8}
+
+
+def test_what_is_whole_while_prompts_are_encoded_may_be_loaded_in_shards(tiny_flux):
+    config = tiny_config(tiny_flux)
+    assert next(iter(planning.remedies(config, "encode"))) == {"parallel.load": "sharded"}
+    lora = planning.overridden(config, {"model.lora": {"rank": 2}})
+    assert {"parallel.load": "sharded"} not in list(planning.remedies(lora, "encode"))
