@@ -6,7 +6,7 @@ Evaluations of the model that cost the same are run once and multiplied, and so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -63,7 +63,7 @@ class Phase:
 @dataclass(frozen=True)
 class DryRun:
     """phases: of one iteration of rank 0. forwards, trained: rows that it evaluates without and with gradients.
-    parameters, trainable: of the whole model. state: bytes that a checkpoint copies to the host, of this rank."""
+    parameters, trainable: of the whole model. state: bytes that a checkpoint copies to the host, of this rank; host: the most that it holds there besides."""
 
     phases: list[Phase]
     forwards: int
@@ -71,6 +71,7 @@ class DryRun:
     parameters: int
     trainable: int
     state: int
+    host: int
     residency: Residency
 
 
@@ -196,15 +197,25 @@ class _Iteration:
         if config.model.text_encoders == "offload":
             with self.phase("encode", "activations"), family.encoding():
                 pass
-        predict = _Repeated(self, family.predict)
+        predict, host_empty = _Repeated(self, family.predict), family.host_empty
+
+        def on_host(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            with meter.counting("host"):
+                return host_empty(shape, dtype)
+
         with (
             self.phase("rollout", "trajectories"),
             gathered(family.modules.values(), kept.rollout_gathered),
             _replaced(family, "predict", predict),
+            _replaced(family, "host_empty", on_host),
         ):
             trajectory = rollout(family, plan, layout, conditioning, roll, config.run.seed, 0)
         decoding = _Repeated(self, family.decode, runs=1, last=decoded)
-        with self.phase("decode", "decoded"), _replaced(family, "decode", decoding):
+        with (
+            self.phase("decode", "decoded"),
+            _replaced(family, "decode", decoding),
+            _replaced(family, "host_empty", on_host),
+        ):
             images = decode(family, trajectory.latents, roll.decode_batch)
         del images
         with self.phase("update", "activations"):
@@ -220,6 +231,7 @@ class _Iteration:
             parameter_count(family.policy),
             sum(p.numel() for p in trainable),
             meter.live["optimizer"] + meter.live["ema"] + sum(_held(p) for p in trainable),
+            meter.host,
             kept,
         )
 

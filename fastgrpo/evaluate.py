@@ -23,7 +23,7 @@ from fastgrpo.parallel import World
 from fastgrpo.pictures import animate, write_frames, write_grid, write_mp4, write_webp
 from fastgrpo.prompts import Prompt, PromptSampler, load_prompts
 from fastgrpo.rewards import Reward, release
-from fastgrpo.rollout import decode, lay_out, rollout
+from fastgrpo.rollout import decode, lay_out, rollout, synchronize
 from fastgrpo.schedule import plan_rollout
 from fastgrpo.scoring import gather, score_samples
 from fastgrpo.settings import Section, load_settings
@@ -95,7 +95,8 @@ def draw(family: ModelFamily, prompts: Sequence[Prompt], config: Config, world: 
     conditioning = family.encode([prompts[i] for i in unique])
     final = rollout(family, plan, layout, conditioning, single, config.run.seed, EVAL_ITERATION).latents
     images = decode(family, final, config.rollout.decode_batch)
-    return images.cpu()[torch.from_numpy(back)]
+    synchronize(family.device)
+    return images[torch.from_numpy(back)]
 
 
 def evaluate(

@@ -24,7 +24,7 @@ from fastgrpo.models.base import ModelFamily
 from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.prompts import Prompt
 from fastgrpo.rewards import Reward, Scores, release
-from fastgrpo.rollout import Layout, Trajectory, decode, lay_out, rollout
+from fastgrpo.rollout import Layout, Trajectory, decode, kept_empty, lay_out, rollout, synchronize
 from fastgrpo.schedule import NoiseLevels, RolloutPlan, plan_rollout
 from fastgrpo.scoring import Gathered, joined, score_samples
 from fastgrpo.telemetry import PhaseTimer
@@ -123,7 +123,7 @@ class Generator:
         with timer.phase("decode"):
             images = decode(self.family, latents, self.config.rollout.decode_batch)
         with timer.phase("sync"):
-            images = images.cpu()
+            synchronize(latents.device)
         with timer.phase("reward"):
             job: Job = Future()
             job.set_result(Judged(self._score(images, texts, iteration)))
@@ -136,7 +136,8 @@ class Generator:
         with torch.no_grad(), beside:
             if self._stream is not None and rolled is not None:
                 self._stream.wait_event(rolled)
-            images = decode(self.family, latents, self.config.rollout.decode_batch).cpu()
+            images = decode(self.family, latents, self.config.rollout.decode_batch)
+            synchronize(latents.device)
             decoded = perf_counter()
             scores = self._score(images, texts, iteration)
         seconds = {
@@ -193,13 +194,13 @@ class Generator:
         conditioning = family.encode([prompts[i] for i in layout.prompts])
         trajectory = _nothing(family, layout)
         rows, pairs, shape = len(layout.row_step), len(layout.pair_row), family.latent_shape
-        trajectory.x = torch.empty((rows, *shape), device=family.device)
-        trajectory.v_old = torch.empty((rows, *shape), dtype=family.dtype, device=family.device)
+        trajectory.x = kept_empty(family, roll, (rows, *shape), torch.float32)
+        trajectory.v_old = kept_empty(family, roll, (rows, *shape), family.dtype)
         if roll.old_values == "log_prob":
-            trajectory.y = torch.empty((pairs, *shape), device=family.device)
+            trajectory.y = kept_empty(family, roll, (pairs, *shape), torch.float32)
             trajectory.log_prob = torch.empty(pairs, device=family.device)
         elif roll.keeps_noise(family.device.type):
-            trajectory.noise = torch.empty((pairs, *shape), device=family.device)
+            trajectory.noise = kept_empty(family, roll, (pairs, *shape), torch.float32)
             for step in range(plan.steps):
                 part = layout.pairs_of(step)
                 if part.stop > part.start:
@@ -297,7 +298,9 @@ def _collected(parts: Sequence[Tensor], places: tuple[np.ndarray, np.ndarray]) -
     """Rows of several tensors, in order."""
     part, place = places
     device = parts[0].device
-    out = parts[0].new_empty((len(part), *parts[0].shape[1:]))
+    out = torch.empty(
+        (len(part), *parts[0].shape[1:]), dtype=parts[0].dtype, device=device, pin_memory=parts[0].is_pinned()
+    )
     for number, tensor in enumerate(parts):
         here = np.flatnonzero(part == number)
         if len(here):

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 # Where a storage goes that an operation makes now.
 CATEGORIES = (
     "parameters", "gradients", "optimizer", "ema", "activations", "trajectories", "decoded", "caches", "gathers",
+    "host",
 )  # fmt: skip
 # Name of a collective operation: its kind, and which argument is the full tensor (-1: the result).
 COLLECTIVES = {
@@ -100,15 +101,16 @@ Peaks = dict[Hashable, Counter[str]]
 
 class Meter(TorchDispatchMode):
     """Counts while it is entered. cost: the running total; live: bytes by category; peaks: the most of them in each
-    stretch, as `stretch` names what runs now."""
+    stretch, as `stretch` names what runs now. host: the most bytes in host memory, which no device holds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cost = Cost()
         self.live: Counter[str] = Counter()
-        self.total = 0
+        self.total = self.host = 0
         self.peaks: Peaks = {}
         self.category = "activations"
+        self._on_host = 0
         self._stretch: Hashable = None
         self._most = 0
         self._paused = False
@@ -288,6 +290,10 @@ class Meter(TorchDispatchMode):
         self._change("gathers", size)
 
     def _change(self, category: str, size: int) -> None:
+        if category == "host":
+            self._on_host += size
+            self.host = max(self.host, self._on_host)
+            return
         self.live[category] += size
         self.total += size
         self._mark()

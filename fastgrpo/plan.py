@@ -176,7 +176,7 @@ def as_json(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> dict
         "memory_bytes": found.gpu.memory,
         "reserved_bytes": RESERVED,
         "collective_bytes": found.collective_bytes,
-        "host_bytes_per_rank": found.run.state if found.config.checkpoint.background else 0,
+        "host_bytes_per_rank": found.run.host + checkpointed(found),
         "rows": {"rollout": found.run.forwards, "update": found.run.trained},
         "forward_equivalents": forward_equivalents(found),
         "residency": vars(found.run.residency),
@@ -187,6 +187,11 @@ def as_json(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> dict
     if fit is not None:
         result["nearest"] = {"settings": fit[0], "need_bytes": fit[1].need}
     return result
+
+
+def checkpointed(found: Plan) -> int:
+    """Bytes that a checkpoint written in the background copies to the host, of each rank."""
+    return found.run.state if found.config.checkpoint.background else 0
 
 
 def forward_equivalents(found: Plan) -> float:
@@ -284,7 +289,10 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
         f"forward-equivalents: {forward_equivalents(found):,.0f} ({run.forwards:,} rows rolled out, {run.trained:,} "
         "rows trained)"
     )
-    lines.append(f"host memory: {run.state / gib * found.local:.1f} GiB a node while a checkpoint is written")
+    lines.append(
+        f"host memory: {run.host / gib * found.local:.1f} GiB a node, and {checkpointed(found) / gib * found.local:.1f} "
+        "more while a checkpoint is written"
+    )
     times = ", ".join(f"{name} {total_seconds(found, gpu):,.1f}" for name, gpu in GPUS.items())
     lines.append(
         f"seconds without rewards, at {COMPUTE_EFFICIENCY:.0%} of peak and {LINK_EFFICIENCY:.0%} of links: {times}"

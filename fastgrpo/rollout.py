@@ -49,7 +49,8 @@ class Layout:
 class Trajectory:
     """What an update needs of a rollout, and its final latents.
 
-    latents: [n, *shape] float32 final latents. x: [R, *shape] float32 latents of each row. v_old: [R, *shape] model
+    All but the latents and log_prob on the host with rollout.trajectory host. latents: [n, *shape] float32 final
+    latents. x: [R, *shape] float32 latents of each row. v_old: [R, *shape] model
     output of each row, compute dtype. noise: [M, *shape] of each pair, or None where it is drawn again from its key.
     y, log_prob: with old_values log_prob, the latents after each pair's step [M, *shape] and their log-probability [M],
     float32; the noise is not kept then.
@@ -133,10 +134,11 @@ def rollout(
     device, shape, batch = family.device, family.latent_shape, config.forward_batch
     subtract = config.old_values == "log_prob"
     keep_noise = not subtract and config.keeps_noise(device.type)
-    x_kept = torch.empty((len(layout.row_step), *shape), device=device)
-    v_kept = torch.empty((len(layout.row_step), *shape), dtype=family.dtype, device=device)
-    noise_kept = torch.empty((len(layout.pair_row), *shape), device=device) if keep_noise else None
-    y_kept = torch.empty((len(layout.pair_row), *shape), device=device) if subtract else None
+    rows_kept, pairs_kept = (len(layout.row_step), *shape), (len(layout.pair_row), *shape)
+    x_kept = kept_empty(family, config, rows_kept, torch.float32)
+    v_kept = kept_empty(family, config, rows_kept, family.dtype)
+    noise_kept = kept_empty(family, config, pairs_kept, torch.float32) if keep_noise else None
+    y_kept = kept_empty(family, config, pairs_kept, torch.float32) if subtract else None
     log_prob_kept = torch.empty(len(layout.pair_row), device=device) if subtract else None
 
     # Before the group parts, a row of x is a prompt; after it, a sample.
@@ -149,8 +151,8 @@ def rollout(
         rows = layout.rows_of(step)
         if rows.stop > rows.start:
             source = to_device(layout.row_source[rows], device)
-            torch.index_select(x, 0, source, out=x_kept[rows])
-            torch.index_select(v, 0, source, out=v_kept[rows])
+            keep_rows(x_kept[rows], x, source)
+            keep_rows(v_kept[rows], v, source)
         if not parted and step == plan.first_stochastic:
             spread = to_device(layout.sample_prompt, device)
             x, v, row_prompt, parted = x.index_select(0, spread), v.index_select(0, spread), layout.sample_prompt, True
@@ -163,15 +165,40 @@ def rollout(
         drawn: Tensor | noise.NoiseKey = key
         if noise_kept is not None and chosen is not None:
             drawn = noise.normal(key, shape)
-            torch.index_select(drawn, 0, chosen, out=noise_kept[pairs])
+            keep_rows(noise_kept[pairs], drawn, chosen)
         y = gaussian_step(x, v, a, b, s, drawn)
         if y_kept is not None and log_prob_kept is not None and chosen is not None:
-            torch.index_select(y, 0, chosen, out=y_kept[pairs])
+            keep_rows(y_kept[pairs], y, chosen)
             log_prob_kept[pairs] = log_prob(
-                x.index_select(0, chosen), v.index_select(0, chosen), y_kept[pairs], a, b, s
+                x.index_select(0, chosen), v.index_select(0, chosen), y.index_select(0, chosen), a, b, s
             )
         x = y
     return Trajectory(layout, x, x_kept, v_kept, noise_kept, y_kept, log_prob_kept)
+
+
+def kept_empty(family: ModelFamily, config: Rollout, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A part of a trajectory without values, where rollout.trajectory says."""
+    if config.trajectory == "host":
+        return family.host_empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=family.device)
+
+
+def keep_rows(kept: Tensor, x: Tensor, index: Tensor) -> None:
+    """Rows of x into `kept`, on the device or on the host, without waiting."""
+    if kept.device == x.device:
+        torch.index_select(x, 0, index, out=kept)
+    else:
+        kept.copy_(x.index_select(0, index), non_blocking=True)
+
+
+def take_rows(kept: Tensor, index: np.ndarray, device: torch.device) -> Tensor:
+    """Rows of a part of a trajectory on the device, without waiting."""
+    if kept.device == device:
+        return kept.index_select(0, to_device(index, device))
+    taken = torch.empty((len(index), *kept.shape[1:]), dtype=kept.dtype, device=device)
+    for place, row in enumerate(index.tolist()):
+        taken[place].copy_(kept[row], non_blocking=True)
+    return taken
 
 
 def deterministic_step(
@@ -215,9 +242,24 @@ def initial_noise(
 
 
 def decode(family: ModelFamily, latents: Tensor, batch: int) -> Tensor:
-    """Images of latents [n, *shape], decoded in batches of exactly `batch`: [n, 3, H, W] in [0, 1]."""
-    parts = []
+    """Images of latents [n, *shape], decoded in batches of exactly `batch`: [n, 3, H, W] in [0, 1], in host memory.
+
+    On a GPU their copies may still be under way: the host synchronizes before it reads them.
+    """
+    images: Tensor | None = None
+    done = 0
     with family.on_device("vae"):
         for index, real in forward_batches(np.arange(len(latents)), batch):
-            parts.append(family.decode(latents.index_select(0, to_device(index, latents.device)))[:real])
-    return torch.cat(parts)
+            part = family.decode(latents.index_select(0, to_device(index, latents.device)))[:real]
+            if images is None:
+                images = family.host_empty((len(latents), *part.shape[1:]), part.dtype)
+            images[done : done + real].copy_(part, non_blocking=True)
+            done += real
+    assert images is not None
+    return images
+
+
+def synchronize(device: torch.device) -> None:
+    """The host waits for this thread's stream: once an iteration, before it reads the images."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -179,6 +179,11 @@ class Rollout(Section):
         default="auto",
         description="Of the trained steps: kept, or drawn again from its key; auto keeps it on a CPU only.",
     )
+    trajectory: Literal["device", "host"] = Field(
+        default="device",
+        description="Where what the update needs of the trained steps waits for it; host: in page-locked memory, rows "
+        "copied as micro-batches take them.",
+    )
     gather: Literal["auto", "once", "per_block"] = Field(
         default="auto",
         description="Sharded weights: once: gathered for the whole rollout; per_block: for each block's forward, and "

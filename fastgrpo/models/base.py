@@ -167,6 +167,10 @@ class ModelFamily(PromptEncoding):
                     stack.enter_context(self.visitors[name].visit())
             yield
 
+    def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor without values in host memory; page-locked where the device is a GPU, so that copies do not wait."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+
     @contextmanager
     def encoding(self) -> Iterator[None]:
         """Within it everything that encodes prompts is on the device."""
