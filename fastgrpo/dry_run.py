@@ -39,7 +39,7 @@ from fastgrpo.parallel import (
     prepare_weights,
     sharded,
 )
-from fastgrpo.rollout import Layout, decode, lay_out, rank_samples, rollout
+from fastgrpo.rollout import Layout, decode, lay_out, rank_samples, rollout, share_out
 from fastgrpo.schedule import RolloutPlan, plan_rollout
 from fastgrpo.update import MicroBatch, Updater
 
@@ -63,7 +63,8 @@ class Phase:
 @dataclass(frozen=True)
 class DryRun:
     """phases: of one iteration of rank 0. forwards, trained: rows that it evaluates without and with gradients.
-    parameters, trainable: of the whole model. state: bytes that a checkpoint copies to the host, of this rank; host: the most that it holds there besides."""
+    parameters, trainable: of the whole model. state: bytes that a checkpoint copies to the host, of this
+    rank; host: the most that it holds there besides."""
 
     phases: list[Phase]
     forwards: int
@@ -216,7 +217,9 @@ class _Iteration:
             _replaced(family, "decode", decoding),
             _replaced(family, "host_empty", on_host),
         ):
-            images = decode(family, trajectory.latents, roll.decode_batch)
+            shared = world.context if roll.best_of is None else 1
+            share = share_out(np.arange(len(trajectory.latents)), shared, 0)
+            images = decode(family, trajectory.latents[: len(share)], roll.decode_batch)
         del images
         with self.phase("update", "activations"):
             advantages = np.where(np.arange(samples) % 2 == 0, 1.0, -1.0)

@@ -114,10 +114,11 @@ def evaluate(
     images = draw(family, prompts, config, world)
     share, last = len(images), len(prompts) - 1
 
-    def owned(rank: int) -> np.ndarray:
-        return np.minimum(np.arange(rank * share, (rank + 1) * share), last)
+    def owned(process: int) -> np.ndarray:
+        begin = process // world.context * share
+        return np.minimum(np.arange(begin, begin + share), last)
 
-    mine = [prompts[i] for i in owned(world.rank)]
+    mine = [prompts[i] for i in owned(world.process)]
     scores = score_samples(rewards, images, mine, config.model.fps if images.ndim == 5 else None, note)
     release(rewards.values())
     scored = gather(scores, owned, world, 0)

@@ -24,7 +24,7 @@ from fastgrpo.models.base import ModelFamily
 from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.prompts import Prompt
 from fastgrpo.rewards import Reward, Scores, release
-from fastgrpo.rollout import Layout, Trajectory, decode, kept_empty, lay_out, rollout, synchronize
+from fastgrpo.rollout import Layout, Trajectory, decode, kept_empty, lay_out, rollout, share_out, synchronize
 from fastgrpo.schedule import NoiseLevels, RolloutPlan, plan_rollout
 from fastgrpo.scoring import Gathered, joined, score_samples
 from fastgrpo.telemetry import PhaseTimer
@@ -36,7 +36,7 @@ class Batch:
     """An iteration's samples: rolled out, and being scored until `Generator.finish`.
 
     drawn: indices of its prompts; trajectory: of the samples that are trained (global numbers: `layout.samples`);
-    scores: of all of this rank's samples, in order; scored: of every rank's, once they have been gathered.
+    scores: of the samples that this rank scores, in order; scored: of every rank's, once they have been gathered.
     """
 
     iteration: int
@@ -62,13 +62,19 @@ Job = Future[Judged]
 
 
 class Generator:
-    """Rolls out and scores; `mine`: this rank's global samples, ascending."""
+    """Rolls out and scores; `mine`: this rank's global samples, ascending.
+
+    context, context_rank: the ranks that roll out the same samples, each of which decodes and scores a share of them,
+    and which of them this is. With the best of N each scores them all, because it chooses among them.
+    """
 
     def __init__(
         self, family: ModelFamily, config: Config, rewards: Mapping[str, Reward], mine: np.ndarray,
-        levels: NoiseLevels, note: Callable[[str], None],
+        levels: NoiseLevels, note: Callable[[str], None], context: int = 1, context_rank: int = 0,
     ) -> None:  # fmt: skip
         self.family, self.config, self.rewards, self.mine = family, config, rewards, mine
+        self.sharers = context if config.rollout.best_of is None else 1
+        self.sharer = context_rank if self.sharers > 1 else 0
         self.levels, self.note = levels, note
         self.samples = config.rollout.prompts_per_iteration * config.rollout.candidates
         self.weights = np.array([spec.weight for spec in config.scored])
@@ -92,7 +98,7 @@ class Generator:
         with timer.phase("conditioning"):
             conditioning = self.family.encode([prompts[i] for i in whole.prompts])
         batch = Batch(iteration, drawn, plan, _nothing(self.family, whole), conditioning)
-        chunks = np.array_split(self.mine, min(self.config.scoring.chunks, len(self.mine)))
+        chunks = self._chunks(self.mine)
         for samples in chunks:
             layout = whole if len(chunks) == 1 else lay_out(plan, roll, samples)
             rows = conditioning
@@ -101,10 +107,23 @@ class Generator:
             with timer.phase("rollout"), gathered():
                 trajectory = rollout(self.family, plan, layout, rows, roll, self.config.run.seed, iteration)
             texts = [prompts[i] for i in layout.prompts[layout.sample_prompt].tolist()]
-            batch.jobs.append((trajectory, self._submit(trajectory.latents, texts, iteration, timer)))
+            latents = trajectory.latents
+            if self.sharers > 1:
+                share = share_out(np.arange(len(texts)), self.sharers, self.sharer)
+                latents = latents.index_select(0, to_device(share, latents.device))
+                texts = [texts[i] for i in share]
+            batch.jobs.append((trajectory, self._submit(latents, texts, iteration, timer)))
             if roll.best_of is not None:
                 self._fold(batch, timer, leave=1 if self.beside else 0)
         return batch
+
+    def _chunks(self, samples: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(samples, min(self.config.scoring.chunks, len(samples)))
+
+    def scores_of(self, samples: np.ndarray, context_rank: int) -> np.ndarray:
+        """Which of a rank's samples (global, ascending) it scores, in the order of its scores."""
+        number = context_rank if self.sharers > 1 else 0
+        return np.concatenate([share_out(chunk, self.sharers, number) for chunk in self._chunks(samples)])
 
     def finish(self, batch: Batch, timer: PhaseTimer) -> None:
         """Waits for a batch's scores and puts its trajectory together."""

@@ -59,14 +59,23 @@ class World:
         """All processes."""
         return self.size * self.context
 
+    @property
+    def process(self) -> int:
+        """This one's number among all."""
+        return self.rank * self.context + self.context_rank
+
     def gather(self, vector: np.ndarray) -> np.ndarray:
         """[size, len] of every rank's float64 vector [len], on the host; of a context group, its first rank's."""
+        return self.gather_all(vector)[:: self.context]
+
+    def gather_all(self, vector: np.ndarray) -> np.ndarray:
+        """[ranks, len] of every process's float64 vector [len], on the host."""
         if self.ranks == 1:
             return vector[None]
         mine = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float64))
         everyone = torch.empty(self.ranks, len(mine), dtype=torch.float64)
         dist.all_gather_into_tensor(everyone.view(-1), mine)
-        return everyone.numpy()[:: self.context]
+        return everyone.numpy()
 
     def barrier(self) -> None:
         if self.ranks > 1:

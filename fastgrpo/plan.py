@@ -290,8 +290,8 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
         "rows trained)"
     )
     lines.append(
-        f"host memory: {run.host / gib * found.local:.1f} GiB a node, and {checkpointed(found) / gib * found.local:.1f} "
-        "more while a checkpoint is written"
+        f"host memory: {run.host / gib * found.local:.1f} GiB a node, and "
+        f"{checkpointed(found) / gib * found.local:.1f} more while a checkpoint is written"
     )
     times = ", ".join(f"{name} {total_seconds(found, gpu):,.1f}" for name, gpu in GPUS.items())
     lines.append(

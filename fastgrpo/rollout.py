@@ -73,6 +73,13 @@ def rank_samples(total: int, optimizer_steps: int, world: int, rank: int) -> np.
     return np.arange(total).reshape(optimizer_steps, world, -1)[:, rank]
 
 
+def share_out(samples: np.ndarray, processes: int, number: int) -> np.ndarray:
+    """The share of one of so many processes that hold the same samples; all shares are as long, the last sample being
+    repeated where they do not divide."""
+    share = -(-len(samples) // processes)
+    return samples[np.minimum(np.arange(number * share, (number + 1) * share), len(samples) - 1)]
+
+
 def lay_out(plan: RolloutPlan, rollout: Rollout, samples: np.ndarray) -> Layout:
     """The layout of the rank that rolls out `samples` (global, [n])."""
     prompts, sample_prompt = np.unique(samples // rollout.candidates, return_inverse=True)
@@ -185,7 +192,7 @@ def kept_empty(family: ModelFamily, config: Rollout, shape: tuple[int, ...], dty
 
 def keep_rows(kept: Tensor, x: Tensor, index: Tensor) -> None:
     """Rows of x into `kept`, on the device or on the host, without waiting."""
-    if kept.device == x.device:
+    if kept.device.type == x.device.type:
         torch.index_select(x, 0, index, out=kept)
     else:
         kept.copy_(x.index_select(0, index), non_blocking=True)
@@ -193,7 +200,7 @@ def keep_rows(kept: Tensor, x: Tensor, index: Tensor) -> None:
 
 def take_rows(kept: Tensor, index: np.ndarray, device: torch.device) -> Tensor:
     """Rows of a part of a trajectory on the device, without waiting."""
-    if kept.device == device:
+    if kept.device.type == device.type:
         return kept.index_select(0, to_device(index, device))
     taken = torch.empty((len(index), *kept.shape[1:]), dtype=kept.dtype, device=device)
     for place, row in enumerate(index.tolist()):

@@ -78,7 +78,7 @@ def joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
 
 
 def gather(scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], world: World, flag: int) -> Gathered:
-    """Every rank's scores; `owned(rank)` gives the global samples that a rank scored, in its order."""
+    """Every process's scores; `owned(process)` gives the global samples that one scored, in its order."""
     mine = sorted((name, component) for name in scores for component in scores[name].components)
     names = _agreed(mine, world)
     count = len(next(iter(scores.values())).values)
@@ -86,9 +86,9 @@ def gather(scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], wor
     rows = [getattr(s, column) for column in ("values", "valid", "asked") for s in scores.values()]
     rows += [scores[name].components.get(component, missing) for name, component in names]
     vector = np.concatenate([np.stack(rows).astype(np.float64).reshape(-1), [float(flag)]])
-    everyone = world.gather(vector)
-    samples = [owned(rank) for rank in range(world.size)]
-    table = np.empty((len(rows), sum(map(len, samples))))
+    everyone = world.gather_all(vector)
+    samples = [owned(process) for process in range(world.ranks)]
+    table = np.empty((len(rows), len(np.unique(np.concatenate(samples)))))
     for vector, places in zip(everyone, samples, strict=True):
         table[:, places] = vector[:-1].reshape(len(rows), -1)
     R = len(scores)
@@ -98,9 +98,10 @@ def gather(scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], wor
 
 def _agreed(names: list[tuple[str, str]], world: World) -> list[tuple[str, str]]:
     """The components that any rank has: one whose reward failed does not know of them."""
-    if world.size == 1:
+    if world.ranks == 1:
         return names
     text = json.dumps(names).encode()
-    length = int(world.gather(np.array([float(len(text))])).max())
+    length = int(world.gather_all(np.array([float(len(text))])).max())
     padded = np.frombuffer(text.ljust(length), dtype=np.uint8).astype(np.float64)
-    return sorted({tuple(pair) for row in world.gather(padded) for pair in json.loads(row.astype(np.uint8).tobytes())})
+    rows = world.gather_all(padded)
+    return sorted({tuple(pair) for row in rows for pair in json.loads(row.astype(np.uint8).tobytes())})

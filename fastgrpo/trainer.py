@@ -81,8 +81,9 @@ class Trainer:
             )
         self.weights = np.array([spec.weight for spec in config.scored])
         self.generator = Generator(
-            self.family, config, self.rewards, self.mine, self.levels, lambda text: self.progress.note(text)
-        )
+            self.family, config, self.rewards, self.mine, self.levels, lambda text: self.progress.note(text),
+            self.world.context, self.world.context_rank,
+        )  # fmt: skip
         self.guard = RewardGuard(config.guard)
         self.halted: str | None = None
         # With staleness 1: the next iteration's samples, rolled out already.
@@ -260,8 +261,10 @@ class Trainer:
     def _gather(self, scores: dict[str, Scores]) -> Gathered:
         """Every rank's scores. A signal that reached one rank stops them all, at the same iteration."""
 
-        def owned(rank: int) -> np.ndarray:
-            return np.sort(rank_samples(self.samples, self.config.update.optimizer_steps, self.world.size, rank), None)
+        def owned(process: int) -> np.ndarray:
+            rank, context_rank = divmod(process, self.world.context)
+            shares = rank_samples(self.samples, self.config.update.optimizer_steps, self.world.size, rank)
+            return self.generator.scores_of(np.sort(shares, None), context_rank)
 
         scored = gather(scores, owned, self.world, self.stopping)
         self.stopping = scored.flagged

@@ -12,7 +12,9 @@ from tiny import tiny_config
 from fastgrpo.advantages import extremes
 from fastgrpo.checkpoint import CheckpointStore
 from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.generation import Generator
 from fastgrpo.rewards import Scores
+from fastgrpo.telemetry import PhaseTimer
 from fastgrpo.trainer import Trainer
 
 GAUGES = ("scoring/",)
@@ -67,6 +69,40 @@ def test_chunks_scored_beside_the_rollout_change_no_bit(tiny_flux, tmp_path, tra
     assert_same(whole, parts)
     assert learned(tmp_path / "parts") == learned(tmp_path / "whole")
     assert all(line["scoring/reward_seconds"] > 0 for line in metrics(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("rollout", [{}, {"old_values": "log_prob"}, {"best_of": 12}], ids=str)
+def test_trajectories_that_wait_on_the_host_change_no_bit(tiny_flux, tmp_path, rollout):
+    rollout = {"group_size": 4, "trained": {"kind": "subset"}, **rollout}
+    runs = [
+        finished(tiny_config(tiny_flux, tmp_path / place, rewards=REDNESS, rollout={**rollout, "trajectory": place}))
+        for place in ("device", "host")
+    ]
+    assert_same(*runs)
+
+
+def test_ranks_that_roll_out_the_same_samples_score_a_share_each(tiny_flux, tmp_path):
+    config = tiny_config(
+        tiny_flux, tmp_path / "run", rewards=REDNESS, rollout={"group_size": 5}, scoring={"chunks": 2, "overlap": False}
+    )
+    trainer = Trainer(config)
+    drawn = trainer.sampler.at(0)
+    whole, found = {}, {}
+    for context in (1, 3):
+        for rank in range(context):
+            generator = Generator(
+                trainer.family, config, trainer.rewards, trainer.mine, trainer.levels, print, context, rank
+            )
+            timer = PhaseTimer(trainer.world.device)
+            batch = generator.start(0, drawn, [trainer.prompts[i] for i in drawn], timer)
+            generator.finish(batch, timer)
+            values = batch.scores[REDNESS[0]["name"]].values
+            into = whole if context == 1 else found
+            into.update(zip(generator.scores_of(trainer.mine, rank).tolist(), values.tolist(), strict=True))
+    # Chunks of five samples, two for each of three ranks.
+    assert Redness.sizes == [5, 5] + [2, 2] * 3
+    assert whole == found
+    assert len(whole) == 10
 
 
 def test_the_extremes_of_a_stream_are_those_of_the_whole():

@@ -47,7 +47,12 @@ VARIANTS = {
         "rollout": {"gather": "per_block"},
     },
     "replicated": {"update": UPDATE, "parallel": {"replicate": 2}},
-    "context": {"update": UPDATE, "parallel": {"context": 2}},
+    "context": {
+        "update": UPDATE,
+        "parallel": {"context": 2},
+        "rollout": {"trajectory": "host"},
+        "scoring": {"chunks": 3},
+    },
 }
 
 

@@ -63,7 +63,7 @@ def test_ranks_agree_on_components_that_a_failed_one_does_not_know():
     class Two(World):
         """Two ranks: the other one's reward failed, so it has no component."""
 
-        def gather(self, vector):
+        def gather_all(self, vector):
             if len(vector) == 1:
                 return np.stack([vector, [2.0]])
             if len(vector) == len('[["good", "strict"]]'):
