@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup compiler demo train-all lint test test-full bench-gpu check clean
+.PHONY: help setup compiler demo train-all lint test test-full bench bench-gpu check clean
 
 help:
 	@echo "make setup      .venv with everything the demo and the tests need"
@@ -19,7 +19,8 @@ help:
 	@echo "make train-all  the recipes of every embedded pipeline (an hour)"
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-full  the minutes-long ones too"
-	@echo "make bench-gpu  the tests that need a GPU, then the benchmarks, on this machine's"
+	@echo "make bench      time every model family's tiny recipe on this machine (minutes)"
+	@echo "make bench-gpu  the tests that need a GPU, then the benchmarks, on this machine's (an hour)"
 	@echo "make check      linters, types, tests: what CI runs"
 
 setup: $(STAMP)
@@ -61,12 +62,19 @@ test: setup compiler
 test-full: setup compiler
 	$(PYTEST) -m "full or not full" $(ARGS)
 
-# Tests of the kernels on the device, those that only a GPU can answer, then every benchmark; ten minutes at most.
+# A recipe of every family at the tiny size, beside the sequential baseline: rows, plot and page of this machine.
+bench: setup compiler
+	$(BIN)/fastgrpo bench train --compare sequential $(ARGS)
+
+# Tests of the kernels on the device, those that only a GPU can answer, and the kernels' benchmarks, ten minutes at most;
+# then whole iterations of every family, tiny and real, each run with a limit of its own.
 bench-gpu: setup compiler
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
 	  echo "make bench-gpu: needs a CUDA GPU, and torch sees none" >&2; exit 1; }
 	$(PIP_INSTALL) -e '.[dev,gpu]'
 	timeout 600 sh -c '$(BIN)/python -m pytest tests/gpu tests/kernels -m "not full" && $(BIN)/fastgrpo bench kernels $(ARGS)'
+	timeout 900 $(BIN)/fastgrpo bench train --compare sequential
+	timeout 3600 $(BIN)/fastgrpo bench train --size real
 
 check: lint
 	@$(MAKE) test

@@ -6,10 +6,7 @@ fastgrpo bench compare --base main
 
 from __future__ import annotations
 
-import csv
 import json
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,13 +17,13 @@ from typing import Any
 
 import torch
 
-from fastgrpo.errors import UserError, nearest, require
+from fastgrpo.errors import UserError, require
 from fastgrpo.nvml import Board
 
+from . import tables
 from .providers import OPERATIONS, PROVIDERS, SHAPES, Inputs, least_bytes, prepare
+from .tables import DATA, ROOT, Row, chosen, device_slug, read
 
-ROOT = Path(__file__).parents[1]
-DATA = ROOT / "bench" / "data"
 DOCUMENT = ROOT / "docs" / "results.md"
 MARKS = ("<!-- kernels table -->\n", "<!-- end of kernels table -->\n")
 # The table that the document shows.
@@ -38,7 +35,6 @@ COLUMNS = (
 )  # fmt: skip
 COPY_BYTES = 1 << 28
 
-Row = dict[str, Any]
 # Seconds of a run by the clock, and of this process at work: on a busy machine they differ.
 Times = tuple[float, float]
 
@@ -49,11 +45,11 @@ def run(
     """Measure, print, and put rows and plot of this device into bench/data, and the rows shown into docs/results.md."""
     rows = measure(ops, shapes, providers, modes, repeats)
     table = DATA / f"kernels-{device_slug()}.csv"
-    upsert(table, rows)
+    tables.upsert(table, rows, KEY, COLUMNS)
     plot(read(table), table.with_suffix(".png"))
     if table == SHOWN:
         DOCUMENT.write_text(document(), encoding="utf-8")
-    show(rows)
+    tables.show(f"{device_slug()}, torch {torch.__version__}", rows, COLUMNS[: COLUMNS.index("repeats")], KEY)
 
 
 def measure(
@@ -61,10 +57,10 @@ def measure(
 ) -> list[Row]:
     """One row for each chosen operation, mode, provider and shape, model outputs in bfloat16."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ops, shapes = _chosen("op", ops, OPERATIONS), _chosen("shape", shapes, SHAPES)
-    providers = _chosen("provider", providers, PROVIDERS)
+    ops, shapes = chosen("bench kernels", "op", ops, OPERATIONS), chosen("bench kernels", "shape", shapes, SHAPES)
+    providers = chosen("bench kernels", "provider", providers, PROVIDERS)
     copy = copy_bandwidth(device, repeats)
-    commit = _git("rev-parse", "--short", "HEAD").strip()
+    commit = tables.revision()
     rows = []
     for shape in shapes:
         # Else what was compiled for the shapes before counts against a limit.
@@ -89,13 +85,6 @@ def _measured(work: Callable[[], object], times: list[Times], provider: str, dev
     row["cpu_ms"] = round(1e3 * _quantile(busy, 0.5), 4) if device.type == "cpu" else ""
     row |= {"peak_mib": round(peak_bytes(work, device) / 2**20, 4), "launches": launches(work, device, provider)}
     return row | {"repeats": len(times), "threads": torch.get_num_threads(), **_nvml(device)}
-
-
-def _chosen(what: str, names: list[str] | None, known: Any) -> list[str]:
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"bench kernels: unknown {what} {name!r}; {nearest(name, known)}one of: {', '.join(known)}")
-    return list(names or known)
 
 
 def timed(works: list[Callable[[], object]], device: torch.device, repeats: int) -> list[list[Times]]:
@@ -198,54 +187,13 @@ def _quantile(times: Sequence[float], q: float) -> float:
     return float(torch.tensor(times, dtype=torch.float64).quantile(q))
 
 
-def device_slug() -> str:
-    """A file name for this device: the GPU's, or the processor's architecture and threads."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"cpu {platform.machine()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def read(table: Path) -> list[Row]:
-    """Rows of a device's table; none if there is no table yet."""
-    if not table.exists():
-        return []
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def upsert(table: Path, rows: list[Row]) -> None:
-    """Write rows into a table, each over the row of its key."""
-    kept = {tuple(str(row[k]) for k in KEY): row for row in [*read(table), *rows]}
-    table.parent.mkdir(exist_ok=True)
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([kept[key][column] for column in COLUMNS] for key in sorted(kept))
-
-
-def show(rows: list[Row]) -> None:
-    """A table of what was measured."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{device_slug()}, torch {torch.__version__}", title_justify="left")
-    columns = COLUMNS[: COLUMNS.index("repeats")]
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if column in KEY else "right")
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console().print(table)
-
-
 def document() -> str:
     """docs/results.md with the rows of SHOWN between its marks: a line for each shape, operation and mode."""
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])
-    _, after = rest.split(MARKS[1])
     found = {tuple(row[k] for k in KEY): row for row in read(SHOWN)}
-    lines = ["| shape | operation | CPU ms | eager/ours | wall ms, median | eager/ours | peak extra MiB | eager/ours |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    head = ["shape", "operation"]
+    for figure in ("CPU ms", "wall ms, median", "peak extra MiB"):
+        head += [figure, "eager/ours"]
+    lines = []
     for shape in SHAPES:
         for op, operation in OPERATIONS.items():
             for mode in operation.modes:
@@ -254,8 +202,8 @@ def document() -> str:
                     continue
                 cells = [_beside(rows, column) for column in ("cpu_ms", "p50_ms", "peak_mib")]
                 name = f"{op}, {mode}".replace("_", " ")
-                lines.append(f"| {shape} | {name} | {' | '.join(cells)} |")
-    return f"{before}{MARKS[0]}\n" + "".join(f"{line}\n" for line in lines) + f"\n{MARKS[1]}{after}"
+                lines.append((shape, name, *cells))
+    return tables.between(DOCUMENT, MARKS, tables.markdown(head, lines))
 
 
 def _beside(rows: list[Row | None], column: str) -> str:
@@ -298,24 +246,16 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def compare(base: str, ops: list[str] | None, shapes: list[str] | None, repeats: int) -> None:
     """Median times of our kernels as they are at a git ref beside those of this tree, each in a fresh process."""
-    from rich.console import Console
-    from rich.table import Table
-
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", base, "kernels"], cwd=ROOT, capture_output=True)
-        if archive.returncode:
-            raise UserError(f"bench compare: {archive.stderr.decode().strip()}")
-        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        tables.unpack("bench compare", base, ["kernels"], Path(folder))
         before = _measure_tree(Path(folder) / "kernels", ops, shapes, repeats)
     after = {tuple(row[k] for k in KEY): row for row in _measure_tree(ROOT / "kernels", ops, shapes, repeats)}
-    table = Table(title=f"{device_slug()}: {base} → this tree, ms", title_justify="left")
-    for column in ("op", "mode", "shape", "p50 at base", "p50 here", "ratio"):
-        table.add_column(column)
+    columns, rows = ("op", "mode", "shape", "p50_at_base", "p50_here", "ratio"), []
     for row in before:
         here = after[tuple(row[k] for k in KEY)]
-        times = row["p50_ms"], here["p50_ms"]
-        table.add_row(row["op"], row["mode"], row["shape"], *map(str, times), f"{times[1] / times[0]:.2f}")
-    Console().print(table)
+        times = {"p50_at_base": row["p50_ms"], "p50_here": here["p50_ms"]}
+        rows.append({**row, **times, "ratio": f"{here['p50_ms'] / row['p50_ms']:.2f}"})
+    tables.show(f"{device_slug()}: {base} → this tree, ms", rows, columns, columns[:3])
 
 
 def _measure_tree(kernels: Path, ops: list[str] | None, shapes: list[str] | None, repeats: int) -> list[Row]:
@@ -331,7 +271,3 @@ def _measure_tree(kernels: Path, ops: list[str] | None, shapes: list[str] | None
     if done.returncode:
         raise UserError(f"bench compare: {kernels}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout

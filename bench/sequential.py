@@ -32,8 +32,8 @@ BASELINE = (
 class Bench:
     """A trainer that iterates when asked, in a run directory of its own."""
 
-    def __init__(self, config: Config) -> None:
-        self.trainer = Trainer(config)
+    def __init__(self, config: Config, *load: Any) -> None:
+        self.trainer = Trainer(config, *load)
         self.trainer.telemetry = Telemetry(self.trainer.dir, config)
         self.trainer.timer, self.trainer.progress = PhaseTimer(self.trainer.world.device), Progress(1, enabled=False)
         self.seconds: list[float] = []
@@ -43,10 +43,14 @@ class Bench:
         self.trainer.iterate()
         self.seconds.append(time.perf_counter() - begin)
 
+    def metrics(self, warm_up: int) -> list[dict[str, float]]:
+        """Those of each iteration after the warm-up."""
+        self.trainer._flush()
+        return read_metrics(self.trainer.dir)[warm_up:]
+
     def result(self, warm_up: int) -> dict[str, Any]:
         """Medians over the iterations after the warm-up."""
-        self.trainer._flush()
-        lines = read_metrics(self.trainer.dir)[warm_up:]
+        lines = self.metrics(warm_up)
         phases = sorted(name for name in lines[0] if name.startswith("time/"))
         medians = {name.removeprefix("time/"): statistics.median(line[name] for line in lines) for name in phases}
         return {"seconds": statistics.median(self.seconds[warm_up:]), "phases": medians}

@@ -18,6 +18,7 @@ from typing import Any
 from fastgrpo.errors import UserError, nearest
 
 from .devices import DEVICES, SHAPES
+from .tables import Row, between, markdown
 
 TABLE = Path(__file__).parent / "data" / "static.csv"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -34,8 +35,6 @@ COSTS = (
     "launches",
 )  # fmt: skip
 WIDTHS = ("load_bits", "store_bits")
-
-Row = dict[str, Any]
 
 
 def run(targets: list[str] | None, cases: list[str] | None, dtypes: list[str] | None, *, write: bool) -> None:
@@ -190,18 +189,15 @@ def write_table(rows: list[Row]) -> None:
 
 def document(target: str = "sm_90", dtype: str = "bfloat16") -> str:
     """docs/kernels.md with the committed rows of one target and dtype between its marks."""
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])
-    _, after = rest.split(MARKS[1])
     shown = ("case", "pass", "kernel", "registers", "load_bits", "store_bits", "instructions_per_element")
     shown += ("bytes_per_element", "least_bytes_per_element", "launches", "hunyuan_us", "flux_us", "bound")
     names = [column.replace("_per_", "/").replace("_", " ") for column in shown]
-    lines = [names, ["---"] * len(names)]
+    lines = []
     for row in read_table():
         # Where the model output's dtype does not matter there is float32 alone.
         if row["target"] == target and row["dtype"] in (dtype, "float32") and _is_shown(row, dtype):
             lines.append([str(row[column]).strip("_") for column in shown])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}"
+    return between(DOCUMENT, MARKS, markdown(names, lines))
 
 
 def _is_shown(row: Row, dtype: str) -> bool:

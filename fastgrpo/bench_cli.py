@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "bench"
 _PACKAGE = "fastgrpo_bench"
 
 app = typer.Typer(
-    help="What the compiler made of the kernels, and how fast they are here.",
+    help="What the compiler made of the kernels, how fast they and whole iterations are here, what a run survives.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 @app.callback()
 def benchmarks() -> None:
-    """What the compiler made of the kernels, and how fast they are here."""
+    """What the compiler made of the kernels, how fast they and whole iterations are here, what a run survives."""
 
 
 def load(module: str) -> ModuleType:
@@ -86,20 +86,45 @@ def compare(
     load("kernels").compare(base, op, shape, repeats)
 
 
+Models = Annotated[list[str] | None, typer.Option("--model", help="flux, wan …; else all families.")]
+
+
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as those of configs/.")],
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; none: the suite.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE…")] = None,
-    compare: Annotated[str, typer.Option(help="sequential: DanceGRPO's loop, at batch 1.")] = "sequential",
-    iterations: Annotated[int, typer.Option(min=1, help="Timed iterations of each, after one that is not.")] = 3,
+    model: Models = None,
+    size: Annotated[str, typer.Option(help="tiny, or real: the real configuration, random weights, a GPU.")] = "tiny",
+    sweep: Annotated[list[str] | None, typer.Option(help="batch, steps, window, resolution … or all.")] = None,
+    compare: Annotated[str | None, typer.Option(help="sequential: beside DanceGRPO's loop, at batch 1.")] = None,
+    base: Annotated[str | None, typer.Option(help="A git ref, whose code is timed beside this tree's.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Timed iterations of each.")] = 3,
+    write: Annotated[bool, typer.Option(help="Put the rows into bench/data, and the page into docs.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time whole iterations of a config beside a baseline recipe of this trainer, in turns in one process."""
-    if compare != "sequential":
+    """Time whole iterations: of every family's recipe on this device, or of a CONFIG beside the sequential baseline."""
+    if compare not in (None, "sequential"):
         raise UserError(f"--compare: unknown baseline '{compare}'; (one of: sequential)")
-    bench = load("sequential")
-    result = bench.compare(config, overrides or [], iterations)
-    typer.echo(json.dumps(result, indent=1) if as_json else f"{bench.table(result)}\nspeedup {result['speedup']:.1f}")
+    settings = overrides or []
+    if config is not None and "=" not in config:
+        result = load("sequential").compare(Path(config), settings, iterations)
+        text = f"{load('sequential').table(result)}\nspeedup {result['speedup']:.1f}"
+        typer.echo(json.dumps(result, indent=1) if as_json else text)
+        return
+    settings = [config, *settings] if config is not None else settings
+    suite = load("train")
+    sweeps = list(suite.SWEEPS) if sweep == ["all"] else sweep
+    if base is not None:
+        rows = suite.compare(base, model, size, sweeps, settings, iterations)
+    else:
+        rows = suite.run(model, size, sweeps, settings, iterations, compare is not None, write)
+    suite.tell(rows, as_json)
+
+
+@app.command()
+def planned(model: Models = None) -> None:
+    """Plan the suite's real recipes for GPUs that nobody measured them on; minutes each."""
+    load("planned").run(model)
 
 
 @app.command()

@@ -33,6 +33,8 @@ FIXED = (
 
 # Why a run stops; where ranks differ, the largest counts.
 GOING_ON, INTERRUPTED, PREEMPTED = 0, 1, 2
+# How a run ended, for its log.
+ENDS = {GOING_ON: "finished", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}
 STOPS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
 
 

@@ -1,9 +1,11 @@
-"""What a run tells: metrics.jsonl (always), TensorBoard and W&B (when asked), phase times, memory, a live line."""
+"""What a run tells: metrics.jsonl and events.jsonl (always), TensorBoard and W&B (when asked), phase times, memory, a
+live line."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import importlib
 import json
 import math
@@ -20,6 +22,9 @@ import torch
 
 from fastgrpo.config import Config
 from fastgrpo.errors import UserError, require
+
+# Metrics that are worth an event of their own where they are not 0: work that was thrown away.
+LOST = ("optimizer_steps/skipped", "samples/failed")
 
 
 class Telemetry:
@@ -41,6 +46,7 @@ class Telemetry:
             require("wandb", "telemetry.wandb_project")
         self._path = self._dir / "metrics.jsonl"
         self._file = self._path.open("ab", buffering=0)
+        self._events = (self._dir / "events.jsonl").open("ab", buffering=0)
         self._purge_step: int | None = None
         self._board_: Any = None
         self._wandb_: Any = None
@@ -50,13 +56,25 @@ class Telemetry:
         if not self._main:
             return
         line: dict[str, float | int | None] = {"iteration": iteration}
-        line |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-        self._append(line)
+        line |= _finite({name: float(value) for name, value in metrics.items()})
+        self._append(self._file, line)
+        lost = {name: metrics[name] for name in LOST if metrics.get(name)}
+        if lost:
+            self.event("lost", iteration, **lost)
         if board := self._board():
             for name, value in metrics.items():
                 board.add_scalar(name, value, iteration)
         if run := self._wandb():
             run.log(dict(metrics), step=iteration)
+
+    def event(self, kind: str, iteration: int, **what: Any) -> None:
+        """One JSON line, `{"time": …, "event": kind, "iteration": …, **what}`, of something that happened: time is UTC.
+
+        A resumed run goes on below: unlike metrics, what happened stays.
+        """
+        if self._main:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            self._append(self._events, {"time": now, "event": kind, "iteration": iteration, **_finite(what)})
 
     def images(self, iteration: int, tag: str, png_path: str | Path, captions: Sequence[str]) -> None:
         """The grid image at `png_path` with its captions, to TensorBoard and W&B; the file itself stays where it is."""
@@ -84,7 +102,7 @@ class Telemetry:
         scratch = self._path.with_suffix(".tmp")
         with scratch.open("wb", buffering=0) as self._file:
             for line in kept:
-                self._append(line)
+                self._append(self._file, line)
             os.fsync(self._file.fileno())
         scratch.replace(self._path)
         self._file = self._path.open("ab", buffering=0)
@@ -94,16 +112,17 @@ class Telemetry:
         if not self._main:
             return
         self._file.close()
+        self._events.close()
         if self._board_ is not None:
             self._board_.close()
         if self._wandb_ is not None:
             self._wandb_.finish()
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, file: Any, line: dict[str, Any]) -> None:
         """One line in one write: nothing stays in a buffer to fail again at exit."""
         data = json.dumps(line, allow_nan=False).encode() + b"\n"
         try:
-            written = self._file.write(data)
+            written = file.write(data)
         except OSError as error:
             raise UserError(f"{self._path}: cannot write the metrics: {error.strerror}") from None
         if written != len(data):
@@ -133,6 +152,12 @@ class Telemetry:
                 config=self._config.model_dump(mode="json"),
             )
         return self._wandb_
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """With null for numbers that JSON does not have."""
+    found = {name: _finite(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ The host is asked once an iteration, at scoring: images come to it there, and th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.evaluate import evaluate, heldout_prompts, record
 from fastgrpo.generation import Batch, Generator, flight_scores, flight_state, keep_extremes, tensors
 from fastgrpo.guard import RewardGuard
-from fastgrpo.models import check_family, load_family
+from fastgrpo.models import ModelFamily, check_family, load_family
 from fastgrpo.optimizer import OptimizerState
 from fastgrpo.parallel import World, gathered, prepare_weights, residency, start_world, this_machine
 from fastgrpo.plan import settled
 from fastgrpo.profiling import profiled
 from fastgrpo.prompts import Prompt, PromptSampler, SpreadSampler, load_prompts
 from fastgrpo.ranks import Teller, told_metrics
-from fastgrpo.resume import GOING_ON, PREEMPTED, claim_directory, listening
+from fastgrpo.resume import ENDS, GOING_ON, PREEMPTED, claim_directory, listening
 from fastgrpo.rewards import Scores, load_reward
 from fastgrpo.rollout import rank_samples
 from fastgrpo.scoring import Gathered, gather
@@ -42,10 +42,10 @@ from fastgrpo.update import Updater, packed, unpacked
 class Trainer:
     """A run in this process: `run()` trains to train.iterations, from the checkpoint if run.resume finds one.
 
-    Raises UserError for what the user can mend, before weights load where that is possible.
+    Raises UserError for what the user can mend, before weights load where that is possible. load: gives the family.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, load: Callable[..., ModelFamily] = load_family) -> None:
         self.config = config
         self.dir = Path(config.run.dir)
         self.prompts = load_prompts(config.prompts.train)
@@ -60,7 +60,7 @@ class Trainer:
         roll = config.rollout
         kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
         self.sampler = kind(len(self.prompts), roll.prompts_per_iteration, config.run.seed)
-        self.family = load_family(config.model, self.world.device, config.parallel.load == "sharded")
+        self.family = load(config.model, self.world.device, config.parallel.load == "sharded")
         if config.model.text_encoders == "drop":
             self.family.encode_ahead(self._prompts_to_come()[self.world.rank :: self.world.size])
             self.world.barrier()
@@ -81,7 +81,7 @@ class Trainer:
             )
         self.weights = np.array([spec.weight for spec in config.scored])
         self.generator = Generator(
-            self.family, config, self.rewards, self.mine, self.levels, lambda text: self.progress.note(text),
+            self.family, config, self.rewards, self.mine, self.levels, lambda text: self._note(text),
             self.world.context, self.world.context_rank,
         )  # fmt: skip
         self.guard = RewardGuard(config.guard)
@@ -103,14 +103,11 @@ class Trainer:
         config = self.config
         self.telemetry = Telemetry(self.dir, config, self.world.main)
         self.telemetry.rewind(self.iteration)
+        self.telemetry.event("start", self.iteration, ranks=self.world.size, device=str(self.world.device))
         self.timer = PhaseTimer(self.world.device)
-        with (
-            listening(self._stop),
-            Progress(
-                config.train.iterations, self.iteration, config.telemetry.progress and self.world.main
-            ) as self.progress,
-        ):
-            self.progress.note(arithmetic(config, self.world.size))
+        shown = config.telemetry.progress and self.world.main
+        with listening(self._stop), Progress(config.train.iterations, self.iteration, shown) as self.progress:
+            self._note(arithmetic(config, self.world.size))
             if self.iteration == 0 and config.eval.every:
                 self._evaluate()
             saved = self.iteration if self.iteration in self.store.iterations() else -1
@@ -128,6 +125,7 @@ class Trainer:
             if saved != self.iteration:
                 self._save()
             self.store.wait()
+        self.telemetry.event("end", self.iteration, why=self.halted or ENDS[self.stopping])
         self.telemetry.close()
         if self.halted:
             raise UserError(self.halted)
@@ -143,7 +141,11 @@ class Trainer:
 
     def _stop(self, why: int) -> None:
         self.stopping = max(self.stopping, why)
-        self.progress.note("stopping after this iteration, with a checkpoint; once more to stop at once")
+        self._note("stopping after this iteration, with a checkpoint; once more to stop at once")
+
+    def _note(self, text: str) -> None:
+        self.progress.note(text)
+        self.telemetry.event("note", self.iteration, text=text)
 
     def iterate(self) -> None:
         """One iteration: the prompts' groups are rolled out, decoded, scored, and the weights updated."""
@@ -242,7 +244,7 @@ class Trainer:
         if falling and config.guard.action == "raise_kl":
             self.guard.raise_kl(falling)
             self._apply_guard()
-            self.progress.note(f"held-out {names} fell: objective.kl_weight × {self.guard.kl_scale:g} from here on")
+            self._note(f"held-out {names} fell: objective.kl_weight × {self.guard.kl_scale:g} from here on")
         known = {"guard/falling": float(len(falling))} if held else {}
         if config.guard.action == "raise_kl":
             known["guard/kl_weight"] = self.updater.config.objective.kl_weight
@@ -286,7 +288,8 @@ class Trainer:
             "groups/zero_spread": float(advantages.zero_spread.mean()),
             "samples/trained": float((advantages.values != 0).sum()),
             "samples/failed": float((~ok).sum()),
-            "lr": self.optimizer.learning_rate(self.optimizer.steps - 1),
+            # Before the first step, where no group had a spread yet, that of the first.
+            "lr": self.optimizer.learning_rate(max(self.optimizer.steps - 1, 0)),
         }
 
     def _flush(self) -> None:
@@ -310,13 +313,14 @@ class Trainer:
     def _evaluate(self) -> None:
         self._flush()
         with self._aside("eval"), self.optimizer.averaged(self.config.eval.ema):
-            result = evaluate(self.family, self.rewards, self.heldout, self.config, self.world, self.progress.note)
+            result = evaluate(self.family, self.rewards, self.heldout, self.config, self.world, self._note)
         summary = result.summary()
         score = sum(spec.weight * summary["rewards"][spec.key] for spec in self.config.scored)
         if score > self.best[1]:
             self.best = (self.iteration, score)
             if self.iteration and self.iteration % (self.config.checkpoint.every or 1):
                 self._save()
+        self.telemetry.event("heldout", self.iteration, score=score, rewards=summary["rewards"])
         if self.world.main:
             config = self.config
             grid = record(result, self.dir, self.iteration, config.eval.grid, config.model.fps, config.eval.mp4)
@@ -324,7 +328,7 @@ class Trainer:
                 self.iteration, "heldout", grid, [p.text for p in result.prompts[: self.config.eval.grid]]
             )
             strict = "" if summary["strict_pass"] is None else f", strict pass {summary['strict_pass']:.1%}"
-            self.progress.note(f"iteration {self.iteration}: held-out reward {score:.3f}{strict}")
+            self._note(f"iteration {self.iteration}: held-out reward {score:.3f}{strict}")
 
     def _save(self) -> None:
         self._flush()
@@ -341,10 +345,8 @@ class Trainer:
             state["guard"] = self.guard.state()
             state["in_flight"], flying = self._in_flight()
             policy = self.config.checkpoint
-            self.store.save(
-                self.iteration, training_tensors(self.optimizer), state, policy.keep, self.best[0], policy.background,
-                flying,
-            )  # fmt: skip
+            how = policy.keep, self.best[0], policy.background, flying
+            self.store.save(self.iteration, training_tensors(self.optimizer), state, *how)
 
     def _in_flight(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """The samples rolled out ahead and their scores, for a checkpoint. Failed ones are rolled out again instead."""
@@ -367,7 +369,9 @@ class Trainer:
         """Times what is not part of an iteration; logged with the next one, outside its total."""
         begin = time.perf_counter()
         yield
-        self._apart[name] = self._apart.get(name, 0.0) + time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._apart[name] = self._apart.get(name, 0.0) + seconds
+        self.telemetry.event(name, self.iteration, seconds=seconds)
         self.teller.pass_over()
 
     def _restore(self, iteration: int) -> None:
@@ -390,12 +394,7 @@ class Trainer:
         """What gives the KL's reference components: frozen copies, or the family's own with their LoRA switched off."""
         if not self.config.objective.kl_weight:
             return None
-        return self._without_lora if self._frozen is None else lambda: nullcontext(self._frozen)
-
-    @contextmanager
-    def _without_lora(self) -> Iterator[None]:
-        with self.family.lora_disabled():
-            yield
+        return self.family.lora_disabled if self._frozen is None else lambda: nullcontext(self._frozen)
 
 
 def train(config: Config) -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from datetime import datetime
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from tiny import tiny_config
 
-from fastgrpo.config import Config
+from fastgrpo.config import Config, Run
 from fastgrpo.errors import UserError
 from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry, read_metrics
 from fastgrpo.trainer import train
@@ -34,9 +35,47 @@ def test_each_iteration_is_one_line_on_disk_at_once(tmp_path):
     telemetry.close()
 
 
+def events(run) -> list[dict]:
+    """Without their times, which must be in order."""
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    times = [datetime.fromisoformat(line.pop("time")) for line in lines]
+    assert times == sorted(times)
+    return lines
+
+
+def test_what_happens_is_a_log_of_json_lines(tmp_path):
+    telemetry = Telemetry(tmp_path, make_config())
+    telemetry.event("start", 0, ranks=2)
+    telemetry.log(0, {"optimizer_steps/skipped": 0.0, "samples/failed": 0.0})
+    telemetry.log(1, {"optimizer_steps/skipped": 1.0, "samples/failed": 3.0})
+    telemetry.event("heldout", 2, score=float("nan"), rewards={"shapes": float("nan"), "clip": 0.5})
+    # A resumed run's metrics are rewound; what happened stays.
+    telemetry.rewind(0)
+    telemetry.close()
+    assert events(tmp_path) == [
+        {"event": "start", "iteration": 0, "ranks": 2},
+        {"event": "lost", "iteration": 1, "optimizer_steps/skipped": 1.0, "samples/failed": 3.0},
+        {"event": "heldout", "iteration": 2, "score": None, "rewards": {"shapes": None, "clip": 0.5}},
+    ]
+
+
+def test_a_run_logs_its_start_evaluations_checkpoints_and_end(tiny_flux, tmp_path):
+    run = tmp_path / "run"
+    settings = {"eval": {"every": 2, "images": 2, "grid": 2}, "checkpoint": {"every": 2}}
+    train(tiny_config(tiny_flux, run, **settings))
+    train(tiny_config(tiny_flux, run, **settings).model_copy(update={"run": Run(dir=str(run), seed=7, resume=True)}))
+    kinds = [(line["event"], line["iteration"]) for line in events(run) if line["event"] != "note"]
+    first = [("start", 0), ("eval", 0), ("heldout", 0), ("eval", 2), ("heldout", 2), ("checkpoint", 2), ("end", 2)]
+    assert kinds == [*first, ("start", 2), ("end", 2)]
+    assert any("samples" in line["text"] for line in events(run) if line["event"] == "note")
+    assert all(line["seconds"] > 0 for line in events(run) if line["event"] in ("eval", "checkpoint"))
+    assert events(run)[-1]["why"] == "finished"
+
+
 def test_other_ranks_write_nothing(tmp_path):
     telemetry = Telemetry(tmp_path / "run", make_config(tensorboard=True), main=False)
     telemetry.log(0, {"reward/mean": 0.5})
+    telemetry.event("start", 0)
     telemetry.images(0, "heldout", tmp_path / "none.png", [])
     telemetry.rewind(0)
     telemetry.close()

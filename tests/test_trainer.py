@@ -219,6 +219,18 @@ def test_a_nan_skips_the_step_or_the_samples_and_is_counted(tiny_flux, tmp_path,
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
 
 
+def test_a_first_iteration_in_which_nothing_is_learned_goes_on(tiny_flux, tmp_path, monkeypatch):
+    """All rewards alike: no optimizer step, and no learning rate of one yet."""
+    alike = Scores(np.full(6, 0.5), np.ones(6, dtype=bool))
+    monkeypatch.setattr("fastgrpo.rewards.shapes.ShapesReward.score", lambda *_: alike)
+    trainer = Trainer(tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1}))
+    before = weights(trainer)
+    trainer.run()
+    (line,) = metrics(tmp_path / "run")
+    assert (line["groups/zero_spread"], line["lr"]) == (1.0, 1e-4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
+
+
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, tmp_path, monkeypatch):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, checkpoint={"every": 1})
     trainer = Trainer(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,8 +50,14 @@ def architecture(path: str) -> dict[str, Any]:
     return {"pipeline": index["_class_name"], "parts": parts, "settings": extras, "from": str(folder)}
 
 
-def build_family(config: Model) -> ModelFamily:
-    """The family with its whole pipeline on the meta device, in the dtypes that training has them."""
+META = torch.device("meta")
+
+
+def build_family(
+    config: Model, device: torch.device = META, tokenizers: Mapping[str, Any] | None = None
+) -> ModelFamily:
+    """The family with its whole pipeline in the dtypes that training has it: on the meta device, or with random weights
+    on another. tokenizers: of its components, else there are none."""
     cls, spec = family_class(config.family), architecture(config.path)
     import diffusers
 
@@ -61,24 +68,31 @@ def build_family(config: Model) -> ModelFamily:
         )
     pipeline_class = getattr(pipeline_class, spec["pipeline"])
     expected = pipeline_class._get_signature_keys(pipeline_class)[0]
-    parts: dict[str, Any] = dict.fromkeys(expected)
+    parts: dict[str, Any] = {**dict.fromkeys(expected), **(tokenizers or {})}
     compute = DTYPES[config.dtype]
     for name, (library, kind, settings) in spec["parts"].items():
-        parts[name] = _component(library, kind, settings)
+        trained = name in cls.trained and not config.lora
+        dtype = torch.float32 if trained else compute
+        parts[name] = _component(library, kind, settings, device, dtype)
         if isinstance(parts[name], nn.Module):
-            trained = name in cls.trained and not config.lora
-            parts[name].to(torch.float32 if trained else compute)
+            parts[name].to(dtype)
     pipeline = pipeline_class(**parts, **spec.get("settings", {}))
-    return cls(pipeline, config, torch.device("meta"))
+    return cls(pipeline, config, device)
 
 
-def _component(library: str, kind: str, settings: dict[str, Any]) -> Any:
+def _component(library: str, kind: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
     cls: Any = getattr(importlib.import_module(library), kind)
     plain = {name: value for name, value in settings.items() if not name.startswith("_")}
     if kind.endswith("Scheduler"):
         return cls.from_config(plain)
-    with torch.device("meta"):
-        return cls(cls.config_class(**plain)) if library == "transformers" else cls.from_config(plain)
+    before = torch.get_default_dtype()
+    # A real model's weights are never there in a wider dtype than they need.
+    torch.set_default_dtype(torch.float32 if device == META else dtype)
+    try:
+        with device:
+            return cls(cls.config_class(**plain)) if library == "transformers" else cls.from_config(plain)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def encoded_shapes(family: ModelFamily) -> dict[str, tuple[int, ...]]:
