@@ -81,7 +81,7 @@ class Trainer:
             )
         self.weights = np.array([spec.weight for spec in config.scored])
         self.generator = Generator(
-            self.family, config, self.rewards, self.mine, self.levels, lambda text: self._note(text),
+            self.family, config, self.rewards, self.mine, self.levels, self._note,
             self.world.context, self.world.context_rank,
         )  # fmt: skip
         self.guard = RewardGuard(config.guard)
