@@ -16,7 +16,7 @@ export PYTHONUNBUFFERED := 1
 help:
 	@echo "make setup      .venv with everything the demo and the tests need"
 	@echo "make demo       train the embedded FLUX, evaluate before and after, report in $(RUN) (ARGS='key=value …')"
-	@echo "make train-all  the recipes of every embedded pipeline (an hour)"
+	@echo "make train-all  the recipes of every embedded pipeline (two hours)"
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-full  the minutes-long ones too"
 	@echo "make bench      time every model family's tiny recipe on this machine (minutes)"
@@ -45,9 +45,9 @@ demo: setup
 	@$(BIN)/fastgrpo eval $(RUN)
 	@$(BIN)/fastgrpo report $(RUN)
 
-# The recipes of every embedded pipeline, one after the other: an hour on two cores.
+# The recipes of every embedded pipeline, one after the other: two hours on two cores.
 train-all: setup
-	@for recipe in shapes-flux shapes-stable-diffusion; do \
+	@for recipe in shapes-flux shapes-stable-diffusion shapes-hunyuan-video shapes-skyreels; do \
 	  $(BIN)/fastgrpo train configs/$$recipe.yaml run.dir=runs/$$recipe run.resume=auto $(ARGS) && \
 	  $(BIN)/fastgrpo eval runs/$$recipe && $(BIN)/fastgrpo report runs/$$recipe || exit 1; done
 

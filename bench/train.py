@@ -104,7 +104,7 @@ def chosen(
         settings[key] = parse_yaml(value, key)
     suffix = "".join(f" {item}" for item in overrides)
     return (
-        (model, Point(point.name + suffix, point.settings | settings, point.compiled))
+        (model, Point(point.name + suffix, point.settings | settings))
         for model in names
         for point in points(model, size, named)
     )
@@ -142,8 +142,6 @@ def measure(model: str, size: str, point: dict[str, Any], iterations: int, seque
         if size == "tiny" and model not in SHIPPED:
             build_tiny(model).save_pretrained(config.model.path)
         bench = Bench(config, *load)
-        if at.compiled:
-            compile_blocks(bench.trainer.family)
         with ModelFlops() as counted:
             bench.iterate()
         for _ in range(WARM_UP - 1 + iterations):
@@ -230,13 +228,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * side**3 / best, "matmul"
-
-
-def compile_blocks(family: Any) -> None:
-    """torch.compile of every block of the trained components, in place, below what FSDP2 and checkpointing do."""
-    for module in family.modules.values():
-        for block in family.blocks(module):
-            block.forward = torch.compile(block.forward)
 
 
 def tell(rows: list[Row], as_json: bool) -> None:

@@ -54,11 +54,10 @@ ONE_GPU = {
 
 @dataclass(frozen=True)
 class Point:
-    """One place of a sweep, or `base`. compiled: torch.compile of every block, which no setting of a run has."""
+    """One place of a sweep, or `base`."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    compiled: bool = False
 
 
 # By sweep: the settings that take each value, of the tiny recipe and of the real one.
@@ -73,7 +72,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
         ("model.attention_backend",),
         {"tiny": ("native", "_native_math"), "real": ("native", "_native_cudnn", "flash", "xformers")},
     ),
-    "compile": ((), dict.fromkeys(SIZES, (True,))),
+    "compile": (("model.compile",), dict.fromkeys(SIZES, ("blocks",))),
 }
 
 
@@ -87,8 +86,8 @@ def points(model: str, size: str, sweeps: list[str]) -> list[Point]:
                 continue
             if sweep == "attention" and not _available(value):
                 continue
-            shown = {"training": "full" if value is None else "lora", "compile": "blocks"}.get(sweep, value)
-            found.append(Point(f"{sweep}={shown}", dict.fromkeys(settings, value), sweep == "compile"))
+            shown = ("full" if value is None else "lora") if sweep == "training" else value
+            found.append(Point(f"{sweep}={shown}", dict.fromkeys(settings, value)))
     return found
 
 

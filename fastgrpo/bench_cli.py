@@ -128,6 +128,12 @@ def planned(model: Models = None) -> None:
 
 
 @app.command()
+def curves(iterations: Annotated[int, typer.Option(min=1, help="Timed iterations of each place.")] = 3) -> None:
+    """What an iteration of the tiny FLUX costs against samples, steps, tokens and ranks; minutes."""
+    load("curves").run(iterations)
+
+
+@app.command()
 def stay(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="kills, ranks, corruptions, costs or soak.")],
     count: Annotated[int | None, typer.Option(min=1, help="Trials; for ranks, iterations; for soak, seconds.")] = None,

@@ -84,8 +84,9 @@ def dry_run(config: Config, ranks: int = 1, local: int | None = None, memory: in
     check_world(config, ranks, local or ranks)
     if config.parallel.context > 1 and config.parallel.context_kind == "ring":
         raise ConfigError("parallel.context_kind: ring attention cannot be planned without a GPU; plan it as ulysses")
-    # What a backend keeps and computes is what PyTorch's own attention does.
-    config = config.model_copy(update={"model": config.model.model_copy(update={"attention_backend": None})})
+    # Planned as PyTorch's own attention, not compiled: what a backend keeps and computes is the same.
+    plain = {"attention_backend": None, "compile": "none"}
+    config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
     with _process_group(config, ranks):
         world = replace(make_world(config, ranks, 0, CPU), memory=memory)
         family = build_family(config.model)

@@ -174,6 +174,9 @@ def prepare_weights(
         if world.context > 1:
             kind = config.parallel.context_kind
             split_tokens(module, split_lengths(family), world.ranks, world.context, world.device.type, kind)
+    for module in (*family.modules.values(), *frozen.values()):
+        if config.model.compile == "blocks":
+            compile_blocks(family.blocks(module))
     for module in family.modules.values():
         checkpoint_activations(family.blocks(module), config.model.activation_checkpointing)
     for name, module in (*family.modules.items(), *frozen.items()):
@@ -291,6 +294,13 @@ def set_gradient_sync(transformer: nn.Module, on: bool) -> None:
     """Whether the next backward reduces gradients over ranks; nothing to do where nothing is sharded."""
     if isinstance(transformer, FSDPModule):
         transformer.set_requires_gradient_sync(on)
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compiles the forward of each block, in place, below what checkpointing and FSDP2 add. Blocks that are alike share
+    their code: it is compiled once."""
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
 
 
 def checkpoint_activations(blocks: list[nn.Module], setting: str | int) -> None:

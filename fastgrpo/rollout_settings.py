@@ -77,6 +77,11 @@ class Model(Section):
         description="What is recomputed in backward. all: every block; k: every k-th block; selective: all of a block "
         "but its matrix products and attention; auto: the least of none, selective and all that a plan says fits.",
     )
+    compile: Literal["none", "blocks"] = Field(
+        default="none",
+        description="blocks: torch.compile of each repeated block of the trained components. Rollout and update are "
+        "compiled apart, so the first ratio is 1 to rounding, not to the bit.",
+    )
     attention_backend: NonEmpty | None = Field(
         default=None,
         description="Of the trained components, by diffusers' name: native, flash, xformers, flash_hub and others; "

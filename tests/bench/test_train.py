@@ -41,7 +41,7 @@ def test_flops_are_those_of_the_plan_and_recomputed_blocks_are_not_counted(tiny_
 
 
 def test_a_row_of_a_model_beside_its_baseline():
-    row = train.measure("flux", "tiny", {"name": "base", "settings": SMALL, "compiled": False}, 1, True)
+    row = train.measure("flux", "tiny", {"name": "base", "settings": SMALL}, 1, True)
     assert set(row) == set(train.COLUMNS)
     phases = {phase: row[f"{phase}_s"] for phase in train.PHASES}
     assert all(seconds > 0 for name, seconds in phases.items() if name not in ("sync", "other"))
@@ -61,7 +61,7 @@ def test_a_row_of_a_model_beside_its_baseline():
 def test_every_model_is_measured(model):
     """And every sample trained: else an iteration's cost would follow its rewards, and `measure` refuses."""
     settings = SMALL | {"rollout.group_size": 4}
-    row = train.measure(model, "tiny", {"name": "base", "settings": settings, "compiled": False}, 1, False)
+    row = train.measure(model, "tiny", {"name": "base", "settings": settings}, 1, False)
     assert row["samples_per_s"] > 0
 
 
@@ -81,7 +81,7 @@ def test_the_points_of_sweeps():
     assert not [p for p in cases.points("flux", "tiny", ["frames"]) if p.name != "base"]
     resolution = cases.points("flux", "tiny", ["resolution"])[1]
     assert resolution.settings == {"model.height": 48, "model.width": 48}
-    assert [p.compiled for p in cases.points("flux", "tiny", ["compile"])] == [False, True]
+    assert [p.settings for p in cases.points("flux", "tiny", ["compile"])] == [{}, {"model.compile": "blocks"}]
 
 
 @pytest.mark.parametrize("model", list(cases.MODELS))
