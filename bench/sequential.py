@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ BASELINE = (
 class Bench:
     """A trainer that iterates when asked, in a run directory of its own."""
 
-    def __init__(self, config: Config, *load: Any) -> None:
+    def __init__(self, config: Config, *load: Any, clock: Callable[[], float] = time.perf_counter) -> None:
         self.trainer = Trainer(config, *load)
         self.trainer.telemetry = Telemetry(self.trainer.dir, config)
-        self.trainer.timer, self.trainer.progress = PhaseTimer(self.trainer.world.device), Progress(1, enabled=False)
+        self.trainer.timer = PhaseTimer(self.trainer.world.device, clock)
+        self.trainer.progress = Progress(1, enabled=False)
         self.seconds: list[float] = []
 
     def iterate(self) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ PHASES = ("conditioning", "rollout", "decode", "reward", "sync", "update", "othe
 KEY = ("model", "size", "point", "shape", "torch", "diffusers", "commit")
 COLUMNS = (
     *KEY, "date", "samples_per_s", "iteration_s", *(f"{phase}_s" for phase in PHASES), "tflop", "peak_tflops",
-    "peak_by", "mfu", "peak_mib", "joules_per_sample", "sequential_s", "speedup", "iterations", "threads",
+    "peak_by", "mfu", "peak_mib", "joules_per_sample", "sequential_s", "speedup", "iterations", "threads", "clock",
 )  # fmt: skip
 # One iteration whose FLOPs are counted, and one as those that are timed.
 WARM_UP = 2
@@ -141,27 +141,33 @@ def measure(model: str, size: str, point: dict[str, Any], iterations: int, seque
         config = case_config(model, size, at.settings, Path(folder))
         if size == "tiny" and model not in SHIPPED:
             build_tiny(model).save_pretrained(config.model.path)
-        bench = Bench(config, *load)
+        clock = clock_of_this_device()
+        bench = Bench(config, *load, clock=clock)
         with ModelFlops() as counted:
             bench.iterate()
         for _ in range(WARM_UP - 1 + iterations):
             bench.iterate()
         lines = bench.metrics(WARM_UP)
         device = bench.trainer.world.device
-        peak, peak_by = peak_flops(device, DTYPES[config.model.dtype])
+        peak, peak_by = peak_flops(device, DTYPES[config.model.dtype], clock)
         row = _row(lines, bench.trainer.samples, counted.flops, peak)
         if sequential:
             del bench
             settings = dict(item.split("=", 1) for item in BASELINE) | {"run.dir": f"{folder}/sequential"}
             plain = overridden(config, {key: parse_yaml(value, key) for key, value in settings.items()})
-            other = Bench(plain, *load)
+            other = Bench(plain, *load, clock=clock)
             for _ in range(1 + iterations):
                 other.iterate()
             seconds = statistics.median(line["time/total"] for line in other.metrics(1))
             row |= {"sequential_s": _short(seconds), "speedup": round(seconds / row["iteration_s"], 2)}
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": tables.revision()}
     about = {"model": model, "size": size, "point": at.name, "shape": shape_of(config), **versions}
-    measured = {"peak_by": peak_by, "date": f"{datetime.date.today()}", "iterations": iterations}
+    measured = {
+        "peak_by": peak_by,
+        "clock": "process" if clock is time.process_time else "wall",
+        "date": f"{datetime.date.today()}",
+        "iterations": iterations,
+    }
     return dict.fromkeys(COLUMNS, "") | about | row | measured | {"threads": torch.get_num_threads()}
 
 
@@ -210,7 +216,13 @@ class ModelFlops(TorchDispatchMode):
         return output
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+def clock_of_this_device() -> Callable[[], float]:
+    """Of one thread of a CPU the process's own time, which leaves out what others make it wait; else the wall's."""
+    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> tuple[float, str]:
     """FLOP/s of a device, and who says so: `vendor` of a GPU that fastgrpo/gpus.py knows, else `matmul`, the best of
     thirty matrix products."""
     if device.type == "cuda":
@@ -222,11 +234,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(30):
-        begin = time.perf_counter()
+        begin = clock()
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, clock() - begin)
     return 2 * side**3 / best, "matmul"
 
 

@@ -14,7 +14,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +187,17 @@ class PhaseTimer:
     """Seconds and the most memory by phase. On a GPU, CUDA events mark the phases and nothing waits for them before
     `read`; memory is what its allocator has given out, which the host knows.
 
-    peak: bytes, the most of all phases and between them.
+    peak: bytes, the most of all phases and between them. clock: of the host, in seconds.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self._cuda = torch.device(device).type == "cuda"
         self.peak = 0
         self._seconds: dict[str, float] = {}
         self._memory: dict[str, int] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._since = time.perf_counter()
+        self._since = clock()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -225,15 +226,15 @@ class PhaseTimer:
                 end.record()
                 self._events.append((name, start, end))
             return
-        begin = time.perf_counter()
+        begin = self.clock()
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+            self._seconds[name] = self._seconds.get(name, 0.0) + self.clock() - begin
 
     def lap(self) -> Lap:
         """What passed since the last lap. Reading nothing, it waits for nothing; a new lap begins."""
-        now = time.perf_counter()
+        now = self.clock()
         lap = Lap(now - self._since, self._seconds, self._events, self._memory)
         self._seconds, self._events, self._since, self._memory = {}, [], now, {}
         return lap

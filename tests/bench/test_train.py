@@ -176,7 +176,15 @@ def test_the_page_shows_the_committed_tables():
 
 def made_up(model, point, date, rate):
     numbers = dict.fromkeys(train.COLUMNS, 0.5) | {"samples_per_s": rate, "speedup": "", "joules_per_sample": ""}
-    return numbers | {"model": model, "size": "tiny", "point": point, "date": date, "commit": date, "peak_by": "matmul"}
+    return numbers | {
+        "model": model,
+        "size": "tiny",
+        "point": point,
+        "date": date,
+        "commit": date,
+        "peak_by": "matmul",
+        "clock": "wall",
+    }
 
 
 def test_rows_become_a_page_and_a_plot(tmp_path, monkeypatch):
