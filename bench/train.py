@@ -40,6 +40,8 @@ COLUMNS = (
     *KEY, "date", "samples_per_s", "iteration_s", *(f"{phase}_s" for phase in PHASES), "tflop", "peak_tflops",
     "peak_by", "mfu", "peak_mib", "joules_per_sample", "sequential_s", "speedup", "iterations", "threads", "clock",
 )  # fmt: skip
+# What a terminal has room for.
+SHOWN = ("model", "size", "point", "samples_per_s", "iteration_s", "mfu", "peak_mib", "joules_per_sample", "speedup")
 # One iteration whose FLOPs are counted, and one as those that are timed.
 WARM_UP = 2
 
@@ -243,11 +245,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype, clock: Callable[[], flo
 
 
 def tell(rows: list[Row], as_json: bool) -> None:
-    """Prints rows, as JSON or as a table without what is empty or the same in all."""
+    """Prints rows, of a device or of two git refs, as JSON or as a table without what is empty."""
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    shown = [c for c in rows[0] if c not in (*KEY[3:], "date", "threads") and any(row[c] != "" for row in rows)]
+    known = SHOWN if "iteration_s" in rows[0] else rows[0]
+    shown = [c for c in known if any(row[c] != "" for row in rows)]
     tables.show(tables.device_name(), rows, shown, KEY[:3])
 
 

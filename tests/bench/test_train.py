@@ -162,6 +162,7 @@ def test_a_real_configuration_trains_with_its_stacks_cut_short(model, tmp_path, 
     monkeypatch.setattr(architectures, "architecture", short)
     frames = {"model.frames": 5, "model.vae_tiling": False} if cases.MODELS[model].world == "moving" else {}
     small = {"model.height": 64, "model.width": 64, "model.max_sequence_length": 32, "model.dtype": "float32"} | frames
+    small |= {"model.lora": {"rank": 4, "alpha": 8.0}}
     config = cases.case_config(model, "real", small | SMALL | {"rollout.trained.size": 2}, tmp_path)
     assert counted_flops(config, tmp_path / "run", real.random_family) > 1e9
 
