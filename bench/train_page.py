@@ -13,7 +13,7 @@ from .train_cases import MODELS, SIZES, SWEEPS
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 MARKS = ("<!-- iterations -->\n", "<!-- end of iterations -->\n")
-CLOCKS = {"process": "in seconds of the process on a busy machine's core", "wall": "in seconds of the wall clock"}
+CLOCKS = {"process": "in seconds of the process, whatever ran beside it", "wall": "in seconds of the wall clock"}
 SHARES = ("conditioning", "rollout", "decode", "reward", "sync", "update")
 
 
@@ -54,7 +54,7 @@ def _device(table: Path) -> str:
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     lines = [f"### {device}\n", f"![Shares of an iteration, and sweeps](../bench/data/{table.stem}.png)\n"]
     clocks = " and ".join(sorted({CLOCKS[row["clock"]] for row in rows}))
-    lines.append(f"Measured {' and '.join(dates)} at {commits}, {clocks}. Peak: {between} TFLOP/s {words}.\n")
+    lines.append(f"Measured {' and '.join(dates)} at {commits}, {clocks}.\nPeak: {between} TFLOP/s {words}.\n")
     head = ("model", "size", "samples/s", "iteration", *SHARES, "TFLOP", "MFU", "peak", "J/sample", "× sequential")
     bases = [row for row in rows if row["point"] == "base"]
     lines.append(markdown(head, [_base(row) for row in bases]))
