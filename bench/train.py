@@ -55,18 +55,22 @@ def run(
     Raises UserError where a point could not be measured, after the others.
     """
     rows, failed = [], []
+    table = tables.DATA / f"train-{tables.device_slug()}.csv"
     for model, point in chosen(models, size, sweeps, overrides):
         try:
-            rows.append(in_process(ROOT, model, size, point, iterations, sequential))
-            _tell(rows[-1])
+            row = in_process(ROOT, model, size, point, iterations, sequential)
         except UserError as error:
             print(f"{model} {point.name}: {error}", file=sys.stderr, flush=True)
             failed.append(f"{model} {point.name}")
+            continue
+        _tell(row)
+        rows.append(row)
+        if write:
+            # At once: a long suite that is ended keeps what it has.
+            tables.upsert(table, [row], KEY, COLUMNS)
     if write and rows:
         from . import train_page
 
-        table = tables.DATA / f"train-{tables.device_slug()}.csv"
-        tables.upsert(table, rows, KEY, COLUMNS)
         train_page.write(table)
     if failed:
         raise UserError(f"bench train: not measured: {', '.join(failed)}; see above")

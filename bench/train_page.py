@@ -123,8 +123,9 @@ def plot(rows: list[Row], path: Path) -> None:
 
     rows = latest(rows)
     sweeps = [s for s in SWEEPS if any(row["point"].startswith(f"{s}=") for row in rows)]
-    lines = -(-(1 + len(sweeps)) // 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(13, 3.2 * lines), squeeze=False)
+    columns = min(3, 1 + len(sweeps))
+    lines = -(-(1 + len(sweeps)) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.4 * lines), squeeze=False)
     first, *others = axes.flat
     bases = {f"{row['model']} {row['size']}": row for row in rows if row["point"] == "base"}
     left = [0.0] * len(bases)
@@ -134,7 +135,7 @@ def plot(rows: list[Row], path: Path) -> None:
         left = [a + b for a, b in zip(left, shares, strict=True)]
     first.invert_yaxis()
     first.set_title("share of an iteration", fontsize=9)
-    first.legend(fontsize=6)
+    first.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     for axis, sweep in zip(others, sweeps, strict=False):
         swept = [row for row in rows if row["point"].startswith(f"{sweep}=")]
         for name, base in bases.items():
