@@ -171,7 +171,7 @@ def measure(model: str, size: str, point: dict[str, Any], iterations: int, seque
     measured = {
         "peak_by": peak_by,
         "clock": "process" if clock is time.process_time else "wall",
-        "date": f"{datetime.date.today()}",
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "iterations": iterations,
     }
     return dict.fromkeys(COLUMNS, "") | about | row | measured | {"threads": torch.get_num_threads()}

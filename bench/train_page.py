@@ -50,7 +50,7 @@ def _device(table: Path) -> str:
     (low, by), high = peaks[0], peaks[-1][0]
     words = "by a matrix product of the same process" if by == "matmul" else "as its vendor has it"
     between = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    dates = sorted({row["date"] for row in rows})
+    dates = sorted({row["date"][:10] for row in rows})
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     lines = [f"### {device}\n", f"![Shares of an iteration, and sweeps](../bench/data/{table.stem}.png)\n"]
     clocks = " and ".join(sorted({CLOCKS[row["clock"]] for row in rows}))
