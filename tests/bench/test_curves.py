@@ -39,7 +39,7 @@ def test_every_step_more_costs_as_much(cost):
 
 
 def test_tokens_cost_a_little_more_than_their_number(cost):
-    """Attention is the square of it, and in these sizes little beside the rest; text and modulation are there anyway."""
+    """Attention is the square of it, and here little beside the rest; text and modulation are there anyway."""
     small, middle, large = (cost("tokens", n)["rollout"][0] for n in (64, 256, 576))
     each, later = (middle - small) / (256 - 64), (large - middle) / (576 - 256)
     assert each < later < 1.3 * each
