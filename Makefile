@@ -6,9 +6,10 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# Two test processes, whatever the machine, of whole files: each takes up to 4 GB. WORKERS=0 runs the tests in one.
+# Two test processes of a thread each, whatever the machine, of whole files: each takes up to 4 GB. WORKERS=0 runs the
+# tests in one.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help setup compiler demo train-all lint test test-full bench bench-gpu check clean

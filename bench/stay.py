@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastgrpo.checkpoint import CheckpointStore, DamagedError, training_tensors
@@ -249,7 +250,7 @@ def _telemetry_seconds(trainer: Trainer, count: int = 200) -> float:
 
 
 def soak(seconds: float = 3600) -> dict[str, Any]:
-    """Resident memory of a run at its tenth iteration and at its end, checkpoints written every ten."""
+    """Resident memory of a run after its tenth iteration, by tenths and at its end, checkpoints written every ten."""
     with tempfile.TemporaryDirectory() as temporary:
         trainer = trainer_of(Path(temporary) / "run", 10**6, "checkpoint.every=10")
         original, begin, memory = trainer.iterate, time.perf_counter(), []
@@ -269,6 +270,7 @@ def soak(seconds: float = 3600) -> dict[str, Any]:
             "iterations": len(memory),
             "MB after ten iterations": statistics.median(after) / 1e6,
             "MB at the end": statistics.median(last) / 1e6,
+            "MB by tenths": [round(statistics.median(part) / 1e6) for part in np.array_split(memory[10:], 10)],
             "ratio": statistics.median(last) / statistics.median(after),
         }
 

@@ -27,6 +27,7 @@ from fastgrpo.meter import Collective, Meter
 from fastgrpo.settings import dump_settings
 
 
+@pytest.mark.full
 def test_multiplying_changes_no_figure(tiny_flux):
     config = tiny_config(
         tiny_flux, rollout={"group_size": 6, "steps": 4, "forward_batch": 1, "decode_batch": 1},
