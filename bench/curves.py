@@ -68,13 +68,16 @@ def plot(rows: list[Row], path: Path) -> None:
             mine = sorted((r for r in rows if r["axis"] == axis), key=lambda r: int(r["value"]))
             x = [int(row["value"]) for row in mine]
             for column, style in (("gflop", "o-"), ("seconds", "s--"), ("collective_mb", "^:")):
-                y = [float(row[column] or "nan") for row in mine]
-                if y[-1] == y[-1] and y[-1] > 0 and (column != "collective_mb" or axis == "ranks"):
-                    first = next(value for value in y if value > 0)
-                    axes.plot(x, [value / first for value in y], style, label=column.replace("_", " "))
+                # Not measured, or no collective at all.
+                known = {int(r["value"]): float(r[column]) for r in mine if r[column] and float(r[column])}
+                if known:
+                    first = next(iter(known.values()))
+                    ratios = [value / first for value in known.values()]
+                    axes.plot(list(known), ratios, style, label=column.replace("_", " "))
             grows = [n / x[0] for n in x]
             axes.plot(x, [1 / g for g in grows] if axis == "ranks" else grows, color=SOFT, linewidth=0.7)
             axes.set(xscale="log", yscale="log", xlabel=axis, xticks=x, xticklabels=map(str, x))
+            axes.set_ylabel("× the first place" if axis == "samples" else "")
             axes.minorticks_off()
             axes.legend(frameon=False, fontsize=7)
         figure.savefig(path, dpi=110)
