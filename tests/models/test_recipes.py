@@ -32,7 +32,9 @@ IMAGES = (
 @pytest.mark.parametrize("name", VIDEOS + IMAGES)
 def test_a_recipe_loads_and_divides_over_its_ranks(name):
     config = load_config(f"configs/{name}.yaml")
-    check_family(config)
+    if config.parallel.context == 1:
+        # Else tokens are counted by the pipeline's own files, which are on the hub; its plan has them (docs/scale.md).
+        check_family(config)
     ranks = int(name.rsplit("-", 1)[-1].split("x")[0])
     samples = config.rollout.prompts_per_iteration * config.rollout.group_size
     assert samples % (ranks // config.parallel.context * config.update.optimizer_steps) == 0
