@@ -134,15 +134,16 @@ def test_random_weights_of_a_configuration_train(tiny_flux, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(before, weights, strict=True))
 
 
-# Of every stack of blocks, how many are left; the Llama of HunyuanVideo gives the state after all but two.
+# Of every stack of blocks, how many are left.
 SHORT = {"num_layers": 1, "num_single_layers": 1, "num_hidden_layers": 3, "layers": 1}
 
 
 @pytest.mark.full
 @needs_no_gpu
-@pytest.mark.parametrize("model", list(cases.MODELS))
+@pytest.mark.parametrize("model", ["flux", "qwen_image"])
 def test_a_real_configuration_trains_with_its_stacks_cut_short(model, tmp_path, monkeypatch):
-    """Its widths, encoders, tokenizers and VAE as they are, on a small image."""
+    """Its widths, encoders, tokenizers and VAE as they are, on a small image. The other families' take longer than
+    this suite may on two cores; tests/models run them as fake tensors."""
     from fastgrpo import architectures
 
     whole = architectures.architecture
@@ -152,16 +153,13 @@ def test_a_real_configuration_trains_with_its_stacks_cut_short(model, tmp_path, 
         for _, _, settings in spec["parts"].values():
             for part in (settings, settings.get("text_config", {})):
                 part.update({name: count for name, count in SHORT.items() if name in part})
-        if model in ("hunyuan_video", "skyreels"):
-            spec["parts"]["transformer"][2].update(num_layers=1, num_single_layers=1)
         if model == "qwen_image":
             spec["parts"]["transformer"][2].update(num_layers=1)
             spec["parts"]["text_encoder"][2]["vision_config"]["depth"] = 1
         return spec
 
     monkeypatch.setattr(architectures, "architecture", short)
-    frames = {"model.frames": 5, "model.vae_tiling": False} if cases.MODELS[model].world == "moving" else {}
-    small = {"model.height": 64, "model.width": 64, "model.max_sequence_length": 32, "model.dtype": "float32"} | frames
+    small = {"model.height": 64, "model.width": 64, "model.max_sequence_length": 32, "model.dtype": "float32"}
     small |= {"model.lora": {"rank": 4, "alpha": 8.0}}
     config = cases.case_config(model, "real", small | SMALL | {"rollout.trained.size": 2}, tmp_path)
     assert counted_flops(config, tmp_path / "run", real.random_family) > 1e9
