@@ -164,6 +164,14 @@ def test_a_recipe_says_its_hardware(tiny_flux, tmp_path):
     assert len(row) == planning.TABLE_HEAD[0].count("|") - 1
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", [path.stem for path in planning.recipes_in(Path("configs"))])
+def test_every_recipe_fits_and_the_document_has_its_plan(recipe):
+    row = planning.table_row(Path("configs") / f"{recipe}.yaml")
+    assert row.startswith(f"| {recipe} | yes |")
+    assert row in Path("docs/scale.md").read_text(encoding="utf-8").splitlines()
+
+
 @pytest.mark.parametrize("whole, worlds", [(True, [2]), (False, [2, 4, 8])])
 def test_more_gpus_are_tried_while_they_help_and_no_longer(tiny_flux, monkeypatch, whole, worlds):
     """whole: what does not fit is on every GPU; else it is sharded, and eight do."""
