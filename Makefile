@@ -20,8 +20,8 @@ help:
 	@echo "make train-all  the recipes of every embedded pipeline (two hours)"
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-full  the minutes-long ones too"
-	@echo "make bench      time every model family's tiny recipe on this machine (minutes)"
-	@echo "make bench-gpu  the tests that need a GPU, then the benchmarks, on this machine's (an hour)"
+	@echo "make bench      time every model family's tiny recipe on this machine"
+	@echo "make bench-gpu  the tests that need a GPU, then the benchmarks, on this machine's (75 minutes at most)"
 	@echo "make check      linters, types, tests: what CI runs"
 
 setup: $(STAMP)

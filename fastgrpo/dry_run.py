@@ -39,7 +39,7 @@ from fastgrpo.parallel import (
     prepare_weights,
     sharded,
 )
-from fastgrpo.rollout import Layout, decode, lay_out, rank_samples, rollout, share_out
+from fastgrpo.rollout import Layout, decode, lay_out, rank_samples, rollout, share_out, sharers
 from fastgrpo.schedule import RolloutPlan, plan_rollout
 from fastgrpo.update import MicroBatch, Updater
 
@@ -84,7 +84,7 @@ def dry_run(config: Config, ranks: int = 1, local: int | None = None, memory: in
     check_world(config, ranks, local or ranks)
     if config.parallel.context > 1 and config.parallel.context_kind == "ring":
         raise ConfigError("parallel.context_kind: ring attention cannot be planned without a GPU; plan it as ulysses")
-    # Planned as PyTorch's own attention, not compiled: what a backend keeps and computes is the same.
+    # Planned as PyTorch's own attention, whose cost other backends share, and as blocks that are not compiled.
     plain = {"attention_backend": None, "compile": "none"}
     config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
     with _process_group(config, ranks):
@@ -199,27 +199,17 @@ class _Iteration:
         if config.model.text_encoders == "offload":
             with self.phase("encode", "activations"), family.encoding():
                 pass
-        predict, host_empty = _Repeated(self, family.predict), family.host_empty
-
-        def on_host(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-            with meter.counting("host"):
-                return host_empty(shape, dtype)
-
+        predict = _Repeated(self, family.predict)
+        family.host_empty = self._host_empty
         with (
             self.phase("rollout", "trajectories"),
             gathered(family.modules.values(), kept.rollout_gathered),
             _replaced(family, "predict", predict),
-            _replaced(family, "host_empty", on_host),
         ):
             trajectory = rollout(family, plan, layout, conditioning, roll, config.run.seed, 0)
         decoding = _Repeated(self, family.decode, runs=1, last=decoded)
-        with (
-            self.phase("decode", "decoded"),
-            _replaced(family, "decode", decoding),
-            _replaced(family, "host_empty", on_host),
-        ):
-            shared = world.context if roll.best_of is None else 1
-            share = share_out(np.arange(len(trajectory.latents)), shared, 0)
+        with self.phase("decode", "decoded"), _replaced(family, "decode", decoding):
+            share = share_out(np.arange(len(trajectory.latents)), sharers(roll, world.context), 0)
             images = decode(family, trajectory.latents[: len(share)], roll.decode_batch)
         del images
         with self.phase("update", "activations"):
@@ -238,6 +228,10 @@ class _Iteration:
             meter.host,
             kept,
         )
+
+    def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        with self.meter.counting("host"):
+            return torch.empty(shape, dtype=dtype)
 
     @contextmanager
     def phase(self, name: str, category: str) -> Iterator[None]:

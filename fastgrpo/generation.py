@@ -24,7 +24,7 @@ from fastgrpo.models.base import ModelFamily
 from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.prompts import Prompt
 from fastgrpo.rewards import Reward, Scores, release
-from fastgrpo.rollout import Layout, Trajectory, decode, kept_empty, lay_out, rollout, share_out, synchronize
+from fastgrpo.rollout import Layout, Trajectory, decode, kept_empty, lay_out, rollout, share_out, sharers, synchronize
 from fastgrpo.schedule import NoiseLevels, RolloutPlan, plan_rollout
 from fastgrpo.scoring import Gathered, joined, score_samples
 from fastgrpo.telemetry import PhaseTimer
@@ -73,7 +73,7 @@ class Generator:
         levels: NoiseLevels, note: Callable[[str], None], context: int = 1, context_rank: int = 0,
     ) -> None:  # fmt: skip
         self.family, self.config, self.rewards, self.mine = family, config, rewards, mine
-        self.sharers = context if config.rollout.best_of is None else 1
+        self.sharers = sharers(config.rollout, context)
         self.sharer = context_rank if self.sharers > 1 else 0
         self.levels, self.note = levels, note
         self.samples = config.rollout.prompts_per_iteration * config.rollout.candidates

@@ -73,6 +73,12 @@ def rank_samples(total: int, optimizer_steps: int, world: int, rank: int) -> np.
     return np.arange(total).reshape(optimizer_steps, world, -1)[:, rank]
 
 
+def sharers(rollout: Rollout, context: int) -> int:
+    """Of the ranks of a context group, which have the same samples, how many score a share each. With the best of N all
+    score everything (1), because each chooses among them."""
+    return context if rollout.best_of is None else 1
+
+
 def share_out(samples: np.ndarray, processes: int, number: int) -> np.ndarray:
     """The share of one of so many processes that hold the same samples; all shares are as long, the last sample being
     repeated where they do not divide."""
@@ -198,11 +204,11 @@ def keep_rows(kept: Tensor, x: Tensor, index: Tensor) -> None:
         kept.copy_(x.index_select(0, index), non_blocking=True)
 
 
-def take_rows(kept: Tensor, index: np.ndarray, device: torch.device) -> Tensor:
-    """Rows of a part of a trajectory on the device, without waiting."""
-    if kept.device.type == device.type:
-        return kept.index_select(0, to_device(index, device))
-    taken = torch.empty((len(index), *kept.shape[1:]), dtype=kept.dtype, device=device)
+def take_rows(kept: Tensor, index: np.ndarray, on_device: Tensor) -> Tensor:
+    """Rows of a part of a trajectory on the device, without waiting; their numbers on the host, and on the device."""
+    if kept.device.type == on_device.device.type:
+        return kept.index_select(0, on_device)
+    taken = torch.empty((len(index), *kept.shape[1:]), dtype=kept.dtype, device=on_device.device)
     for place, row in enumerate(index.tolist()):
         taken[place].copy_(kept[row], non_blocking=True)
     return taken

@@ -162,7 +162,7 @@ class Updater:
     ) -> tuple[Tensor, Statistics]:
         device, layout = self.family.device, trajectory.layout
         rows, pairs = to_device(micro.rows, device), to_device(micro.pairs.reshape(-1), device)
-        x = take_rows(trajectory.x, micro.rows, device)
+        x = take_rows(trajectory.x, micro.rows, rows)
         time = batch.time.index_select(0, rows)
         model = self.family.modules[micro.module]
         condition = conditioning.rows(layout.row_prompt[micro.rows])
@@ -171,11 +171,11 @@ class Updater:
         weight = to_device(micro.weight.reshape(-1), device)
         advantage = batch.advantage.index_select(0, pairs)
         if trajectory.log_prob is not None and trajectory.y is not None:
-            y, a = take_rows(trajectory.y, micro.pairs.reshape(-1), device), batch.a.index_select(0, pairs)
+            y, a = take_rows(trajectory.y, micro.pairs.reshape(-1), pairs), batch.a.index_select(0, pairs)
             new = log_prob(_per_pair(x, micro), v, y, a, b, s)
             P = new - trajectory.log_prob.index_select(0, pairs)
             return policy_loss(P, torch.zeros_like(P), s.float(), advantage, weight, self.config.objective)
-        v_old = _per_pair(take_rows(trajectory.v_old, micro.rows, device), micro)
+        v_old = _per_pair(take_rows(trajectory.v_old, micro.rows, rows), micro)
         eps = self._noise(micro, trajectory, iteration)
         P, Q = shift_moments(v, v_old, b, s, eps)
         Q_reference = None
@@ -189,7 +189,7 @@ class Updater:
     def _noise(self, micro: MicroBatch, trajectory: Trajectory, iteration: int) -> Tensor | noise.NoiseKey:
         device, layout, pairs = self.family.device, trajectory.layout, micro.pairs.reshape(-1)
         if trajectory.noise is not None:
-            return take_rows(trajectory.noise, pairs, device)
+            return take_rows(trajectory.noise, pairs, to_device(pairs, device))
         samples = to_device(layout.samples[layout.pair_sample[pairs]], device)
         steps = to_device(layout.row_step[layout.pair_row[pairs]], device)
         return noise.noise_key(self.config.run.seed, samples, steps, iteration, noise.STREAM_SDE, device)
