@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo.compat.dance_grpo import flux_step
-from fastgrpo.compat.ddpo import ddim_step_with_logprob
-from fastgrpo.compat.flow_grpo import sde_step_with_logprob
+from fastgrpo_kernels.compat.dance_grpo import flux_step
+from fastgrpo_kernels.compat.ddpo import ddim_step_with_logprob
+from fastgrpo_kernels.compat.flow_grpo import sde_step_with_logprob
 
 SIGMAS = torch.linspace(1, 0, 9)
 
@@ -112,7 +112,7 @@ for name in ("triton", "diffusers", "transformers"):
     sys.modules[name] = None
 import torch
 from types import SimpleNamespace
-from fastgrpo.compat import GRPOLoss, dance_grpo, ddpo, flow_grpo
+from fastgrpo_kernels.compat import GRPOLoss, dance_grpo, ddpo, flow_grpo
 x, v = torch.randn(2, 2, 4, 8, 8)
 sigmas = torch.linspace(1, 0, 9)
 assert dance_grpo.flux_step(v, x, 0.3, sigmas, 1, None, True, True)[2].isfinite().all()

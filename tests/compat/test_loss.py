@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fastgrpo.compat import GRPOLoss
 from fastgrpo_kernels import STREAM_SDE, StoredStep, noise_key, normal, transitions
+from fastgrpo_kernels.compat import GRPOLoss
 
 B, S = transitions.dance_sde(torch.tensor([0.9, 0.6, 0.4]), torch.tensor([0.8, 0.5, 0.3]), 0.3)[1:]
 ADVANTAGES = torch.tensor([1.5, -0.7, -9.0])
@@ -105,7 +105,7 @@ def test_a_wrong_tensor_is_named_as_the_module_names_it():
             call()
 
 
-@pytest.mark.parametrize("settings", [{"epsilon_low": 0.0}, {"delta": 0.5}, {"ratio": "other"}, {"beta": -1.0}])
+@pytest.mark.parametrize("settings", [{"epsilon_low": -1.0}, {"delta": 0.5}, {"ratio": "other"}, {"beta": -1.0}])
 def test_bad_settings(settings):
     with pytest.raises(ValueError):
         GRPOLoss(**settings)
@@ -114,4 +114,4 @@ def test_bad_settings(settings):
 def test_it_is_a_module():
     module = GRPOLoss()
     assert list(module.parameters()) == []
-    assert math.isclose(module.config.clip_low, 1e-4)
+    assert math.isclose(module.objective.clip_low, 1e-4)

@@ -8,9 +8,9 @@ import torch
 from support import oracles
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo.compat.dance_grpo import flux_step
-from fastgrpo.compat.ddpo import ddim_step_with_logprob
-from fastgrpo.compat.flow_grpo import sde_step_with_logprob
+from fastgrpo_kernels.compat.dance_grpo import flux_step
+from fastgrpo_kernels.compat.ddpo import ddim_step_with_logprob
+from fastgrpo_kernels.compat.flow_grpo import sde_step_with_logprob
 
 SHAPES = ((2, 9, 64), (3, 4, 8, 7), (2, 16, 3, 5, 4))
 # Relative to the largest value; DDIM's coefficients come from a float32 table, whose square roots cancel.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastgrpo.config import ObjectiveConfig
-from fastgrpo_kernels import NoiseKey, StoredStep, grpo_loss
-from fastgrpo_kernels._checks import check_latents, check_no_grad
+from .._checks import check_latents, check_no_grad
+from .._noise_args import StoredStep
+from ..clipped_loss import grpo_loss
+from ..clipped_loss.op import check_objective
+from ..noise import NoiseKey
 
 
 class GRPOLoss(nn.Module):
@@ -30,14 +32,7 @@ class GRPOLoss(nn.Module):
         ratio: str = "gaussian",
     ) -> None:
         super().__init__()
-        self.config = ObjectiveConfig(
-            clip_low=epsilon_low,
-            clip_high=epsilon_high,
-            kl_weight=beta,
-            dual_clip=delta,
-            dppo_threshold=dppo_threshold,
-            ratio=ratio,  # pyright: ignore[reportArgumentType]
-        )
+        self.objective = check_objective(epsilon_low, epsilon_high, ratio, delta, dppo_threshold, beta, "mean", None)
         self.advantage_clip = advantage_clip
 
     def forward(
@@ -62,15 +57,15 @@ class GRPOLoss(nn.Module):
             if other is not None or name == "old_model_output":
                 check_latents(name, other, like=model_output, same_dtype=True)
         check_no_grad(old_model_output=old_model_output, ref_model_output=ref_model_output, advantages=advantages)
-        if (ref_model_output is None) != (self.config.kl_weight == 0):
+        if (ref_model_output is None) != (self.objective.kl_weight == 0):
             needed = "needs the reference model's output" if ref_model_output is None else "ignores it; pass None"
-            raise ValueError(f"ref_model_output: beta = {self.config.kl_weight} {needed}")
+            raise ValueError(f"ref_model_output: beta = {self.objective.kl_weight} {needed}")
         batch = model_output.shape[0]
         if not isinstance(advantages, Tensor):
             raise TypeError(f"advantages: expected a [{batch}] tensor, got {type(advantages).__name__}")
         if advantages.shape != (batch,):
             raise ValueError(f"advantages: expected shape [{batch}], got {list(advantages.shape)}")
-        config = self.config
+        objective = self.objective
         loss, statistics = grpo_loss(
             model_output,
             old_model_output,
@@ -79,12 +74,12 @@ class GRPOLoss(nn.Module):
             noise,
             advantages.float().clamp(-self.advantage_clip, self.advantage_clip),
             1.0 / batch,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            ratio=config.ratio,
-            dual_clip=config.dual_clip,
-            dppo_threshold=config.dppo_threshold,
-            kl_weight=config.kl_weight,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            ratio=objective.ratio,  # pyright: ignore[reportArgumentType]
+            dual_clip=objective.dual_clip,
+            dppo_threshold=objective.dppo_threshold,
+            kl_weight=objective.kl_weight,
             v_reference=ref_model_output,
         )
         return loss, {

@@ -1,6 +1,6 @@
 """DDPO's step function (arXiv 2305.13301), which DanceGRPO's Stable Diffusion trainer uses too.
 
-`from fastgrpo.compat.ddpo import ddim_step_with_logprob`
+`from fastgrpo_kernels.compat.ddpo import ddim_step_with_logprob`
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.compat import gaussian
-from fastgrpo_kernels import transitions
-from fastgrpo_kernels._checks import is_host_readable
-from fastgrpo_kernels.transitions import Transition
+from .. import transitions
+from .._checks import is_host_readable
+from ..transitions import Transition
+from . import gaussian
 
 
 def ddim_step_with_logprob(

@@ -7,15 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-import fastgrpo_kernels as kernels
-from fastgrpo_kernels._checks import (
-    check_integer,
-    check_latents,
-    check_no_grad,
-    check_number,
-    is_host_readable,
-)
-from fastgrpo_kernels.transitions import Transition
+from .._checks import check_integer, check_latents, check_no_grad, check_number, is_host_readable
+from ..gaussian_step import gaussian_step
+from ..log_prob import log_prob as gaussian_log_prob
+from ..transitions import Transition
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -60,12 +55,12 @@ def check(model_output: object, prev_sample: object, *, density: bool = True, **
 
 def mean(x: Tensor, v: Tensor, step: Transition, dtype: torch.dtype) -> Tensor:
     """a·x + b·v, differentiable in both."""
-    return kernels.gaussian_step(x, v, step.a, step.b, 0.0, None, out_dtype=dtype)
+    return gaussian_step(x, v, step.a, step.b, 0.0, None, out_dtype=dtype)
 
 
 def sample(x: Tensor, v: Tensor, step: Transition, noise: Tensor, dtype: torch.dtype) -> Tensor:
     """a·x + b·v + s·noise, differentiable in x and v."""
-    return kernels.gaussian_step(x, v, step.a, step.b, step.s, noise, out_dtype=dtype)
+    return gaussian_step(x, v, step.a, step.b, step.s, noise, out_dtype=dtype)
 
 
 def log_prob(x: Tensor, v: Tensor, y: Tensor, step: Transition) -> Tensor:
@@ -73,16 +68,16 @@ def log_prob(x: Tensor, v: Tensor, y: Tensor, step: Transition) -> Tensor:
     s = step.s
     if not isinstance(s, Tensor):
         if s > 0.0:
-            return kernels.log_prob(x, v, y, step.a, step.b, s)
+            return gaussian_log_prob(x, v, y, step.a, step.b, s)
         return torch.full((x.shape[0],), math.nan, device=x.device)
     has_density = s > 0.0
-    value = kernels.log_prob(x, v, y, step.a, step.b, torch.where(has_density, s, 1.0))
+    value = gaussian_log_prob(x, v, y, step.a, step.b, torch.where(has_density, s, 1.0))
     return torch.where(has_density.to(value.device), value, math.nan)
 
 
 def negative_squared_error(x: Tensor, v: Tensor, y: Tensor, step: Transition) -> Tensor:
     """-(y - a·x - b·v)², mean over elements [B], differentiable in v."""
-    return kernels.log_prob(x, v, y, step.a, step.b, _UNIT) / math.pi
+    return gaussian_log_prob(x, v, y, step.a, step.b, _UNIT) / math.pi
 
 
 def randn_like(tensor: Tensor, generator: Generator) -> Tensor:

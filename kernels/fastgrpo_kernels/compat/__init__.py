@@ -1,10 +1,10 @@
-"""Other trainers' step functions, with their signatures and return values, on fastgrpo_kernels. docs/drop-in.md.
+"""Other trainers' step functions, with their signatures and return values, on these kernels. docs/drop-in.md.
 
 Written from the papers' formulas; schedulers are used through their attributes, so diffusers need not be installed.
 Nothing here copies from a device to the host.
 """
 
-from fastgrpo.compat import dance_grpo, ddpo, flow_grpo
-from fastgrpo.compat.loss import GRPOLoss
+from . import dance_grpo, ddpo, flow_grpo
+from .loss import GRPOLoss
 
 __all__ = ["GRPOLoss", "dance_grpo", "ddpo", "flow_grpo"]

@@ -1,6 +1,6 @@
 """Flow-GRPO's step function (arXiv 2505.05470; CPS: arXiv 2509.05952).
 
-`from fastgrpo.compat.flow_grpo import sde_step_with_logprob`
+`from fastgrpo_kernels.compat.flow_grpo import sde_step_with_logprob`
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.compat import gaussian
-from fastgrpo_kernels import transitions
-from fastgrpo_kernels._checks import is_host_readable
-from fastgrpo_kernels.transitions import Transition
+from .. import transitions
+from .._checks import is_host_readable
+from ..transitions import Transition
+from . import gaussian
 
 
 def sde_step_with_logprob(

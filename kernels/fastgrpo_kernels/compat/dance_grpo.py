@@ -1,14 +1,14 @@
-"""DanceGRPO's step function (arXiv 2505.07818): `from fastgrpo.compat.dance_grpo import flux_step`."""
+"""DanceGRPO's step function (arXiv 2505.07818): `from fastgrpo_kernels.compat.dance_grpo import flux_step`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastgrpo.compat import gaussian
-from fastgrpo_kernels import transitions
-from fastgrpo_kernels._checks import is_host_readable
-from fastgrpo_kernels.transitions import Transition
+from .. import transitions
+from .._checks import is_host_readable
+from ..transitions import Transition
+from . import gaussian
 
 
 def flux_step(
