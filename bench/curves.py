@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.dry_run import DryRun, dry_run
+from fastgrpo.planning.dry_run import DryRun, dry_run
 
 from . import tables
 from .tables import DATA, Row
@@ -60,7 +60,7 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from fastgrpo.charts import SETTINGS, SOFT
+    from fastgrpo.observe.charts import SETTINGS, SOFT
 
     with rc_context(SETTINGS):
         figure = Figure(figsize=(10, 2.6), layout="constrained")

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from fastgrpo.config import load_config
-from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry
-from fastgrpo.trainer import Trainer
+from fastgrpo.observe.progress import Progress
+from fastgrpo.observe.run_log import Telemetry
+from fastgrpo.observe.timers import PhaseTimer
+from fastgrpo.training.trainer import Trainer
 
 # Enough for most prompts to have been encoded: each is encoded once in a run.
 WARM_UP, COUNTED = 20, 20

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastgrpo.errors import UserError, require
-from fastgrpo.nvml import Board
+from fastgrpo.observe.nvml import Board
 
 from . import tables
 from .providers import OPERATIONS, PROVIDERS, SHAPES, Inputs, least_bytes, prepare
@@ -262,7 +262,7 @@ def _measure_tree(kernels: Path, ops: list[str] | None, shapes: list[str] | None
     code = (
         "import json, sys; path, *chosen = json.loads(sys.argv[1]); sys.path.insert(0, path)\n"
         "import fastgrpo_kernels; assert fastgrpo_kernels.__file__.startswith(path), fastgrpo_kernels.__file__\n"
-        "from fastgrpo.bench_cli import load\n"
+        "from fastgrpo.commands.bench import load\n"
         "ops, shapes, repeats = chosen\n"
         "print(json.dumps(load('kernels').measure(ops, shapes, ['ours'], None, repeats)))"
     )

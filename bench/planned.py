@@ -9,8 +9,8 @@ import datetime
 import sys
 from pathlib import Path
 
-from fastgrpo.gpus import GPUS, SPARE
-from fastgrpo.plan import plan, total_seconds
+from fastgrpo.planning.gpus import GPUS, SPARE
+from fastgrpo.planning.plan import plan, total_seconds
 
 from . import tables, train_page
 from .tables import DATA, Row

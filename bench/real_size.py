@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastgrpo.architectures import build_family
 from fastgrpo.config import Model
 from fastgrpo.models import ModelFamily
+from fastgrpo.models.architectures import build_family
 
 
 def random_family(config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:

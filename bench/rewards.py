@@ -27,13 +27,15 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec, load_config
-from fastgrpo.prompts import Prompt, load_prompts
+from fastgrpo.config.sections import validate_settings
+from fastgrpo.data.prompts import Prompt, load_prompts
+from fastgrpo.observe.progress import Progress
+from fastgrpo.observe.run_log import Telemetry, read_metrics
+from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Scores, load_reward
-from fastgrpo.rewards.service import ServiceConfig, create_app
-from fastgrpo.rewards.wire import encode_request
-from fastgrpo.settings import validate_settings
-from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry, read_metrics
-from fastgrpo.trainer import Trainer
+from fastgrpo.rewards.served.service import ServiceConfig, create_app
+from fastgrpo.rewards.served.wire import encode_request
+from fastgrpo.training.trainer import Trainer
 
 from .serving import TOKEN, Unreliable, malformed, serving
 

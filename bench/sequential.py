@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import Config, load_config
-from fastgrpo.telemetry import PhaseTimer, Progress, Telemetry, read_metrics
-from fastgrpo.trainer import Trainer
+from fastgrpo.observe.progress import Progress
+from fastgrpo.observe.run_log import Telemetry, read_metrics
+from fastgrpo.observe.timers import PhaseTimer
+from fastgrpo.training.trainer import Trainer
 
 BASELINE = (
     "rollout.forward_batch=1",

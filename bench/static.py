@@ -55,7 +55,7 @@ def compile_rows(
 
     known = {"target": (targets, DEVICES), "case": (cases, CASES), "dtype": (dtypes, DTYPES)}
     chosen = [_chosen(name, list(asked or ()), options) for name, (asked, options) in known.items()]
-    code = "from fastgrpo.bench_cli import load; load('static').worker()"
+    code = "from fastgrpo.commands.bench import load; load('static').worker()"
     command = [sys.executable, "-c", code, json.dumps(chosen)]
     done = subprocess.run(command, env=compiler_environment(), capture_output=True, text=True)
     if done.returncode:

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgrpo.checkpoint import CheckpointStore, DamagedError, training_tensors
 from fastgrpo.config import load_config
-from fastgrpo.telemetry import PhaseTimer, Telemetry, peak_memory_bytes
-from fastgrpo.trainer import Trainer
+from fastgrpo.observe.run_log import Telemetry
+from fastgrpo.observe.timers import PhaseTimer, peak_memory_bytes
+from fastgrpo.training.checkpoint import CheckpointStore, DamagedError, training_tensors
+from fastgrpo.training.trainer import Trainer
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "shapes-flux.yaml"
 SMALL = (
@@ -164,7 +165,7 @@ def _weights(folder: Path, iterations: int, *settings: str) -> dict[str, torch.T
 
 
 def _column(folder: Path, name: str) -> list[float]:
-    from fastgrpo.telemetry import read_metrics
+    from fastgrpo.observe.run_log import read_metrics
 
     return [line[name] for line in read_metrics(folder)]
 

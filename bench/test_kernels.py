@@ -6,7 +6,7 @@ pytest bench/test_kernels.py -k "loss and full and flux" [--benchmark-autosave] 
 import pytest
 import torch
 
-from fastgrpo.bench_cli import load
+from fastgrpo.commands.bench import load
 
 kernels, providers = load("kernels"), load("providers")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

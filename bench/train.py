@@ -22,12 +22,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import fastgrpo.meter  # noqa: F401  (registers the FLOPs of a CPU's attention)
+import fastgrpo.planning.meter  # noqa: F401  (registers the FLOPs of a CPU's attention)
+from fastgrpo.config.dtypes import DTYPES
+from fastgrpo.config.yaml import parse_yaml
 from fastgrpo.errors import UserError
-from fastgrpo.gpus import GPUS
-from fastgrpo.models.base import DTYPES
-from fastgrpo.plan import overridden
-from fastgrpo.settings import parse_yaml
+from fastgrpo.planning.gpus import GPUS
+from fastgrpo.planning.plan import overridden
 
 from . import tables
 from .sequential import BASELINE, Bench
@@ -121,7 +121,7 @@ def in_process(tree: Path, model: str, size: str, point: Point, iterations: int,
     code = (
         "import json, sys; tree, folder, rest = json.loads(sys.argv[1]); sys.path[:0] = [tree, f'{tree}/kernels']\n"
         "import pathlib, fastgrpo; assert fastgrpo.__file__.startswith(tree), fastgrpo.__file__\n"
-        "from fastgrpo import bench_cli; bench_cli.FOLDER = pathlib.Path(folder)\n"
+        "from fastgrpo.commands import bench as bench_cli; bench_cli.FOLDER = pathlib.Path(folder)\n"
         "print(json.dumps(bench_cli.load('train').measure(*rest)))"
     )
     rest = [model, size, vars(point), iterations, sequential]
@@ -229,7 +229,7 @@ def clock_of_this_device() -> Callable[[], float]:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> tuple[float, str]:
-    """FLOP/s of a device, and who says so: `vendor` of a GPU that fastgrpo/gpus.py knows, else `matmul`, the best of
+    """FLOP/s of a device, and who says so: `vendor` of a GPU in planning/gpus.py, else `matmul`, the best of
     thirty matrix products."""
     if device.type == "cuda":
         words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()

@@ -13,7 +13,7 @@ from typing import Any
 from fastgrpo.config import Config, load_config, validate
 from fastgrpo.errors import UserError
 from fastgrpo.models.attention import check_backend
-from fastgrpo.plan import overridden
+from fastgrpo.planning.plan import overridden
 
 from .tables import ROOT
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastgrpo.errors import require
-from fastgrpo.gpus import COMPUTE_EFFICIENCY, GPUS
+from fastgrpo.planning.gpus import COMPUTE_EFFICIENCY, GPUS
 
 from . import tables
 from .tables import DATA, ROOT, Row, markdown, read

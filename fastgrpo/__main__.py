@@ -2,6 +2,6 @@
 
 import sys
 
-from fastgrpo.cli import main
+from fastgrpo.commands.main import main
 
 sys.exit(main())

@@ -1,6 +1,7 @@
 """Which tests run where: `gpu` needs CUDA; `full` takes minutes and runs only when asked for by `-m`."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # Processes that tests start find tests/support too.
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

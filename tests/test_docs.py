@@ -109,7 +109,7 @@ def run_document(path: Path, folder: Path, full: bool) -> None:
 def run_command(command: str, folder: Path, where: str) -> None:
     """A shell command. `fastgrpo` itself runs in this process, which has imported what takes seconds."""
     if re.match(r"fastgrpo\b[^|&;<>$`]*$", command):
-        from fastgrpo.cli import main
+        from fastgrpo.commands.main import main
 
         assert main(shlex.split(command)[1:]) == 0, f"{where}: {command}"
         return

@@ -190,7 +190,7 @@ def test_without_any_extra_the_doctor_answers_and_training_names_its_extra():
     modules = sorted({"PIL" if name == "pillow" else name.replace("-", "_") for name in names})
     code = (
         f"import sys\nfor name in {modules}: sys.modules[name] = None\n"
-        "from fastgrpo.cli import main\n"
+        "from fastgrpo.commands.main import main\n"
         "assert main(['--help']) == 0\nassert main(['doctor']) == 0\n"
         "sys.exit(main(['train', 'configs/shapes-flux.yaml']))"
     )

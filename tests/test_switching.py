@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from fastgrpo.config import Config, SubsetSteps, WindowSteps
-from fastgrpo.settings import Section
+from fastgrpo.config.sections import Section
 
 PAGE = (Path(__file__).parents[1] / "docs/switching.md").read_text(encoding="utf-8")
 

@@ -6,22 +6,22 @@ import importlib
 
 import torch
 
+from fastgrpo.algorithms.schedule import check_sampler
 from fastgrpo.config import Config, Model
-from fastgrpo.context import check_context
 from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.models.attention import check_backend
-from fastgrpo.models.base import Conditioning, ModelFamily, resolve_path
+from fastgrpo.models.context import check_context
 from fastgrpo.models.nf4 import check_quantization
-from fastgrpo.schedule import check_sampler
+from fastgrpo.models.protocol import Conditioning, ModelFamily, resolve_path
 
 FAMILIES = {
-    "flux": "fastgrpo.models.flux:Flux",
-    "hunyuan_video": "fastgrpo.models.hunyuan_video:HunyuanVideo",
-    "qwen_image": "fastgrpo.models.qwen_image:QwenImage",
-    "sd3": "fastgrpo.models.sd3:StableDiffusion3",
-    "skyreels": "fastgrpo.models.skyreels:SkyReels",
-    "stable_diffusion": "fastgrpo.models.stable_diffusion:StableDiffusion",
-    "wan": "fastgrpo.models.wan:Wan",
+    "flux": "fastgrpo.models.families.flux:Flux",
+    "hunyuan_video": "fastgrpo.models.families.hunyuan_video:HunyuanVideo",
+    "qwen_image": "fastgrpo.models.families.qwen_image:QwenImage",
+    "sd3": "fastgrpo.models.families.sd3:StableDiffusion3",
+    "skyreels": "fastgrpo.models.families.skyreels:SkyReels",
+    "stable_diffusion": "fastgrpo.models.families.stable_diffusion:StableDiffusion",
+    "wan": "fastgrpo.models.families.wan:Wan",
 }
 
 __all__ = ["FAMILIES", "Conditioning", "ModelFamily", "check_family", "check_parts", "family_class", "load_family"]

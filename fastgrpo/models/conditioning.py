@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import Model
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.models.embeddings import EmbeddingCache, Key, key_of
-from fastgrpo.prompts import Prompt
 
 # A batch size is part of the numerics, so text is always encoded in batches of this many prompts.
 ENCODE_BATCH = 8

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
-from fastgrpo.prompts import Prompt
 
 Key = tuple[str, str | None]
 

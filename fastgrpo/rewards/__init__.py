@@ -29,7 +29,7 @@ REGISTERED = {
     "moving_aesthetics": "fastgrpo.rewards.moving:MovingAestheticsReward",
     "moving_motion": "fastgrpo.rewards.moving:MovingMotionReward",
     "moving_shapes": "fastgrpo.rewards.moving:MovingShapesReward",
-    "remote": "fastgrpo.rewards.remote:RemoteReward",
+    "remote": "fastgrpo.rewards.served.remote:RemoteReward",
     "shapes": "fastgrpo.rewards.shapes:ShapesReward",
 }
 

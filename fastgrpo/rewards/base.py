@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from fastgrpo.prompts import Prompt
+from fastgrpo.data.prompts import Prompt
 
 
 @dataclass(frozen=True)

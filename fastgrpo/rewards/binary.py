@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec
+from fastgrpo.config.sections import validate_settings
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError, nearest
-from fastgrpo.prompts import Prompt
 from fastgrpo.rewards.base import Reward, Scores, release
 from fastgrpo.rewards.neural import options
-from fastgrpo.settings import validate_settings
 
 
 class BinaryReward:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.prompts import Prompt
 from fastgrpo.rewards.images import ImageProcessor, middle_frame
 from fastgrpo.rewards.neural import Dtype, NeuralReward, options
 from fastgrpo.rewards.weights import (

@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from fastgrpo.config import CompositeOptions
+from fastgrpo.config.sections import validate_settings
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.prompts import Prompt
 from fastgrpo.rewards.base import Reward, Scores, matches, release, take
-from fastgrpo.settings import validate_settings
 
 
 class Routed:

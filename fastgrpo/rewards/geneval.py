@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.data.sets import COLORS
 from fastgrpo.errors import ConfigError
-from fastgrpo.prompt_sets import COLORS
-from fastgrpo.prompts import Prompt
 from fastgrpo.rewards.base import Scores
 from fastgrpo.rewards.clip import OPENAI_L, ClipReward
 from fastgrpo.rewards.images import middle_frame, normalize, resize

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.prompts import Prompt
 from fastgrpo.rewards.clip import linear_head
 from fastgrpo.rewards.images import ImageProcessor, middle_frame
 from fastgrpo.rewards.neural import Dtype, NeuralReward, options

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from fastgrpo.prompts import Prompt
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.rewards.base import Scores
 from fastgrpo.shapes.moving_verifier import verify
 from fastgrpo.shapes.moving_world import MovingPrompt, parse

@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict, validate_call
 from torch import Tensor, nn
 
-from fastgrpo.prompts import Prompt
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.rewards.base import Scores
 from fastgrpo.rewards.weights import check_exists
 

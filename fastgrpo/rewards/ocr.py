@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import require
-from fastgrpo.prompts import Prompt
 from fastgrpo.rewards.base import Scores
 from fastgrpo.rewards.images import middle_frame, resize
 from fastgrpo.rewards.neural import options

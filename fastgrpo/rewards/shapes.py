@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fastgrpo.prompts import Prompt
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.rewards.base import Scores
 from fastgrpo.shapes.verifier import verify
 from fastgrpo.shapes.world import ShapesPrompt, parse

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.prompts import Prompt
 from fastgrpo.rewards.base import Scores
 from fastgrpo.rewards.images import OPENAI_MEAN, OPENAI_STD, normalize
 from fastgrpo.rewards.neural import Dtype, NeuralReward, options

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
 
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.prompts import Prompt
 from fastgrpo.rewards.base import Scores
 from fastgrpo.rewards.images import to_pil
 from fastgrpo.rewards.neural import options

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from fastgrpo.settings import Section
+from fastgrpo.config.sections import Section
 from fastgrpo.shapes import world
 from fastgrpo.shapes.tiny_parts import END, PAD, SPECIAL_TOKENS, START, build_tokenizer
 

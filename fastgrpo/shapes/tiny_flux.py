@@ -9,8 +9,8 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from pydantic import Field, model_validator
 
+from fastgrpo.config.sections import Section
 from fastgrpo.errors import ConfigError
-from fastgrpo.settings import Section
 from fastgrpo.shapes.tiny_parts import SPECIAL_TOKENS, build_autoencoder, build_clip, build_t5, build_tokenizer
 
 

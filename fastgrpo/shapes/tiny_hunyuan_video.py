@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from pydantic import Field
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from fastgrpo.settings import Section
+from fastgrpo.config.sections import Section
 from fastgrpo.shapes.tiny_parts import END, PAD, START, build_clip, build_template_tokenizer
 
 # The pipeline encodes the pooled text at this length, whatever it is asked for.

@@ -13,8 +13,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from pydantic import Field, model_validator
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from fastgrpo.config.sections import Section
 from fastgrpo.errors import ConfigError
-from fastgrpo.settings import Section
 from fastgrpo.shapes.tiny_parts import END, PAD, START, build_template_tokenizer
 
 # What the pipeline writes around a prompt; it cuts off the first 34 tokens, those before the prompt.

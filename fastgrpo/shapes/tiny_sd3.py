@@ -11,8 +11,8 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import S
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from pydantic import Field, model_validator
 
+from fastgrpo.config.sections import Section
 from fastgrpo.errors import ConfigError
-from fastgrpo.settings import Section
 from fastgrpo.shapes.tiny_parts import (
     SPECIAL_TOKENS,
     build_autoencoder,

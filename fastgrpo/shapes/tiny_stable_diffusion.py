@@ -11,7 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from pydantic import Field
 
-from fastgrpo.settings import Section
+from fastgrpo.config.sections import Section
 from fastgrpo.shapes.tiny_parts import SPECIAL_TOKENS, build_autoencoder, build_clip, build_tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgrpo.bench_cli import load
+from fastgrpo.commands.bench import load
 
 # Twelve plans: half a minute.
 pytestmark = pytest.mark.full

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgrpo.bench_cli import load
+from fastgrpo.commands.bench import load
 from fastgrpo.errors import UserError
 
 kernels, providers = load("kernels"), load("providers")

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
+from support.tiny import tiny_config
 from typer.testing import CliRunner
 
-from fastgrpo.bench_cli import app, load
+from fastgrpo.commands.bench import app, load
 from fastgrpo.config import load_config
+from fastgrpo.config.sections import dump_settings
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.flux import Flux
-from fastgrpo.settings import dump_settings
+from fastgrpo.models.families.flux import Flux
 
 sequential = load("sequential")
 
@@ -59,7 +59,7 @@ def test_log_probabilities_know_the_ratio_alone(tiny_flux):
 
 
 def test_no_host_read_with_log_probabilities(tiny_flux):
-    from test_no_host_read import run_iteration, tiny_pipeline
+    from support.fake_run import run_iteration, tiny_pipeline
 
     config = tiny_config(tiny_flux, rollout={"old_values": "log_prob", "forward_batch": 1})
     pipeline = tiny_pipeline()

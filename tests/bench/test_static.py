@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastgrpo.bench_cli import load
+from fastgrpo.commands.bench import load
 
 static = load("static")
 TABLE = {tuple(row[k] for k in static.KEY): row for row in static.read_table()}

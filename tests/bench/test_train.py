@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_config
+from support.tiny import tiny_config
 from typer.testing import CliRunner
 
-from fastgrpo.architectures import build_family
-from fastgrpo.bench_cli import app, load
-from fastgrpo.dry_run import dry_run
+from fastgrpo.commands.bench import app, load
+from fastgrpo.config.sections import dump_settings
 from fastgrpo.errors import UserError
 from fastgrpo.models import load_family
-from fastgrpo.settings import dump_settings
+from fastgrpo.models.architectures import build_family
+from fastgrpo.planning.dry_run import dry_run
 
 train, cases, page, real = (load(name) for name in ("train", "train_cases", "train_page", "real_size"))
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ SHORT = {"num_layers": 1, "num_single_layers": 1, "num_hidden_layers": 3, "layer
 def test_a_real_configuration_trains_with_its_stacks_cut_short(model, tmp_path, monkeypatch):
     """Its widths, encoders, tokenizers and VAE as they are, on a small image. The other families' take longer than
     this suite may on two cores; tests/models run them as fake tensors."""
-    from fastgrpo import architectures
+    from fastgrpo.models import architectures
 
     whole = architectures.architecture
 

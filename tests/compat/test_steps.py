@@ -3,9 +3,9 @@
 import math
 from types import SimpleNamespace
 
-import oracles
 import pytest
 import torch
+from support import oracles
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels.compat.dance_grpo import flux_step

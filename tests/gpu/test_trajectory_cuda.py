@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.rollout import keep_rows, take_rows
+from fastgrpo.rollout.trajectory import keep_rows, take_rows
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,7 @@ they cost address space, not memory. tests/gpu runs the whole of them.
 
 import pytest
 import torch
-from kernel_cases import make_case
+from support.kernel_cases import make_case
 
 from fastgrpo_kernels import NoiseKey, _launch, clipped_loss, shift_moments, transitions
 from fastgrpo_kernels.clipped_loss import op as clipped

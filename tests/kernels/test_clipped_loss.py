@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import KERNEL_DEVICE, make_case
+from support.kernel_cases import KERNEL_DEVICE, make_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastgrpo.algorithms.objectives.grpo import SUMMED, policy_loss
 from fastgrpo.config import ObjectiveConfig
-from fastgrpo.objective import SUMMED, policy_loss
 from fastgrpo_kernels import clipped_loss, shift_moments
 from fastgrpo_kernels.clipped_loss import op
 from fastgrpo_kernels.clipped_loss.reference import clipped_loss_reference

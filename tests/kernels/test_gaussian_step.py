@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DTYPES, KERNEL_DEVICE, SHAPES, ULP, assert_within, make_case
+from support.kernel_cases import DTYPES, KERNEL_DEVICE, SHAPES, ULP, assert_within, make_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels import NoiseKey, gaussian_step

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import KERNEL_DEVICE, ULP, assert_within, make_case
+from support.kernel_cases import KERNEL_DEVICE, ULP, assert_within, make_case
 
 from fastgrpo_kernels import gaussian_step, log_prob, shift_moments
 from fastgrpo_kernels.gaussian_step import paths

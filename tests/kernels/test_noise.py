@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import KERNEL_DEVICE
 from scipy import stats
+from support.kernel_cases import KERNEL_DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels import (

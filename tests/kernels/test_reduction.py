@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import KERNEL_DEVICE, make_case
+from support.kernel_cases import KERNEL_DEVICE, make_case
 
 from fastgrpo_kernels import _launch, reduction
 from fastgrpo_kernels.shift_moments import op

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import KERNEL_DEVICE, make_case
+from support.kernel_cases import KERNEL_DEVICE, make_case
 
 from fastgrpo_kernels.clipped_loss import op as clipped
 from fastgrpo_kernels.gaussian_step import paths

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DTYPES, KERNEL_DEVICE, ULP, assert_within, make_case
+from support.kernel_cases import DTYPES, KERNEL_DEVICE, ULP, assert_within, make_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels import StoredStep, clipped_loss, gaussian_step, grpo_loss, shift_moments

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import make_case
+from support.kernel_cases import make_case
 
 from fastgrpo_kernels import gaussian_step, grpo_loss, log_prob, on_policy_gradient, shift_moments
 from fastgrpo_kernels.gaussian_step.reference import gaussian_step_reference

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
+from support.tiny import tiny_config
 
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import Conditioning, load_family
-from fastgrpo.prompts import Prompt
 from fastgrpo.shapes import world
 
 CPU = torch.device("cpu")

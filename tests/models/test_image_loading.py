@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_images import PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
+from support.tiny_images import PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
 
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import ModelFamily, load_family
 from fastgrpo.models.embeddings import EmbeddingCache, key_of
-from fastgrpo.prompts import Prompt
 
 CPU = torch.device("cpu")
 KINDS = ("flux", "sd_v", "sd3", "qwen_image")

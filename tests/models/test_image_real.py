@@ -8,8 +8,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from test_no_host_read import run_iteration
-from tiny_images import image_config
+from support.fake_run import run_iteration
+from support.tiny_images import image_config
 
 from fastgrpo.config import Config
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tiny_images import PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
+from support.tiny_images import PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
 
-from fastgrpo.cli import main
+from fastgrpo.commands.main import main
+from fastgrpo.commands.runs import apply_checkpoint, open_run
 from fastgrpo.config import dump
-from fastgrpo.evaluate import apply_checkpoint, open_run
 from fastgrpo.models import load_family
-from fastgrpo.trainer import Trainer
+from fastgrpo.training.trainer import Trainer
 
 LORA = {"rank": 2, "alpha": 4.0}
 SHORT = [("sd_v", None), ("sd3", LORA), ("qwen_image", None)]

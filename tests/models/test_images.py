@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_update import advantages, prepare, textbook_loss
-from tiny_images import MODELS, PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
+from support.tiny_images import MODELS, PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
+from support.updates import advantages, prepare, textbook_loss
 
-from fastgrpo.export import save_lora
+from fastgrpo.commands.export import save_lora
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.distributed.world import World
 from fastgrpo.models import Conditioning, ModelFamily, load_family
-from fastgrpo.optimizer import OptimizerState
-from fastgrpo.parallel import World
-from fastgrpo.prompts import Prompt
 from fastgrpo.shapes import world
-from fastgrpo.update import Updater
+from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.update import Updater
 
 CPU = torch.device("cpu")
 KINDS = list(MODELS)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from fastgrpo.algorithms.schedule import trained_steps
 from fastgrpo.config import SubsetSteps, WindowSteps, load_config
 from fastgrpo.models import check_family
-from fastgrpo.schedule import trained_steps
 
 VIDEOS = (
     "hunyuan-video-parity-32xh100",

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_video import MODELS, build, video_config
+from support.tiny_video import MODELS, build, video_config
 
+from fastgrpo.algorithms.layout import lay_out
+from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.commands.export import save_lora
 from fastgrpo.config import Config
+from fastgrpo.data.prompts import Prompt, load_prompts, open_image
+from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
-from fastgrpo.export import save_lora
 from fastgrpo.models import ModelFamily, load_family
-from fastgrpo.optimizer import OptimizerState
-from fastgrpo.parallel import World
-from fastgrpo.prompts import Prompt, load_prompts, open_image
-from fastgrpo.rollout import decode, initial_noise, lay_out, rollout
-from fastgrpo.schedule import plan_rollout
-from fastgrpo.update import Updater
+from fastgrpo.rollout.decode import decode
+from fastgrpo.rollout.sampler import initial_noise, rollout
+from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.update import Updater
 from fastgrpo_kernels import noise
 
 CPU = torch.device("cpu")
@@ -238,7 +240,7 @@ def test_a_rows_bits_do_not_depend_on_the_texts_beside_it(families):
 
 
 def test_checkpointed_attention_reads_its_own_lengths(saved):
-    from fastgrpo.parallel import checkpoint_activations
+    from fastgrpo.distributed.activation import checkpoint_activations
 
     grads = []
     for checkpointed in ("none", "all"):

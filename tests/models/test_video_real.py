@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_no_host_read import run_iteration
-from tiny_video import video_config
+from support.fake_run import run_iteration
+from support.tiny_video import video_config
 
 WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "cross_attn_norm": True}
 WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "cross_attn_norm": True, "in_channels": 48, "out_channels": 48}

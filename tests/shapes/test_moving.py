@@ -8,8 +8,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from fastgrpo.config import RewardSpec
+from fastgrpo.data.prompts import load_prompts, open_image
 from fastgrpo.errors import ConfigError
-from fastgrpo.prompts import load_prompts, open_image
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.moving import MovingShapesReward
 from fastgrpo.shapes import moving_world as world

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.evaluate import draw
+from fastgrpo.commands.pretrain.recipe import MOVING, PretrainConfig, as_prompts
+from fastgrpo.config.sections import load_settings
+from fastgrpo.distributed.world import World
+from fastgrpo.evaluation.heldout import draw
 from fastgrpo.models import family_class, load_family
-from fastgrpo.parallel import World
-from fastgrpo.pretrain.recipe import MOVING, PretrainConfig, as_prompts
-from fastgrpo.settings import load_settings
 from fastgrpo.shapes import moving_verifier, verifier, weights_path
 from fastgrpo.shapes.world import eval_set
 

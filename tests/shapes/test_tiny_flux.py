@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
+from fastgrpo.commands.pretrain import autoencoder, denoiser
+from fastgrpo.commands.pretrain.recipe import PretrainConfig
+from fastgrpo.config.sections import load_settings, validate_settings
 from fastgrpo.errors import ConfigError
-from fastgrpo.pretrain import autoencoder, denoiser
-from fastgrpo.pretrain.recipe import PretrainConfig
-from fastgrpo.settings import load_settings, validate_settings
 from fastgrpo.shapes import weights_path, world
 from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
 from fastgrpo.shapes.tiny_parts import END, PAD, START, UNKNOWN

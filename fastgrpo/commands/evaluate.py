@@ -1,0 +1,133 @@
+"""`fastgrpo eval`: a run beside its base model, or a base model alone."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgrpo import __version__
+from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, open_run
+from fastgrpo.config import Config, RewardSpec, load_config
+from fastgrpo.distributed.world import World
+from fastgrpo.evaluation.compare import compared, diversity, table
+from fastgrpo.evaluation.heldout import Evaluation, evaluate, heldout_prompts, record
+from fastgrpo.evaluation.statistics import by_unit, mean_interval
+from fastgrpo.models import load_family
+from fastgrpo.observe.media import write_frames, write_grid
+from fastgrpo.rewards import load_reward
+from fastgrpo.rewards.clip import ClipReward
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate. images: of each model, of which `samples` are of one prompt; prompts: a source of load_prompts,
+    None: the config's held-out; rewards: as `choose_rewards` takes them; embedding: the CLIP that measures diversity;
+    out: a directory, None: the run's own for its own prompts and rewards, else `evaluations/` in it."""
+
+    images: int = 480
+    checkpoint: str = "latest"
+    prompts: str | None = None
+    rewards: Sequence[str] = ()
+    samples: int = 1
+    embedding: str = "shapes:clip"
+    out: Path | None = None
+
+
+def evaluate_target(target: str | Path, request: Request | None = None, note: Callable[[str], None] = print) -> dict:
+    """Evaluates a config's base model, or a run directory beside its base; writes and gives the summary.
+
+    Writes `summary.json`, `table.md`, and grids under `final/`. Raises UserError for what is not there.
+    """
+    target, request = Path(target), request or Request()
+    run = target.is_dir()
+    store, iteration = None, 0
+    if run:
+        config, store, iteration = open_run(target, request.checkpoint)
+    else:
+        config = load_config(target)
+    out = _directory(target, run, request)
+    specs = choose_rewards(config, request.rewards)
+    rewards = {spec.key: load_reward(spec) for spec in specs}
+    embedder = ClipReward(request.embedding)
+    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    distinct = heldout_prompts(config, -(-request.images // request.samples), request.prompts)
+    unit = np.arange(len(distinct)).repeat(request.samples)[: request.images]
+    prompts = [distinct[i] for i in unit]
+
+    family = load_family(config.model, world.device)
+    base = evaluate(family, rewards, prompts, config, world, note)
+    record(base, out / "final", 0, config.eval.grid, config.model.fps, config.eval.mp4)
+    features = {"base": embedder.embed(base.images).double().numpy()}
+    summary: dict[str, Any] = {"base": described(base, unit)}
+    if store is not None:
+        state = store.state(iteration)
+        apply_checkpoint(family, config, store, iteration)
+        tuned = evaluate(family, rewards, prompts, config, world, note)
+        record(tuned, out / "final", iteration, config.eval.grid, config.model.fps, config.eval.mp4)
+        features["tuned"] = embedder.embed(tuned.images).double().numpy()
+        _side_by_side(base, tuned, config, out / "final")
+        summary |= {"tuned": described(tuned, unit), **compared(base, tuned, unit)}
+        summary |= {"iteration": iteration, "train_seconds": state["train_seconds"]}
+    summary["diversity"] = diversity(features, unit)
+    summary |= {
+        "prompts": request.prompts or config.prompts.heldout,
+        "samples_per_prompt": request.samples,
+        "embedding": request.embedding,
+        "seed": config.run.seed,
+        "versions": versions(),
+    }
+    _write(summary, specs, out)
+    return summary | {"directory": str(out)}
+
+
+def described(evaluation: Evaluation, unit: np.ndarray) -> dict[str, Any]:
+    """`Evaluation.summary` and the intervals of its means."""
+    intervals = {name: mean_interval(by_unit(values, unit)) for name, values in evaluation.values.items()}
+    return evaluation.summary() | {"interval95": intervals}
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    import diffusers
+    import transformers
+
+    return {
+        "fastgrpo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _directory(target: Path, run: bool, request: Request) -> Path:
+    if request.out is not None:
+        return request.out
+    if run and request.prompts is None and not request.rewards:
+        return target
+    name = (request.prompts or "heldout").replace(":", "-").replace("/", "-")
+    return (target if run else Path("runs") / target.stem) / "evaluations" / name
+
+
+def _side_by_side(base: Evaluation, tuned: Evaluation, config: Config, folder: Path) -> None:
+    """`side-by-side.png`: base and tuned of each prompt next to each other."""
+    count = min(config.eval.grid, len(base.images))
+    pairs = torch.stack([base.images[:count], tuned.images[:count]], dim=1).flatten(0, 1)
+    (write_frames if pairs.ndim == 5 else write_grid)(pairs, folder / "side-by-side.png")
+
+
+def _write(summary: dict[str, Any], specs: Sequence[RewardSpec], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    summary["scored_by"] = [spec.model_dump(mode="json") for spec in specs]
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    head, rows = table(summary)
+    lines = [head, ["---"] * len(head), *rows]
+    (out / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))

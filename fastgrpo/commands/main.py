@@ -1,0 +1,363 @@
+"""The command line: `fastgrpo --help`. Modules that import torch are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastgrpo.errors import EXTRAS, REQUEUE, ConfigError, PreemptedError, UserError, missing, require_extra
+
+app = typer.Typer(
+    help="GRPO for visual generators: diffusion models and rectified flows, images and video.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as those of configs/.")]
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE…", help="Settings of the config, such as run.dir=runs/mine.")
+]
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Checkpoint = Annotated[str, typer.Option(help="latest, best, or an iteration.")]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the config and print its arithmetic.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to assume in --check.")] = 1,
+) -> None:
+    """Train from a config. Ctrl-C leaves a checkpoint that run.resume=true continues.
+
+    So do SIGTERM and SIGUSR1, with exit code 75: start the same command again.
+    """
+    require_extra("train", "fastgrpo train")
+    from fastgrpo.config import load_config
+
+    resolved = load_config(config, overrides or ())
+    if check:
+        _check(resolved, ranks)
+        return
+    from fastgrpo.training.trainer import train as run
+
+    run(resolved)
+
+
+Rewards = Annotated[
+    list[str] | None, typer.Option("--reward", help="A reward: name, name=path, or a .yaml list; else the config's.")
+]
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RUN|CONFIG", help="A run directory, or a config: its base model.")],
+    images: Annotated[int, typer.Option(min=2, help="Images of each model.")] = 480,
+    checkpoint: Checkpoint = "latest",
+    prompts: Annotated[str | None, typer.Option(help="A file, shapes:heldout, set:geneval …; else held-out.")] = None,
+    reward: Rewards = None,
+    samples: Annotated[int, typer.Option(min=1, help="Images of one prompt: shows diversity within it.")] = 1,
+    embedding: Annotated[str, typer.Option(help="The CLIP that measures diversity.")] = "shapes:clip",
+    out: Annotated[Path | None, typer.Option(help="Directory of the results.")] = None,
+) -> None:
+    """Evaluate a run beside its base model, or a base model: same prompts, same initial noise, no sampling noise."""
+    require_extra("train", "fastgrpo eval")
+    from rich.console import Console
+
+    from fastgrpo.commands.evaluate import Request, evaluate_target
+
+    console = Console(stderr=True)
+    request = Request(images, checkpoint, prompts, reward or (), samples, embedding, out)
+    with console.status(f"drawing {images} images with each model"):
+        summary = evaluate_target(target, request, lambda text: console.print(text, highlight=False, markup=False))
+    _print_comparison(summary)
+
+
+@app.command()
+def sample(
+    run: RunDir,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="Prompts, or one file of them.")],
+    out: Annotated[Path, typer.Option(help="Directory of the images.")] = Path("samples"),
+    count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the initial noise; else the run's.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="latest, best, an iteration, or base.")] = "latest",
+    mp4: Annotated[bool, typer.Option("--mp4", help="Videos as MP4, which needs PyAV (fastgrpo[video]).")] = False,
+    best_of: Annotated[int | None, typer.Option(min=1, help="Draw so many of each prompt, write the best.")] = None,
+    reward: Rewards = None,
+) -> None:
+    """Draw images with a run's weights, or with its base model's; with --best-of the best by a reward."""
+    require_extra("train", "fastgrpo sample")
+    from fastgrpo.commands.sample import sample_run
+
+    written = sample_run(
+        run, prompts, out, count=count, seed=seed, checkpoint=checkpoint, mp4=mp4, best_of=best_of,
+        rewards=reward or (), note=_note,
+    )  # fmt: skip
+    for path in written:
+        typer.echo(path)
+
+
+@app.command("best-of")
+def best_of_curve(
+    run: RunDir,
+    most: Annotated[int, typer.Option(min=2, help="Samples of each prompt: the largest N.")] = 256,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 24,
+    source: Annotated[str | None, typer.Option(help="Of the prompts; else held-out.")] = None,
+    reward: Rewards = None,
+    checkpoint: Checkpoint = "latest",
+    out: Annotated[Path | None, typer.Option(help="Directory of best-of.json and best-of.png; else the run's.")] = None,
+) -> None:
+    """Measure what the best of N samples scores, N = 1, 2, 4 …, for a run and its base: the first reward chooses."""
+    require_extra("train", "fastgrpo best-of")
+    from fastgrpo.commands.best_of import best_of_run
+
+    result = best_of_run(run, most, prompts, source, reward or (), checkpoint, out, _note)
+    for name in result["curves"]["base"]:
+        for model, curves in result["curves"].items():
+            means = "  ".join(f"{n}: {x:.3f}" for n, x in zip(result["sizes"], curves[name]["mean"], strict=True))
+            typer.echo(f"{name}, {model}  {means}")
+    typer.echo((out or run) / "best-of.png")
+
+
+@app.command()
+def export(
+    run: RunDir,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    checkpoint: Checkpoint = "latest",
+    merge: Annotated[bool, typer.Option("--merge", help="A LoRA run: write the whole pipeline, merged.")] = False,
+) -> None:
+    """Write what diffusers loads: a LoRA or a pipeline directory, with a model card."""
+    require_extra("train", "fastgrpo export")
+    from fastgrpo.commands.export import export_run
+
+    typer.echo(export_run(run, out, checkpoint=checkpoint, merge=merge))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories; several are compared.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; else report.html in the first run.")] = None,
+) -> None:
+    """Write a self-contained HTML report: curves, time by phase, images before and after, the config."""
+    require_extra("train", "fastgrpo report")
+    from fastgrpo.commands.report import write_report
+
+    typer.echo(write_report(runs, out))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200, b200, mi300x or rtx4090.")] = "h100",
+    world: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
+    node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node; else 8, or all where fewer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say whether a config fits, and what an iteration costs, by running the trainer on fake tensors: no GPU, no
+    weights."""
+    require_extra("train", "fastgrpo plan")
+    import json
+
+    from fastgrpo.config import load_config
+    from fastgrpo.planning import plan as planning
+    from fastgrpo.planning.gpus import gpu_named
+
+    resolved, device = load_config(config, overrides or ()), gpu_named(gpu)
+    found = planning.plan(resolved, device, world, node)
+    fit = None if found.fits else planning.nearest_fit(found, lambda text: typer.echo(text, err=True))
+    typer.echo(json.dumps(planning.as_json(found, fit), indent=1) if as_json else planning.as_text(found, fit))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command("plan-table")
+def plan_table(
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="CONFIG…", help="Configs named …-<n>x<gpu>.yaml, or a folder of them.")
+    ],
+) -> None:
+    """Plan recipes on the hardware that their names say, as a Markdown table, a line as soon as it is known."""
+    require_extra("train", "fastgrpo plan-table")
+    from fastgrpo.planning import plan as planning
+
+    paths = [path for given in recipes for path in (planning.recipes_in(given) if given.is_dir() else [given])]
+    for path in paths:
+        planning.recipe_hardware(path)
+    for line in planning.TABLE_HEAD:
+        typer.echo(line)
+    for path in paths:
+        typer.echo(planning.table_row(path))
+        sys.stdout.flush()
+
+
+@app.command("convert-reward")
+def convert_reward(
+    source: Annotated[Path, typer.Argument(help="A .pt, .pth or .bin file of weights, or VideoAlign's template.")],
+    out: Annotated[Path, typer.Argument(help="A new .safetensors file; of a template, a .txt file.")],
+) -> None:
+    """Write published reward weights that are a pickle archive as safetensors; docs/rewards.md says which."""
+    require_extra("rewards", "fastgrpo convert-reward")
+    from fastgrpo.rewards.convert import convert_template, convert_weights
+
+    typer.echo((convert_template if source.suffix == ".py" else convert_weights)(source, out))
+
+
+@app.command("serve-rewards")
+def serve_rewards(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Serve rewards over HTTP to trainers elsewhere (their reward `remote`)."""
+    require_extra("serve", "fastgrpo serve-rewards")
+    from fastgrpo.config.sections import load_settings
+    from fastgrpo.rewards.served.service import ServiceConfig, serve
+
+    serve(load_settings(ServiceConfig, config, overrides or ()))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="Also test this config on policy.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what this machine has and can do; with a config, whether its rollout and update agree."""
+    from fastgrpo.commands.doctor import examine
+
+    if config is not None:
+        require_extra("train", "fastgrpo doctor CONFIG")
+    if not examine(config, overrides or ()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train an embedded model of fastgrpo/shapes from scratch, as its shipped weights were."""
+    require_extra("train", "fastgrpo pretrain")
+    from fastgrpo.commands.pretrain import main as run
+
+    typer.echo(run(config, overrides or ()))
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _command() -> Any:
+    return typer.main.get_command(app)
+
+
+def _quiet() -> None:
+    """Other libraries' chatter would bury the one line that matters."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # What checkpointing on one rank is told, at each of them.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (`sys.argv` by default); gives the exit code: 2 for what the user can mend,
+    75 (REQUEUE) for a run that a signal ended after its checkpoint."""
+    _quiet()
+    try:
+        _command()(args=None if arguments is None else list(arguments), prog_name="fastgrpo")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except PreemptedError as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(end, file=sys.stderr)
+        return REQUEUE
+    except UserError as error:
+        _complain(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _complain(missing(package))
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        _complain(UserError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror))
+    else:
+        return 0
+    return 2
+
+
+def _complain(error: UserError) -> None:
+    """One line on stderr. All ranks read the same config, and one says so; what else fails may fail on one only."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not isinstance(error, ConfigError):
+        where = f" (rank {rank})" if rank != "0" else ""
+        print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _check(config: Any, ranks: int) -> None:
+    """What a run would find out before its weights load: names, prompts, numbers that do not divide."""
+    from fastgrpo.algorithms.arithmetic import arithmetic
+    from fastgrpo.data.prompts import load_prompts
+    from fastgrpo.models import check_family
+    from fastgrpo.rewards import load_reward
+    from fastgrpo.training.adamw_8bit import check_optimizer
+
+    check_family(config)
+    check_optimizer(config.update.optimizer)
+    for spec in config.scored:
+        load_reward(spec)
+    for source in filter(None, (config.prompts.train, config.prompts.heldout)):
+        typer.echo(f"{source}: {len(load_prompts(source))} prompts")
+    typer.echo(arithmetic(config, ranks))
+
+
+def _print_comparison(summary: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastgrpo.evaluation.compare import table
+
+    head, rows = table(summary)
+    trained = f", iteration {summary['iteration']}" if "iteration" in summary else ""
+    title = f"{summary['base']['images']} images{trained}; intervals of 95%"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    # 80 columns hold all of it with short heads.
+    short = {"difference": "diff", "95% interval": "interval", "win rate": "wins"}
+    for place, column in enumerate(head):
+        shown.add_column(short.get(column, column), justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    console.print(f"written to {summary['directory']}: summary.json, table.md, final/", highlight=False)
+
+
+def _mount_benchmarks() -> None:
+    """`fastgrpo bench …`, in a checkout that has it."""
+    import importlib.util
+
+    if importlib.util.find_spec("fastgrpo.commands.bench") is None:
+        return
+
+    @app.command(
+        "bench",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+        add_help_option=False,
+    )
+    def bench(context: typer.Context) -> None:
+        """Time the kernels, and read what the compiler made of them."""
+        from fastgrpo.commands.bench import app as benchmarks  # pyright: ignore[reportMissingImports]
+
+        benchmarks(args=context.args, prog_name="fastgrpo bench")
+
+
+_mount_benchmarks()

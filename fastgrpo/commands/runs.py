@@ -1,0 +1,72 @@
+"""A finished or running run, opened by another command: its config, its checkpoints, its rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastgrpo.config import Config, RewardSpec, flatten_rewards, load_config
+from fastgrpo.config.sections import Section, load_settings
+from fastgrpo.errors import UserError
+from fastgrpo.models import ModelFamily
+from fastgrpo.training.checkpoint import CheckpointStore, load_weights
+
+
+class RewardList(Section):
+    """A YAML file of rewards: `rewards: [{name: clip, path: "shapes:clip"}]`."""
+
+    rewards: list[RewardSpec]
+
+
+def choose_rewards(config: Config, wanted: Sequence[str]) -> list[RewardSpec]:
+    """The rewards that a command line names; without any, the config's own.
+
+    A name is one of the config's rewards, else a registered one (or module:Class), with `name=path` its weights; a
+    .yaml file lists rewards with their options. `clip` is shapes:clip for an embedded model unless it says otherwise.
+    """
+    if not wanted:
+        return list(config.scored)
+    own, found = {spec.key: spec for spec in config.scored}, []
+    for text in wanted:
+        if text.endswith((".yaml", ".yml")):
+            found += flatten_rewards(load_settings(RewardList, text).rewards)
+            continue
+        name, _, path = text.partition("=")
+        if not path and name in own:
+            found.append(own[name])
+            continue
+        embedded = "shapes:clip" if name == "clip" and config.model.path.startswith("shapes:") else None
+        found.append(RewardSpec(name=name, path=path or embedded))
+    names = [spec.key for spec in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--reward: '{twice}' is named twice; give each a label in a .yaml file")
+    return found
+
+
+def open_run(run_dir: Path, checkpoint: str = "latest") -> tuple[Config, CheckpointStore, int]:
+    """A run's resolved config, its checkpoints, and the iteration that `checkpoint` names."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: not a run directory (it has no config.yaml)")
+    config = load_config(run_dir / "config.yaml")
+    store = CheckpointStore.of_run(run_dir)
+    there = store.iterations()
+    if not there:
+        raise UserError(f"{run_dir}: holds no checkpoint yet")
+    if checkpoint == "latest":
+        return config, store, there[-1]
+    if checkpoint == "best":
+        best = store.state(there[-1])["best_iteration"]
+        return config, store, there[-1] if best not in there else best
+    if not checkpoint.isdigit() or int(checkpoint) not in there:
+        raise UserError(
+            f"{run_dir}: no checkpoint '{checkpoint}'; (one of: latest, best, {', '.join(map(str, there))})"
+        )
+    return config, store, int(checkpoint)
+
+
+def apply_checkpoint(family: ModelFamily, config: Config, store: CheckpointStore, iteration: int) -> None:
+    """Puts a checkpoint's weights (its EMA where eval.ema and there is one) into a freshly loaded family."""
+    store.state(iteration)
+    family.make_trainable()
+    load_weights(family.policy, store, iteration, config.eval.ema and config.update.ema_decay is not None)
+    family.policy.requires_grad_(False)

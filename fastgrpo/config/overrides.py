@@ -1,0 +1,52 @@
+"""The plain data of a YAML file, and `key.sub=value` overrides of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.config.yaml import kind_of, parse_yaml
+from fastgrpo.errors import ConfigError, nearest
+
+
+def load_data(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain data of a YAML file with overrides, not validated yet. Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]).strip()
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}{'; ' + near if near else ''}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: cannot read the config: it is not UTF-8 text") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a config should be a mapping of sections, not {kind_of(data)}")
+    for item in overrides:
+        _override(data, item)
+    return data
+
+
+def _override(data: dict, item: str) -> None:
+    """Sets `key.sub=value` in plain data; a list is entered by index."""
+    key, equals, value = item.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"'{item}': an override is written key.sub=value, such as train.iterations=10")
+    node: Any = data
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                raise ConfigError(f"{key}: '{part}' is not an index of a list of {len(node)}, which counts from 0")
+            place: Any = int(part)
+        elif isinstance(node, dict):
+            place = part
+        else:
+            raise ConfigError(f"{key}: '{'.'.join(parts[:depth])}' is {kind_of(node)}, not a section")
+        if last:
+            node[place] = parse_yaml(value, key)
+        elif isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+        node = node[place]

@@ -1,0 +1,479 @@
+"""Every setting of a run, typed and documented: YAML in, resolved YAML out.
+
+An unknown key, a wrong type or an impossible combination raises `ConfigError` (fastgrpo/config/sections.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from fastgrpo.config.checks import check_combinations
+from fastgrpo.config.sections import (
+    NonEmpty,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Unit,
+    dump_settings,
+    load_settings,
+    validate_settings,
+)
+
+
+class Run(Section):
+    dir: NonEmpty = Field(default="runs/default", description="Where everything this run writes goes.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="The 64-bit key of all noise and all draws."
+    )
+    resume: bool | Literal["auto"] = Field(
+        default=False,
+        description="true: continue the checkpoint in run.dir (an error without one); false: refuse a used run.dir; "
+        "auto: continue if there is a checkpoint, else start.",
+    )
+
+
+class Lora(Section):
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = Field(default=64.0, description="The update is scaled by alpha / rank.")
+    targets: list[NonEmpty] | None = Field(
+        default=None, description="Module name endings; null: the family's attention."
+    )
+
+
+class Model(Section):
+    family: NonEmpty = Field(description="Which file of fastgrpo/models serves it, such as flux or stable_diffusion.")
+    path: NonEmpty = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of the forward pass; masters are float32."
+    )
+    height: PositiveInt = 512
+    width: PositiveInt = 512
+    frames: PositiveInt = Field(default=1, description="1 for images; 4k + 1 for most video VAEs.")
+    vae_tiling: bool = Field(
+        default=False, description="Decode videos in overlapping tiles that are blended: less memory, faint seams."
+    )
+    fps: PositiveFloat = Field(default=8.0, description="Frames a second, as rewards and video files see a sample.")
+    guidance: Annotated[float, Field(ge=0)] = Field(
+        default=3.5, description="Guidance scale, as the pipeline takes it; at most 1: no classifier-free guidance."
+    )
+    negative_prompt: str = Field(
+        default="", description="What classifier-free guidance leads away from, where a prompt has none of its own."
+    )
+    embedding_cache: NonEmpty | None = Field(
+        default=None,
+        description="Directory of encoded prompts; with it the text encoders load only for a prompt it lacks. "
+        "null: encoded prompts are kept in memory only.",
+    )
+    text_encoders: Literal["keep", "offload", "drop"] = Field(
+        default="keep",
+        description="keep: on the device; offload: in host memory, on the device while prompts are encoded; drop: the "
+        "prompts that the run will draw are encoded before it begins, and the encoders freed.",
+    )
+    vae: Literal["keep", "offload"] = Field(
+        default="keep", description="offload: in host memory, on the device while images are encoded and decoded."
+    )
+    max_sequence_length: PositiveInt = Field(default=512, description="Text tokens.")
+    lora: Lora | None = Field(default=None, description="null: full fine-tuning.")
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="nf4: the linear layers of a LoRA's frozen blocks in 4.5 bits a weight, whole on every rank, by "
+        "bitsandbytes (fastgrpo[gpu]); null: in dtype.",
+    )
+    trainable: Annotated[list[NonEmpty], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Full fine-tuning of these parts alone, by dotted name (time_text_embed, norm1.linear); null: all.",
+    )
+    activation_checkpointing: Literal["none", "selective", "all", "auto"] | PositiveInt = Field(
+        default="none",
+        description="What is recomputed in backward. all: every block; k: every k-th block; selective: all of a block "
+        "but its matrix products and attention; auto: the least of none, selective and all that a plan says fits.",
+    )
+    compile: Literal["none", "blocks"] = Field(
+        default="none",
+        description="blocks: torch.compile of each repeated block of the trained components. Rollout and update are "
+        "compiled apart, so the first ratio is 1 to rounding, not to the bit.",
+    )
+    attention_backend: NonEmpty | None = Field(
+        default=None,
+        description="Of the trained components, by diffusers' name: native, flash, xformers, flash_hub and others; "
+        "null: PyTorch's own.",
+    )
+
+
+class Prompts(Section):
+    train: NonEmpty = Field(
+        description="A .txt, .jsonl or .csv file, shapes:train, moving:train, or hf:<dataset>[:split[:column]] on the "
+        "hub."
+    )
+    select: Literal["epochs", "spread"] = Field(
+        default="epochs",
+        description="epochs: every prompt equally often; spread: more often where its last groups' rewards differed.",
+    )
+    heldout: str | None = Field(default=None, description="Prompts never trained on, for evaluation; same forms.")
+
+
+class WindowSteps(Section):
+    """Consecutive trained steps; the others are deterministic (MixGRPO, arXiv 2507.21802)."""
+
+    kind: Literal["window"] = "window"
+    size: PositiveInt = Field(default=4, description="Trained transitions.")
+    start: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="First trained transition; 0 is the noisiest. A moving window never goes before it."
+    )
+    stop: PositiveInt | None = Field(
+        default=None, description="A moving window ends before this transition; null: before the last one."
+    )
+    move: Literal["fixed", "progressive", "random"] = Field(
+        default="fixed",
+        description="progressive: shifts by stride every `every` iterations, and wraps; random: drawn anew.",
+    )
+    every: PositiveInt = Field(default=25, description="Iterations between moves.")
+    stride: PositiveInt = 1
+
+    def check(self, steps: int) -> None:
+        """Raises ValueError unless the window, and what it moves over, lies among the trainable transitions."""
+        if self.start + self.size > steps - 1:
+            raise ValueError(
+                f"rollout.trained: the window of {self.size} from step {self.start} reaches the last of "
+                f"{steps} transitions, which is never trained; start + size must be at most {steps - 1}"
+            )
+        if self.stop is not None and not self.start + self.size <= self.stop <= steps - 1:
+            raise ValueError(
+                f"rollout.trained.stop: {self.stop} should be from {self.start + self.size} (start + size) to "
+                f"{steps - 1} (the last of {steps} transitions, which is never trained)"
+            )
+
+
+class SubsetSteps(Section):
+    """All transitions but the last are stochastic; each sample trains a random subset (DanceGRPO)."""
+
+    kind: Literal["subset"] = "subset"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.6
+
+
+class Rollout(Section):
+    prompts_per_iteration: PositiveInt = Field(default=8, description="Prompts an iteration, over all ranks.")
+    group_size: Annotated[int, Field(ge=2)] = Field(default=12, description="Samples of each prompt.")
+    best_of: PositiveInt | None = Field(
+        default=None,
+        description="Roll out so many of each prompt and train on group_size of them: half the best, half the worst.",
+    )
+    steps: Annotated[int, Field(ge=2)] = Field(default=16, description="Sampling steps.")
+    shift: PositiveFloat | Literal["pipeline"] = Field(
+        default="pipeline",
+        description="k in k·σ/(1+(k−1)·σ); pipeline: as its scheduler says, by resolution if it does.",
+    )
+    sampler: Literal["dance_sde", "flow_sde", "cps", "ddim"] = Field(
+        default="dance_sde", description="The stochastic transitions; ddim for diffusion models, the others for flows."
+    )
+    eta: PositiveFloat = Field(default=0.3, description="Noise level of the sampler: η, or n for flow_sde and cps.")
+    truncate_timesteps: bool = Field(
+        default=False, description="Tell a flow's model ⌊1000σ⌋/1000 for σ, as DanceGRPO does; for parity only."
+    )
+    trained: WindowSteps | SubsetSteps = Field(
+        default_factory=WindowSteps, discriminator="kind", description="Which steps are stochastic and trained."
+    )
+    suffix_steps: PositiveInt | None = Field(
+        default=None,
+        description="Deterministic steps after the window, evenly over the levels left (MixGRPO-Flash); null: all.",
+    )
+    suffix_solver: Literal["first_order", "dpmpp_2m"] = Field(
+        default="first_order",
+        description="Of the deterministic steps after the window. first_order: Euler, or DDIM; dpmpp_2m: DPM-Solver++ "
+        "2M, which needs fewer.",
+    )
+    shared_noise: bool = Field(default=True, description="One initial noise for a prompt's whole group.")
+    share_prefix: bool = Field(
+        default=True,
+        description="With shared_noise: evaluate what a group has in common once per prompt, not per sample.",
+    )
+    forward_batch: PositiveInt = Field(
+        default=16, description="Rows of every forward pass, rollout and replay alike; a constant of the numerics."
+    )
+    decode_batch: PositiveInt = 16
+    noise: Literal["auto", "keep", "regenerate"] = Field(
+        default="auto",
+        description="Of the trained steps: kept, or drawn again from its key; auto keeps it on a CPU only.",
+    )
+    trajectory: Literal["device", "host"] = Field(
+        default="device",
+        description="Where what the update needs of the trained steps waits for it; host: in page-locked memory, rows "
+        "copied as micro-batches take them.",
+    )
+    gather: Literal["auto", "once", "per_block"] = Field(
+        default="auto",
+        description="Sharded weights: once: gathered for the whole rollout; per_block: for each block's forward, and "
+        "freed after it; auto: once where memory allows.",
+    )
+    old_values: Literal["velocity", "log_prob"] = Field(
+        default="velocity",
+        description="What an update compares with. velocity: the model's output, exact. log_prob: latents and their "
+        "log-probabilities, subtracted as other trainers do, to compare with them.",
+    )
+
+    @property
+    def candidates(self) -> int:
+        """Samples of each prompt that are rolled out."""
+        return self.best_of or self.group_size
+
+    def keeps_noise(self, device: str) -> bool:
+        """Whether the noise of trained steps stays in memory on a kind of device."""
+        return self.noise == "keep" or (self.noise == "auto" and device == "cpu")
+
+
+class RewardSpec(Section):
+    """One reward. What `options` a reward takes, and where weights come from: docs/rewards.md."""
+
+    name: NonEmpty = Field(description="A registered reward, or module:Class.")
+    label: NonEmpty | None = Field(default=None, description="What logs call it; null: its name.")
+    weight: float = Field(default=1.0, description="0: watched, not trained.")
+    every: PositiveInt = Field(default=1, description="With weight 0: scored in every so many iterations.")
+    path: NonEmpty | None = Field(
+        default=None, description="Of its weights: a directory, file, hub id or shapes:<name>."
+    )
+    when: dict[str, list[str | int | float | bool]] = Field(
+        default_factory=dict,
+        description="Only for prompts whose metadata has one of these values under each key; {}: for all.",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Passed to the reward as keyword arguments.")
+
+    @property
+    def key(self) -> str:
+        """Its name in logs, metrics and evaluations."""
+        return self.label or self.name
+
+
+class CompositeOptions(Section):
+    """Several rewards as one. `advantage`: each is normalised by itself, as if it stood in `rewards`, weights
+    multiplied; `reward`: one weighted sum, which other rewards may wrap."""
+
+    of: Annotated[list[RewardSpec], Field(min_length=1)]
+    aggregate: Literal["advantage", "reward"] = "advantage"
+
+
+def flatten_rewards(specs: Sequence[RewardSpec]) -> list[RewardSpec]:
+    """The rewards of a list, composites aggregated by advantage replaced by their parts. Raises ConfigError."""
+    flat = []
+    for spec in specs:
+        if spec.name != "composite":
+            flat.append(spec)
+            continue
+        options = validate_settings(CompositeOptions, spec.options, f"rewards.{spec.key}")
+        if options.aggregate == "reward":
+            flat.append(spec)
+            continue
+        for part in flatten_rewards(options.of):
+            label = f"{spec.label}.{part.key}" if spec.label else part.key
+            when = {**spec.when, **part.when}
+            flat.append(part.model_copy(update={"label": label, "weight": spec.weight * part.weight, "when": when}))
+    return flat
+
+
+class Scoring(Section):
+    """How an iteration's samples meet the rewards."""
+
+    chunks: PositiveInt = Field(
+        default=1, description="Parts in which samples are rolled out; each is scored beside the next one's rollout."
+    )
+    overlap: bool = Field(
+        default=True, description="false: the next chunk waits until one is scored, which keeps one chunk less."
+    )
+    staleness: Literal[0, 1] = Field(
+        default=0,
+        description="1: the next iteration is rolled out, on weights one update old, while this one is scored.",
+    )
+    max_failure_rate: Unit = Field(
+        default=0.5,
+        description="A larger share of samples without a score pauses the run, with a checkpoint before that update.",
+    )
+
+
+class Guard(Section):
+    """Against reward hacking: what happens when a held-out reward (weight 0) falls while what is trained rises."""
+
+    action: Literal["off", "stop", "raise_kl"] = Field(
+        default="off", description="stop: with a checkpoint; raise_kl: objective.kl_weight is multiplied by kl_factor."
+    )
+    window: Annotated[int, Field(ge=2)] = Field(
+        default=10, description="The latest so many iterations that scored it are compared with the first so many."
+    )
+    threshold: PositiveFloat = Field(default=3.0, description="Standard errors that both means must have moved by.")
+    kl_factor: Annotated[float, Field(gt=1)] = 2.0
+
+
+class Advantage(Section):
+    clip: PositiveFloat = Field(default=5.0, description="Advantages are clamped to ± this.")
+    combine: Literal["advantage", "reward", "losses"] = Field(
+        default="advantage",
+        description="Several rewards: a weighted sum of normalised advantages (GDPO), of rewards, or of clipped "
+        "losses, one for each reward (DanceGRPO).",
+    )
+    normalize: Literal["std", "mean_only"] = Field(
+        default="std", description="Divide by the group's spread, or do not."
+    )
+
+
+class ObjectiveConfig(Section):
+    ratio: Literal["gaussian", "unit", "ratio_norm"] = Field(
+        default="gaussian",
+        description="gaussian: π_new/π_old; unit: CPS trainers' unscaled form; ratio_norm: GRPO-Guard.",
+    )
+    clip_low: PositiveFloat = Field(default=1e-4, description="The ratio is clipped below 1 − this.")
+    clip_high: PositiveFloat = Field(default=1e-4, description="… and above 1 + this.")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(default=None, description="Bounds the loss where A < 0.")
+    kl_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Of the Gaussian KL to the reference model."
+    )
+    dppo_threshold: PositiveFloat | None = Field(
+        default=None, description="Flow-DPPO: drop a pair whose KL exceeds this and whose ratio moves further out."
+    )
+
+
+class Optimizer(Section):
+    kind: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw",
+        description="adamw_8bit: its moments in 2 bytes a weight in place of 8, by bitsandbytes (fastgrpo[gpu]).",
+    )
+    lr: PositiveFloat = 1e-5
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="After warm-up; cosine falls to zero."
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(default=0, description="Optimizer steps of linear warm-up.")
+
+
+class Update(Section):
+    optimizer_steps: PositiveInt = Field(
+        default=1, description="Per rollout; each takes an equal share of the samples."
+    )
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no EMA.")
+    gather: Literal["auto", "once", "per_block"] = Field(
+        default="auto",
+        description="Sharded weights: once: kept gathered over the micro-batches of an optimizer step; per_block: "
+        "gathered for each block's forward, and again for its backward; auto: once where memory allows.",
+    )
+    grad_sync: Literal["auto", "once", "per_micro_batch"] = Field(
+        default="auto",
+        description="Gradients reduced over ranks once per optimizer step, which keeps 4 bytes of every trained weight "
+        "on every rank, or after each micro-batch; auto: once where that is small (a LoRA, a small model).",
+    )
+
+
+class Train(Section):
+    iterations: PositiveInt = 300
+
+
+class Eval(Section):
+    every: Annotated[int, Field(ge=0)] = Field(
+        default=50, description="Iterations between held-out evaluations; 0: never."
+    )
+    images: PositiveInt = Field(default=64, description="Images an evaluation draws, deterministically.")
+    steps: PositiveInt | None = Field(default=None, description="Sampling steps; null: rollout.steps.")
+    grid: PositiveInt = Field(default=24, description="Images of the fixed-seed grid.")
+    mp4: bool = Field(default=False, description="Videos: the grid as MP4 too, which needs PyAV (fastgrpo[video]).")
+    ema: bool = Field(default=True, description="Evaluate and export EMA weights where there are any.")
+
+
+class Checkpoint(Section):
+    every: Annotated[int, Field(ge=0)] = Field(
+        default=50, description="Iterations between checkpoints; 0: only at the end."
+    )
+    keep: PositiveInt = Field(default=2, description="The latest so many stay; the best by held-out reward stays too.")
+    background: bool = Field(
+        default=True, description="A thread writes them from a copy in host memory while training goes on."
+    )
+
+
+class Telemetry(Section):
+    tensorboard: bool = False
+    wandb_project: str | None = Field(default=None, description="null: no Weights & Biases.")
+    progress: bool = Field(default=True, description="A live line on the terminal.")
+    profile: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list,
+        description="Iterations of which each rank writes a torch profiler trace into the run's profile/, as [20, 22].",
+    )
+
+
+class Parallel(Section):
+    fsdp: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="FSDP2 sharding; auto: on for several ranks, or where dtype is bfloat16.",
+    )
+    replicate: PositiveInt = Field(default=1, description="Copies of the sharded model: HSDP, as one for each node.")
+    shard: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="Ranks a copy is sharded over, beside context; auto: all there are."
+    )
+    context: PositiveInt = Field(
+        default=1,
+        description="Ranks that share the tokens of a sample (Ulysses), which must be of one node; weights are sharded "
+        "over them too.",
+    )
+    context_kind: Literal["ulysses", "ring"] = Field(
+        default="ulysses",
+        description="How context ranks attend. ulysses: tokens are exchanged for heads; ring: keys and values go "
+        "round, on GPUs, for flux and wan.",
+    )
+    load: Literal["whole", "sharded"] = Field(
+        default="whole",
+        description="Of full fine-tuning's float32 weights. whole: every rank loads all, then keeps its shard; "
+        "sharded: each reads its shards from safetensors, and none ever holds all.",
+    )
+    frozen: Literal["shard", "replicate"] = Field(
+        default="shard",
+        description="The weights that a LoRA run, or model.trainable, does not train: sharded and gathered like the "
+        "others, or whole on every rank and never gathered.",
+    )
+
+
+class Config(Section):
+    """A run. Written back, resolved, to `run.dir/config.yaml`."""
+
+    run: Run = Field(default_factory=Run)
+    model: Model
+    prompts: Prompts
+    rollout: Rollout = Field(default_factory=Rollout)
+    rewards: Annotated[list[RewardSpec], Field(min_length=1)]
+    scoring: Scoring = Field(default_factory=Scoring)
+    advantage: Advantage = Field(default_factory=Advantage)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    update: Update = Field(default_factory=Update)
+    train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    telemetry: Telemetry = Field(default_factory=Telemetry)
+    guard: Guard = Field(default_factory=Guard)
+    parallel: Parallel = Field(default_factory=Parallel)
+
+    @property
+    def scored(self) -> list[RewardSpec]:
+        """The rewards of the run, one by one: what is loaded, scored, weighted and logged."""
+        return flatten_rewards(self.rewards)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        check_combinations(self)
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved config of a YAML file and `key.sub=value` overrides. Raises ConfigError."""
+    return load_settings(Config, path, overrides)
+
+
+def validate(data: dict[str, Any]) -> Config:
+    """A Config from plain data. Raises ConfigError."""
+    return validate_settings(Config, data)
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal Config."""
+    return dump_settings(config)

@@ -1,0 +1,226 @@
+"""Prompt sources, and the sampler that says which prompts an iteration rolls out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgrpo.errors import ConfigError, nearest, require
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to draw. `image` is the first frame, for image-to-video: a path, or what `open_image` takes;
+    `metadata` goes to the rewards."""
+
+    text: str
+    negative: str | None = None
+    image: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+def load_prompts(source: str) -> list[Prompt]:
+    """The prompts of a source, in its order.
+
+    `x.txt`: one prompt a line, blank lines skipped. `x.jsonl`, `x.csv`: `prompt`, and where given `negative_prompt`
+    and `image` (relative to the file); every other column goes to the metadata. `shapes:train`, `shapes:heldout`: the
+    embedded world (`shapes:train:position,counting`: of these categories alone); `moving:train`, `moving:heldout`: its
+    videos, likewise, each prompt with a first frame of its own. `hf:<dataset>[:split[:column]]`: a Hugging Face
+    dataset, `train` and `prompt` unless said otherwise. `set:geneval`, `set:hps`, `set:videoalign`: those of
+    fastgrpo/data/sets.py.
+
+    Raises ConfigError, naming file and line where there is one, and UserError where an extra is missing.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "shapes":
+        from fastgrpo.shapes import world
+
+        prompts = _embedded(kind, rest, world)
+    elif kind == "moving":
+        from fastgrpo.shapes import moving_world
+
+        prompts = _embedded(kind, rest, moving_world)
+    elif kind == "hf":
+        prompts = _hub(rest)
+    elif kind == "set":
+        prompts = _ready_made(rest)
+    else:
+        prompts = list(_file(Path(source)))
+    if not prompts:
+        raise ConfigError(f"{source}: holds no prompts")
+    return prompts
+
+
+def _embedded(kind: str, spec: str, world: Any) -> list[Prompt]:
+    """A split of an embedded world with its categories, or those that follow it, in equal numbers (as GenEval's).
+
+    A category may have hundreds of times the prompts of another: the large ones are sampled, the small repeat. Every
+    prompt of the moving world has a first frame of its own.
+    """
+    from fastgrpo.shapes.world import eval_set
+
+    part, _, named = spec.partition(":")
+    categories = tuple(filter(None, named.split(","))) or world.CATEGORIES
+    for category in categories:
+        if category not in world.CATEGORIES:
+            hint = nearest(category, world.CATEGORIES)
+            raise ConfigError(
+                f"{kind}:{spec}: unknown category '{category}'; {hint}(one of: {', '.join(world.CATEGORIES)})"
+            )
+    parts = dict(zip(("train", "heldout"), world.split(), strict=True))
+    if part not in parts:
+        names = [f"{kind}:{name}" for name in parts]
+        hint = nearest(f"{kind}:{part}", names)
+        raise ConfigError(f"{kind}:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
+    chosen = [p for p in parts[part] if p.category in categories]
+    balanced = eval_set(chosen, 160 * len(categories), seed=0, categories=categories)
+    return [
+        Prompt(p.text, image=f"moving:{i}:{p.text}" if kind == "moving" else None, metadata={"category": p.category})
+        for i, p in enumerate(balanced)
+    ]
+
+
+def _ready_made(name: str) -> list[Prompt]:
+    from fastgrpo.data.sets import SETS
+
+    if name not in SETS:
+        names = [f"set:{known}" for known in SETS]
+        hint = nearest(f"set:{name}", names)
+        raise ConfigError(f"set:{name}: unknown prompts; {hint}(one of: {', '.join(names)})")
+    return [_prompt(dict(entry), f"set:{name}", None) for entry in SETS[name]()]
+
+
+def open_image(image: str) -> Image.Image:
+    """The RGB picture of a prompt: a file, or `moving:<seed>:<caption>`, a first frame of the moving world.
+
+    Raises ConfigError where it cannot be read.
+    """
+    from PIL import Image
+
+    if image.startswith("moving:"):
+        from fastgrpo.shapes.moving_render import first_frame
+
+        _, seed, caption = image.split(":", 2)
+        return Image.fromarray(first_frame(caption, int(seed)))
+    try:
+        return Image.open(image).convert("RGB")
+    except OSError as error:
+        raise ConfigError(f"{image}: cannot read the image: {error.strerror or 'not a picture'}") from None
+
+
+def _hub(spec: str) -> list[Prompt]:
+    require("datasets", f"hf:{spec}")
+    import datasets
+
+    name, split, column = (*spec.split(":"), "", "")[:3]
+    split, column = split or "train", column or "prompt"
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"hf:{spec}: cannot load dataset '{name}', split '{split}': {reason}") from None
+    assert isinstance(rows, datasets.Dataset)
+    if column not in rows.column_names:
+        hint = nearest(column, rows.column_names)
+        raise ConfigError(
+            f"hf:{spec}: no column '{column}'; {hint}(one of: {', '.join(rows.column_names)}); "
+            "write hf:<dataset>:<split>:<column>"
+        )
+    # Images, audio and the like would be decoded for every row, and no reward has asked for them.
+    plain = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Value)]
+    rows = rows.select_columns([column, *(name for name in plain if name != column)])
+    prompts = []
+    for index, row in enumerate(rows):
+        record = dict(row)
+        record["prompt"] = record.pop(column)
+        record.pop("image", None)
+        prompts.append(_prompt(record, f"hf:{spec}: row {index}", None))
+    return prompts
+
+
+def _file(path: Path) -> Iterator[Prompt]:
+    readers = {".txt": _text_records, ".jsonl": _json_records, ".csv": _csv_records}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(
+            f"{path}: unknown prompt source; it should be a .txt, .jsonl or .csv file, shapes:train, shapes:heldout, "
+            "moving:train, moving:heldout, set:geneval, set:hps, set:videoalign or hf:<dataset>[:split[:column]]"
+        )
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        siblings = [p.name for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings).strip()
+        raise ConfigError(f"{path}: cannot read the prompts: {error.strerror}{'; ' + hint if hint else ''}") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text") from None
+    for line, record in reader(text, path):
+        yield _prompt(record, f"{path}:{line}", path.parent)
+
+
+def _text_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be read"
+            raise ConfigError(f"{path}:{number}: not valid JSON: {reason}") from None
+        if not isinstance(record, dict):
+            raise ConfigError(f'{path}:{number}: a line should be an object such as {{"prompt": "a red circle"}}')
+        yield number, record
+
+
+def _csv_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        columns = reader.fieldnames or []
+        if "prompt" not in columns:
+            raise ConfigError(f"{path}:1: no column 'prompt' among the columns {', '.join(columns) or '(none)'}")
+        if len(set(columns)) < len(columns):
+            raise ConfigError(f"{path}:1: a column is named twice: {', '.join(columns)}")
+        # A quoted field may span lines: a record is named by its first.
+        line = reader.line_num + 1
+        for record in reader:
+            if None in record or None in record.values():
+                raise ConfigError(f"{path}:{line}: the row has not {len(columns)} fields as the header has")
+            yield line, {k: v or None if k in ("negative_prompt", "image") else v for k, v in record.items()}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{line}: not valid CSV: {error}") from None
+
+
+def _prompt(record: dict, where: str, folder: Path | None) -> Prompt:
+    """A Prompt of a record with `prompt`, `negative_prompt`, `image` and others; `folder` is where images are."""
+    if "prompt" not in record:
+        raise ConfigError(f"{where}: no 'prompt' among {', '.join(map(str, record)) or 'the keys'}")
+    text, negative, image = record.pop("prompt"), record.pop("negative_prompt", None), record.pop("image", None)
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"{where}: 'prompt' should be text, not {text!r:.60}")
+    for key, value in (("negative_prompt", negative), ("image", image)):
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{where}: '{key}' should be text, not {value!r:.60}")
+    if image is not None:
+        image = str((folder or Path()) / image)
+        if not Path(image).is_file():
+            raise ConfigError(f"{where}: 'image': no such file: {image}")
+    return Prompt(text, negative, image, record)

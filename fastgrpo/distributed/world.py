@@ -1,0 +1,145 @@
+"""Ranks, devices, FSDP2 sharding and activation checkpointing.
+
+One precision mechanism at every world size: FSDP2's mixed-precision policy (float32 masters and reductions, compute
+in model.dtype), at one rank too; a float32 run on one rank needs no wrapping and gets none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fastgrpo.config import Config
+from fastgrpo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers.
+
+    rank, size: among the ranks that have samples of their own; those of one context group have the same samples, and
+    are one of these. mesh: [shard] or [replicate, shard], over all ranks; None where nothing is sharded. memory: bytes
+    of a device, the smallest of all ranks; 0: not known.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    context: int = 1
+    context_rank: int = 0
+    memory: int = 0
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0 and self.context_rank == 0
+
+    @property
+    def ranks(self) -> int:
+        """All processes."""
+        return self.size * self.context
+
+    @property
+    def process(self) -> int:
+        """This one's number among all."""
+        return self.rank * self.context + self.context_rank
+
+    def gather(self, vector: np.ndarray) -> np.ndarray:
+        """[size, len] of every rank's float64 vector [len], on the host; of a context group, its first rank's."""
+        return self.gather_all(vector)[:: self.context]
+
+    def gather_all(self, vector: np.ndarray) -> np.ndarray:
+        """[ranks, len] of every process's float64 vector [len], on the host."""
+        if self.ranks == 1:
+            return vector[None]
+        mine = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float64))
+        everyone = torch.empty(self.ranks, len(mine), dtype=torch.float64)
+        dist.all_gather_into_tensor(everyone.view(-1), mine)
+        return everyone.numpy()
+
+    def barrier(self) -> None:
+        if self.ranks > 1:
+            dist.barrier()
+
+
+def start_world(config: Config) -> World:
+    """Joins the process group that torchrun describes; alone, one is made only where sharding needs it.
+
+    Raises ConfigError for a mesh that these ranks do not make, and for samples that they cannot share equally.
+    """
+    memory, ranks, local = this_machine()
+    rank = int(os.environ.get("RANK", "0"))
+    check_world(config, ranks, local)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if (sharded(config, ranks)) and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
+    world = make_world(config, ranks, rank, device)
+    return replace(world, memory=int(world.gather(np.array([float(memory)])).min()))
+
+
+def this_machine() -> tuple[int, int, int]:
+    """(bytes of this rank's device, ranks in all, ranks of this node), as torchrun describes them."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
+def sharded(config: Config, ranks: int) -> bool:
+    """Whether FSDP2 wraps the model."""
+    return config.parallel.fsdp == "on" or ranks > 1 or config.model.dtype == "bfloat16"
+
+
+def make_world(config: Config, ranks: int, rank: int, device: torch.device) -> World:
+    """The world of a process group that exists, or of one rank without. `check_world` has been called."""
+    context = config.parallel.context
+    mesh = None
+    if sharded(config, ranks):
+        replicas = config.parallel.replicate
+        shape, names = (
+            ((replicas, ranks // replicas), ("replicate", "shard")) if replicas > 1 else ((ranks,), ("shard",))
+        )
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return World(rank // context, ranks // context, device, mesh, context, rank % context)
+
+
+def check_world(config: Config, ranks: int, local: int) -> None:
+    """Raises ConfigError unless `ranks` processes, `local` of them on each node, make the mesh of `parallel`, and share
+    an iteration's samples equally. Called before anything loads."""
+    parallel = config.parallel
+    fixed = parallel.replicate * parallel.context
+    if ranks % fixed or (parallel.shard != "auto" and ranks != fixed * parallel.shard):
+        shape = f"replicate {parallel.replicate} × shard {parallel.shard} × context {parallel.context}"
+        wanted = f"a multiple of {fixed}" if parallel.shard == "auto" else f"{fixed * parallel.shard}"
+        raise ConfigError(f"parallel: {shape} needs {wanted} ranks, and there are {ranks}; torchrun starts the ranks")
+    if local % parallel.context:
+        raise ConfigError(
+            f"parallel.context: groups of {parallel.context} ranks do not fit nodes of {local}; make it a divisor of "
+            f"{local}"
+        )
+    if parallel.fsdp == "off" and ranks > 1:
+        raise ConfigError("parallel.fsdp: off, but there are several ranks, whose gradients FSDP2 reduces; use auto")
+    if parallel.load == "sharded" and not sharded(config, ranks):
+        raise ConfigError("parallel.load: sharded, but one rank in float32 shards nothing; set it to whole")
+    samples = config.rollout.prompts_per_iteration * config.rollout.candidates
+    size = ranks // parallel.context
+    shares = size * config.update.optimizer_steps
+    if samples % shares:
+        groups = f"{size} context groups" if parallel.context > 1 else f"{size} ranks"
+        raise ConfigError(
+            f"rollout.prompts_per_iteration: {samples} samples an iteration do not divide over {groups} × "
+            f"{config.update.optimizer_steps} optimizer steps; make prompts × group_size a multiple of {shares}"
+        )

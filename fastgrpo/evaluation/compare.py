@@ -1,0 +1,79 @@
+"""`fastgrpo eval`: a base model, or a run beside its base, on any prompts by any rewards.
+
+Both draw the same prompts from the same initial noise, so differences are paired. Intervals are bootstrap 95% intervals
+over prompts; diversity is the mean pairwise cosine distance of the images in a CLIP, so that a collapse shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastgrpo.evaluation.heldout import Evaluation, known_mean
+from fastgrpo.evaluation.statistics import _jackknife, by_unit, distance_by_unit, mean_interval, overall_distance
+
+
+def compared(base: Evaluation, tuned: Evaluation, unit: np.ndarray) -> dict[str, Any]:
+    """Paired differences and win rates of every column that both have; ties are half a win."""
+    differences, rates = {}, {}
+    for name in base.values:
+        if name not in tuned.values:
+            continue
+        gain = tuned.values[name] - base.values[name]
+        wins = np.where(np.isnan(gain), np.nan, (gain > 0) + 0.5 * (gain == 0))
+        differences[name] = _mean_of(by_unit(gain, unit))
+        rates[name] = _mean_of(by_unit(wins, unit))
+    return {"difference": differences, "win_rate": rates}
+
+
+def _mean_of(units: np.ndarray) -> dict[str, Any]:
+    return {"mean": known_mean(units), "interval95": mean_interval(units)}
+
+
+def diversity(features: dict[str, np.ndarray], unit: np.ndarray) -> dict[str, Any]:
+    """Mean pairwise cosine distances of normalised features [n, D], by model, and their paired difference.
+
+    overall: of all images; within_prompt: of images of one prompt, where there are several. The interval of the overall
+    difference is a jackknife's over prompts (a bootstrap would pair images with themselves).
+    """
+    overall = {name: overall_distance(f) for name, f in features.items()}
+    result: dict[str, Any] = {"overall": overall, "within_prompt": None}
+    several = np.bincount(unit).max() > 1
+    within = {name: distance_by_unit(f, unit) for name, f in features.items()} if several else {}
+    if several:
+        result["within_prompt"] = {name: known_mean(units) for name, units in within.items()}
+    if {"base", "tuned"} <= features.keys():
+        result["difference"] = {"overall": _jackknife(features["base"], features["tuned"], unit)}
+        if several:
+            result["difference"]["within_prompt"] = _mean_of(within["tuned"] - within["base"])
+    return result
+
+
+def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the comparison, or of the base alone."""
+    base, tuned = summary["base"], summary.get("tuned")
+    spread = summary["diversity"]
+    kinds = [k for k in ("overall", "within_prompt") if spread[k] is not None]
+    if tuned is None:
+        rows = [[name, f"{value:.3f}", _span(base["interval95"][name])] for name, value in base["rewards"].items()]
+        rows += [[f"diversity, {k.replace('_', ' ')}", f"{spread[k]['base']:.3f}", ""] for k in kinds]
+        return ["", "base", "95% interval"], rows
+    rows = []
+    for name, gain in summary["difference"].items():
+        win = summary["win_rate"][name]
+        values = (f"{part['rewards'][name]:.3f}" for part in (base, tuned))
+        rows.append([name, *values, f"{gain['mean']:+.3f}", _span(gain["interval95"], "+"), f"{win['mean']:.1%}",
+                     _span([100 * x for x in win["interval95"]], "", 1)])  # fmt: skip
+    for kind in kinds:
+        gain = spread["difference"][kind]
+        values = (f"{spread[kind][part]:.3f}" for part in ("base", "tuned"))
+        label = f"diversity, {kind.replace('_', ' ')}"
+        rows.append([label, *values, f"{gain['mean']:+.3f}", _span(gain["interval95"], "+"), "", ""])
+    return ["", "base", "tuned", "difference", "95% interval", "win rate", "95% interval"], rows
+
+
+def _span(interval: Sequence[float], sign: str = "", digits: int = 3) -> str:
+    low, high = interval
+    return f"{low:{sign}.{digits}f} … {high:{sign}.{digits}f}"

@@ -1,0 +1,104 @@
+"""FLUX.1 (rectified flow, text to image): packed latents, embedded guidance, CLIP and T5 text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.config import Model
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.models.families.image import check_text_length, dynamic_mu, vae_factor
+from fastgrpo.models.protocol import Conditioning, ModelFamily, check_image_size, to_pixels
+
+
+class Flux(ModelFamily):
+    name = "flux"
+    pipeline_classes = ("FluxPipeline",)
+    guidance_style = "embedded"
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    context_kinds = ("ulysses", "ring")
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
+
+    @property
+    def patch_pixels(self) -> int:
+        """Side of the square of pixels that one token stands for: the VAE's factor times FLUX's 2×2 packing."""
+        return self.pipeline.vae_scale_factor * 2
+
+    @classmethod
+    def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        check_image_size(config, 2 * vae_factor(parts["vae"]), cls.name)
+        check_text_length(config, 512, cls.name)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        return self.config.height // self.patch_pixels, self.config.width // self.patch_pixels
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        rows, columns = self.grid
+        return rows * columns, self.pipeline.transformer.config.in_channels
+
+    def pipeline_shift(self) -> float:
+        """exp(μ) with μ linear in the number of image tokens where the scheduler shifts by resolution."""
+        config = self.pipeline.scheduler.config
+        if not config.use_dynamic_shifting:
+            return float(config.shift)
+        mu = dynamic_mu(config, self.latent_shape[0])
+        # time_shift_type "linear" takes μ itself as the factor.
+        return float(mu if config.time_shift_type == "linear" else torch.tensor(mu, dtype=torch.float64).exp())
+
+    @cached_property
+    def position_ids(self) -> tuple[Tensor, Tensor]:
+        """Text [L, 3] (zeros) and image [rows · columns, 3] positions of the rotary embedding."""
+        rows, columns = self.grid
+        image = torch.zeros(rows, columns, 3, device=self.device)
+        image[..., 1] += torch.arange(rows, device=self.device)[:, None]
+        image[..., 2] += torch.arange(columns, device=self.device)[None, :]
+        return torch.zeros(self.config.max_sequence_length, 3, device=self.device), image.reshape(-1, 3)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        embeddings, pooled, _ = self.encoder.encode_prompt(
+            prompt=[p.text for p in prompts],
+            prompt_2=None,
+            device=self.device,
+            max_sequence_length=self.config.max_sequence_length,
+        )
+        return {"text": embeddings, "pooled": pooled}
+
+    def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
+        text_ids, image_ids = self.position_ids
+        # The transformer rounds timestep and guidance to its input's dtype itself (diffusers' FLUX): documented.
+        guidance = (
+            torch.full_like(time, self.config.guidance) if self.pipeline.transformer.config.guidance_embeds else None
+        )
+        return (module or self.transformer)(
+            hidden_states=x.to(self.dtype),
+            encoder_hidden_states=conditioning["text"].to(self.dtype),
+            pooled_projections=conditioning["pooled"].to(self.dtype),
+            timestep=time,
+            guidance=guidance,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        unpacked = self.pipeline._unpack_latents(
+            latents, self.config.height, self.config.width, self.pipeline.vae_scale_factor
+        )
+        scaled = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return to_pixels(vae.decode(scaled.to(self.vae_dtype), return_dict=False)[0])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        vae = self.pipeline.vae
+        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator).float()
+        scaled = (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return self.pipeline._pack_latents(scaled, *scaled.shape)

@@ -1,0 +1,181 @@
+"""HunyuanVideo (rectified flow, text to video): Llama text behind a template, pooled CLIP, embedded guidance.
+
+Padding is never attended to and no mask is built: each row attends over its video and its own text alone, so that any
+attention backend can serve, and a row's bits do not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+from fastgrpo.config import Model
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.distributed.ulysses import all_heads, group_of, heads_to_tokens, own_heads, tokens_to_heads
+from fastgrpo.models.families.video import check_video_size, latent_frames, set_tiling
+from fastgrpo.models.protocol import Conditioning, ModelFamily, to_pixels
+
+
+class HunyuanVideo(ModelFamily):
+    name = "hunyuan_video"
+    pipeline_classes = ("HunyuanVideoPipeline",)
+    guidance_style = "embedded"
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    context_kinds = ("ulysses",)
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
+    host_names = ("text_length",)
+
+    def __init__(self, pipeline: Any, *args: Any, **settings: Any) -> None:
+        super().__init__(pipeline, *args, **settings)
+        set_tiling(pipeline.vae, self.config)
+        for module in self.modules.values():
+            trim_attention(module)
+
+    @classmethod
+    def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        vae, patch = parts["vae"], parts["transformer"]["patch_size"]
+        # Its pipeline refuses other sizes, whatever the VAE's own factor.
+        multiple = int(np.lcm(16, vae["spatial_compression_ratio"] * patch))
+        check_video_size(config, multiple, vae["temporal_compression_ratio"])
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        vae = self.pipeline.vae.config
+        factor, frames = vae.spatial_compression_ratio, latent_frames(self.config, vae.temporal_compression_ratio)
+        return vae.latent_channels, frames, self.config.height // factor, self.config.width // factor
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        text, pooled, mask = self.encoder.encode_prompt(
+            [p.text for p in prompts], device=self.device, max_sequence_length=self.config.max_sequence_length
+        )
+        return {"text": text, "pooled": pooled, "text_length": mask.sum(1)}
+
+    def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
+        return self.evaluate(x, time, conditioning, module, self.config.guidance, guided=False)
+
+    def evaluate(
+        self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None, guidance: float,
+        guided: bool,
+    ) -> Tensor:  # fmt: skip
+        """The model output [B, …], of both branches [2B, …], negatives first, if `guided`; guidance: embedded scale."""
+        model: Any = module or self.transformer
+        text = conditioning.branches("text", guided).to(self.dtype)
+        lengths = conditioning.host_branches("text_length", guided)
+        model.text_trim.lengths = lengths.tolist()
+        # The mask is read for the mean of the text alone, by the text refiner.
+        mask = torch.arange(text.shape[1])[None] < torch.from_numpy(lengths)[:, None]
+        # Timesteps and guidance are embedded in float32, and the embedding is rounded.
+        return model(
+            hidden_states=x.to(self.dtype),
+            timestep=time * 1000,
+            encoder_hidden_states=text,
+            encoder_attention_mask=mask.to(x.device, non_blocking=True),
+            pooled_projections=conditioning.branches("pooled", guided).to(self.dtype),
+            guidance=torch.full_like(time, guidance * 1000) if model.config.guidance_embeds else None,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        return to_pixels(vae.decode((latents / vae.config.scaling_factor).to(self.vae_dtype), return_dict=False)[0])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        vae = self.pipeline.vae
+        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator)
+        return drawn.float() * vae.config.scaling_factor
+
+
+class TextTrim:
+    """How many text tokens of each row are real: set before a forward, read by every attention of the same module.
+
+    A backward pass with activation checkpointing reads it again, so it must come before the next forward.
+    """
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+
+class TrimmedAttention:
+    """Attention over a row's video tokens and its first `lengths[row]` text tokens; zeros where text is padding."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, trim: TextTrim) -> None:
+        self.trim = trim
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        video, text, split = hidden_states, encoder_hidden_states, hidden_states.shape[1]
+        layers = ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None))
+        added = ((attn.add_q_proj, attn.norm_added_q), (attn.add_k_proj, attn.norm_added_k), (attn.add_v_proj, None))
+        # A single-stream block has the same projections for both.
+        added = layers if attn.add_q_proj is None else added
+        query, key, value = (
+            torch.cat([heads(attn, video, *own, image_rotary_emb), heads(attn, text, *other, None)], dim=1)
+            for own, other in zip(layers, added, strict=True)
+        )
+        # With context parallelism, the tokens of all ranks for this rank's heads from here to the attention's output.
+        group, size, rank = group_of(self._parallel_config)
+        if size > 1:
+            query, key, value = (
+                torch.cat([tokens_to_heads(x[:, :split], group, size), own_heads(x[:, split:], size, rank)], dim=1)
+                for x in (query, key, value)
+            )
+        whole = split * size
+        # Rows side by side with texts of one length attend in one call. Split, not sliced: the gradient of a slice is
+        # as large as the whole, once for every call.
+        runs = [(length, len(list(rows))) for length, rows in itertools.groupby(self.trim.lengths)]
+        parts = zip(*(x.split([count for _, count in runs]) for x in (query, key, value)), runs, strict=True)
+        rows = [self.attend(q, k, v, whole + length) for q, k, v, (length, _) in parts]
+        video, text = torch.cat(rows).split([whole, text.shape[1]], dim=1)
+        video = heads_to_tokens(video, group, size).flatten(2)
+        text = all_heads(text, group, size).flatten(2)
+        if attn.to_out is not None:
+            video = attn.to_out[1](attn.to_out[0](video))
+        return video, text if attn.to_add_out is None else attn.to_add_out(text)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, end: int) -> Tensor:
+        output = dispatch_attention_fn(
+            query[:, :end],
+            key[:, :end],
+            value[:, :end],
+            backend=self._attention_backend,
+        )
+        return F.pad(output.to(query.dtype), (0, 0, 0, 0, 0, query.shape[1] - end))
+
+
+def heads(
+    attn: Any, x: Tensor, projection: nn.Module, norm: nn.Module | None, rotary: tuple[Tensor, Tensor] | None
+) -> Any:
+    """[B, S, heads, width] of tokens [B, S, D]; queries and keys, which have a norm, are rotated."""
+    projected = projection(x).unflatten(2, (attn.heads, -1))
+    if norm is None:
+        return projected
+    normed = norm(projected)
+    if rotary is None:
+        return normed
+    return apply_rotary_emb(normed, rotary, sequence_dim=1)  # pyright: ignore[reportArgumentType]
+
+
+def trim_attention(transformer: Any) -> None:
+    """Gives every joint attention of a HunyuanVideo transformer the trimmed form, and the transformer `text_trim`."""
+    transformer.text_trim = TextTrim()
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.attn.set_processor(TrimmedAttention(transformer.text_trim))

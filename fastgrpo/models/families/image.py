@@ -1,0 +1,38 @@
+"""What the image families share: what their autoencoder and text take, and the levels that a flow's scheduler has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastgrpo.algorithms.schedule import NoiseLevels, flow_levels
+from fastgrpo.config import Model
+from fastgrpo.errors import ConfigError
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels a latent of an AutoencoderKL, along a side."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def check_text_length(config: Model, longest: int, family: str) -> None:
+    """Raises ConfigError for more text tokens than a family's pipeline takes."""
+    if config.max_sequence_length > longest:
+        raise ConfigError(
+            f"model.max_sequence_length: {config.max_sequence_length}, but the pipeline of {family} takes at most "
+            f"{longest} text tokens"
+        )
+
+
+def dynamic_mu(config: Any, tokens: int) -> float:
+    """μ of a scheduler that shifts by resolution: linear in the number of image tokens, as the pipelines have it."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return config.base_shift + slope * (tokens - config.base_image_seq_len)
+
+
+def scheduler_levels(scheduler: Any, module: str, **settings: Any) -> NoiseLevels:
+    """The levels of a flow that a FlowMatchEulerDiscreteScheduler has after `set_timesteps(**settings)`."""
+    # A copy, as the pipeline's own may be in use.
+    own = type(scheduler).from_config(scheduler.config)
+    own.set_timesteps(**settings)
+    return flow_levels(own.sigmas.tolist(), module)

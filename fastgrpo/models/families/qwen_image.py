@@ -1,0 +1,109 @@
+"""Qwen-Image (rectified flow, text to image): packed latents, a language model's text, guidance that keeps the norm.
+
+Text is padded to model.max_sequence_length, and a mask that stays on the device keeps the padding out of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.algorithms.schedule import NoiseLevels
+from fastgrpo.config import Model
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.models.families.image import check_text_length, dynamic_mu, scheduler_levels
+from fastgrpo.models.protocol import Conditioning, ModelFamily, check_image_size, guide, to_pixels
+
+
+class QwenImage(ModelFamily):
+    name = "qwen_image"
+    pipeline_classes = ("QwenImagePipeline",)
+    guidance_style = "cfg"
+    encoders = ("text_encoder", "tokenizer")
+    block_lists = ("transformer_blocks",)
+
+    @classmethod
+    def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        check_image_size(config, 2 * 2 ** len(parts["vae"]["temperal_downsample"]), cls.name)
+        check_text_length(config, 1024, cls.name)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens: the VAE's factor times 2×2 packing."""
+        side = self.pipeline.vae_scale_factor * 2
+        return self.config.height // side, self.config.width // side
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        rows, columns = self.grid
+        return rows * columns, self.pipeline.transformer.config.in_channels
+
+    @cached_property
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each latent channel, [1, C, 1, 1, 1]."""
+        vae = self.pipeline.vae.config
+        mean, std = (torch.tensor(v, device=self.device) for v in (vae.latents_mean, vae.latents_std))
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
+        if shift != "pipeline":
+            return super().noise_levels(steps, shift)
+        scheduler = self.pipeline.scheduler
+        mu = dynamic_mu(scheduler.config, self.latent_shape[0])
+        return scheduler_levels(scheduler, "transformer", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """`text` [B, L, D], zero where a prompt has ended, and `mask` [B, L], bool.
+
+        The pipeline pads to a batch's longest prompt, and other lengths give other bits: here the length is constant.
+        """
+        pipeline = self.encoder
+        cut = pipeline.prompt_template_encode_start_idx
+        tokens = pipeline.tokenizer(
+            [pipeline.prompt_template_encode.format(p.text) for p in prompts],
+            max_length=cut + self.config.max_sequence_length,
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        output = pipeline.text_encoder(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
+        )
+        text, mask = output.hidden_states[-1][:, cut:], tokens.attention_mask[:, cut:].bool()
+        return {"text": text * mask[..., None], "mask": mask}
+
+    def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
+        inputs, times = x.to(self.dtype), time
+        if self.guided:
+            inputs, times = torch.cat([inputs, inputs]), torch.cat([time, time])
+        # The transformer rounds the timestep to its input's dtype itself (diffusers' Qwen-Image), as FLUX's does.
+        output = (module or self.transformer)(
+            hidden_states=inputs,
+            timestep=times,
+            encoder_hidden_states=conditioning.branches("text", self.guided).to(self.dtype),
+            encoder_hidden_states_mask=conditioning.branches("mask", self.guided),
+            img_shapes=[[(1, *self.grid)]] * len(inputs),
+            return_dict=False,
+        )[0]
+        return guide(output, self.config.guidance, rescale_norm=True) if self.guided else output
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae, (mean, std) = self.pipeline.vae, self.latent_statistics
+        unpacked = self.pipeline._unpack_latents(
+            latents, self.config.height, self.config.width, self.pipeline.vae_scale_factor
+        )
+        return to_pixels(vae.decode((unpacked * std + mean).to(self.vae_dtype), return_dict=False)[0][:, :, 0])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        vae, (mean, std) = self.pipeline.vae, self.latent_statistics
+        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)[:, :, None]).latent_dist.sample(generator).float()
+        scaled = ((drawn - mean) / std)[:, :, 0]
+        return self.pipeline._pack_latents(scaled, *scaled.shape)

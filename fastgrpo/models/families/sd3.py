@@ -1,0 +1,99 @@
+"""Stable Diffusion 3 and 3.5 (rectified flow, text to image): two CLIPs' and T5's text, guided without a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.algorithms.schedule import NoiseLevels
+from fastgrpo.config import Model
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.errors import ConfigError
+from fastgrpo.models.families.image import check_text_length, dynamic_mu, scheduler_levels, vae_factor
+from fastgrpo.models.protocol import Conditioning, ModelFamily, check_image_size, guide, to_pixels
+
+
+class StableDiffusion3(ModelFamily):
+    name = "sd3"
+    pipeline_classes = ("StableDiffusion3Pipeline",)
+    guidance_style = "cfg"
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    block_lists = ("transformer_blocks",)
+
+    @classmethod
+    def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        patch = vae_factor(parts["vae"]) * parts["transformer"]["patch_size"]
+        check_image_size(config, patch, cls.name)
+        check_text_length(config, 512, cls.name)
+        largest = patch * parts["transformer"]["pos_embed_max_size"]
+        for key in ("height", "width"):
+            if getattr(config, key) > largest:
+                raise ConfigError(
+                    f"model.{key}: {getattr(config, key)}, but the position embedding of '{config.path}' ends at "
+                    f"{largest} pixels"
+                )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = self.pipeline.vae_scale_factor
+        return self.pipeline.transformer.config.in_channels, self.config.height // factor, self.config.width // factor
+
+    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
+        scheduler = self.pipeline.scheduler
+        if shift != "pipeline":
+            scheduler = type(scheduler).from_config(scheduler.config, shift=float(shift), use_dynamic_shifting=False)
+        settings: dict[str, Any] = {"num_inference_steps": steps}
+        if scheduler.config.use_dynamic_shifting:
+            _, height, width = self.latent_shape
+            patch = self.pipeline.transformer.config.patch_size
+            settings["mu"] = dynamic_mu(scheduler.config, (height // patch) * (width // patch))
+        return scheduler_levels(scheduler, "transformer", **settings)
+
+    @cached_property
+    def encoder(self) -> Any:
+        encoder = super().encoder
+        if encoder.transformer is None:
+            # Without a T5 the pipeline puts zeros in its place, as wide as the transformer says.
+            encoder.transformer = self.pipeline.transformer
+        return encoder
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        text, _, pooled, _ = self.encoder.encode_prompt(
+            prompt=[p.text for p in prompts],
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.config.max_sequence_length,
+        )
+        return {"text": text, "pooled": pooled}
+
+    def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
+        inputs, times = x.to(self.dtype), time
+        if self.guided:
+            inputs, times = torch.cat([inputs, inputs]), torch.cat([time, time])
+        # The transformer embeds a float32 timestep unrounded, and rounds the embedding.
+        output = (module or self.transformer)(
+            hidden_states=inputs,
+            timestep=times * 1000,
+            encoder_hidden_states=conditioning.branches("text", self.guided).to(self.dtype),
+            pooled_projections=conditioning.branches("pooled", self.guided).to(self.dtype),
+            return_dict=False,
+        )[0]
+        return guide(output, self.config.guidance) if self.guided else output
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return to_pixels(vae.decode(scaled.to(self.vae_dtype), return_dict=False)[0])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        vae = self.pipeline.vae
+        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator).float()
+        return (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -1,0 +1,55 @@
+"""What the video families share: sizes that a video VAE takes, tiled decoding, first frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import Model
+from fastgrpo.data.prompts import Prompt, open_image
+from fastgrpo.errors import ConfigError
+
+
+def check_video_size(config: Model, multiple: int, stride: int) -> None:
+    """Raises ConfigError unless height and width are multiples of `multiple`, and frames are stride·k + 1."""
+    for key in ("height", "width"):
+        size = getattr(config, key)
+        if size % multiple:
+            below = max(size // multiple, 1) * multiple
+            raise ConfigError(f"model.{key}: {size} is not a multiple of {multiple}; the nearest is {below}")
+    if (config.frames - 1) % stride:
+        below = (config.frames - 1) // stride * stride + 1
+        raise ConfigError(
+            f"model.frames: {config.frames} is not {stride}k + 1, as the VAE takes them; the nearest are {below} and "
+            f"{below + stride}"
+        )
+
+
+def latent_frames(config: Model, stride: int) -> int:
+    """Latent frames of model.frames video frames: the first one alone, then one for every `stride`."""
+    return (config.frames - 1) // stride + 1
+
+
+def set_tiling(vae: Any, config: Model) -> None:
+    """Decoding in overlapping tiles, blended where they overlap, where model.vae_tiling asks for it."""
+    if config.vae_tiling:
+        vae.enable_tiling()
+
+
+def first_frames(pipeline: Any, prompts: Sequence[Prompt], config: Model, device: torch.device) -> Tensor:
+    """The prompts' images as the pipeline prepares them: float32 [B, 3, H, W] in −1..1.
+
+    Raises ConfigError for a prompt without one.
+    """
+    for prompt in prompts:
+        if prompt.image is None:
+            raise ConfigError(
+                f"prompts: '{prompt.text[:60]}' has no image; {config.family} makes a video from a first frame: give "
+                "each prompt an 'image' column"
+            )
+    pictures = [open_image(p.image) for p in prompts if p.image is not None]
+    processed = [pipeline.video_processor.preprocess(p, height=config.height, width=config.width) for p in pictures]
+    return torch.cat(processed).to(device, torch.float32)

@@ -1,0 +1,163 @@
+"""Wan 2.1 and 2.2 (rectified flow): text to video, image to video, and the 5 B that does both.
+
+Wan 2.2's 14 B has two transformers, one for each side of a noise level. The 5 B is told a noise level per token: its
+first frame, where it is given, stands at level 0 as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.algorithms.schedule import NoiseLevels, flow_levels
+from fastgrpo.config import Model
+from fastgrpo.data.prompts import Prompt, open_image
+from fastgrpo.errors import ConfigError
+from fastgrpo.models.families.video import check_video_size, first_frames, latent_frames, set_tiling
+from fastgrpo.models.protocol import Conditioning, ModelFamily, guide, to_pixels
+
+# What the cross-attention of Wan 2.1's image-to-video models takes for text, whatever they are given.
+IMAGE_TEXT_TOKENS = 512
+
+
+class Wan(ModelFamily):
+    name = "wan"
+    pipeline_classes = ("WanPipeline", "WanImageToVideoPipeline")
+    guidance_style = "cfg"
+    trained = ("transformer", "transformer_2")
+    encoders = ("text_encoder", "tokenizer")
+    context_kinds = ("ulysses", "ring")
+    block_lists = ("blocks",)
+
+    def __init__(self, pipeline: Any, *args: Any, **settings: Any) -> None:
+        super().__init__(pipeline, *args, **settings)
+        set_tiling(pipeline.vae, self.config)
+
+    @classmethod
+    def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        transformer = parts.get("transformer") or parts["transformer_2"]
+        vae, patch = parts["vae"], transformer["patch_size"]
+        check_video_size(config, vae["scale_factor_spatial"] * patch[1], vae["scale_factor_temporal"])
+        if transformer["image_dim"] is not None and config.max_sequence_length != IMAGE_TEXT_TOKENS:
+            raise ConfigError(
+                f"model.max_sequence_length: {config.max_sequence_length}, but Wan 2.1's image-to-video models take "
+                f"{IMAGE_TEXT_TOKENS} text tokens"
+            )
+
+    @property
+    def from_image(self) -> bool:
+        return type(self.pipeline).__name__ == "WanImageToVideoPipeline"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the transformer is told a noise level per token (Wan 2.2's 5 B)."""
+        return bool(self.pipeline.config.expand_timesteps)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        vae = self.pipeline.vae.config
+        frames, factor = latent_frames(self.config, vae.scale_factor_temporal), vae.scale_factor_spatial
+        return vae.z_dim, frames, self.config.height // factor, self.config.width // factor
+
+    @cached_property
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each latent channel, [1, C, 1, 1, 1]."""
+        vae = self.pipeline.vae.config
+        mean, std = (torch.tensor(v, device=self.device) for v in (vae.latents_mean, vae.latents_std))
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
+        scheduler = self.pipeline.scheduler
+        if shift != "pipeline":
+            name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+            scheduler = type(scheduler).from_config(scheduler.config, **{name: float(shift)})
+        scheduler.set_timesteps(steps)
+        sigmas = scheduler.sigmas.tolist()
+        boundary = self.pipeline.config.boundary_ratio
+        names = ["transformer" if boundary is None or s >= boundary else "transformer_2" for s in sigmas[:-1]]
+        return flow_levels(sigmas, names)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        text, _ = self.encoder.encode_prompt(
+            [p.text for p in prompts],
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.config.max_sequence_length,
+        )
+        return {"text": text, **(self.encode_first_frames(prompts) if self.from_image else {})}
+
+    def encode_first_frames(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """`condition` [B, C, F, h, w] (F = 1 per token), and where the transformer takes them, `image` features."""
+        pipeline = self.pipeline
+        video = first_frames(pipeline, prompts, self.config, self.device).to(pipeline.vae.dtype)[:, :, None]
+        if not self.per_token:
+            rest = video.new_zeros(1).expand(*video.shape[:2], self.config.frames - 1, *video.shape[3:])
+            video = torch.cat([video, rest], dim=2)
+        mean, std = self.latent_statistics
+        condition = (pipeline.vae.encode(video).latent_dist.mode().float() - mean) / std
+        if self.per_token:
+            return {"condition": condition}
+        # Channels that say which of a latent frame's video frames are given.
+        given = torch.zeros_like(condition[:, : pipeline.vae.config.scale_factor_temporal])
+        given[:, :, 0] = 1
+        tensors = {"condition": torch.cat([given, condition], dim=1)}
+        if pipeline.transformer.config.image_dim is not None:
+            pictures = [open_image(p.image) for p in prompts if p.image is not None]
+            tensors["image"] = pipeline.encode_image(pictures, self.device)
+        return tensors
+
+    def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
+        model: Any = module or self.transformer
+        inputs, times = self.inputs(x, conditioning), self.times(x, time, model)
+        image = conditioning["image"].to(self.dtype) if "image" in conditioning else None
+        if self.guided:
+            inputs, times = torch.cat([inputs, inputs]), torch.cat([times, times])
+            image = None if image is None else torch.cat([image, image])
+        output = model(
+            hidden_states=inputs.to(self.dtype),
+            timestep=times,
+            encoder_hidden_states=conditioning.branches("text", self.guided).to(self.dtype),
+            encoder_hidden_states_image=image,
+            return_dict=False,
+        )[0]
+        velocity = guide(output, self.config.guidance) if self.guided else output
+        if not (self.per_token and self.from_image):
+            return velocity
+        # What leads a first frame that is given from any latent to itself: the same for every policy.
+        towards = (x[:, :, :1] - conditioning["condition"]) / time.view(-1, 1, 1, 1, 1)
+        return torch.cat([towards.to(velocity.dtype), velocity[:, :, 1:]], dim=2)
+
+    def inputs(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        if not self.from_image:
+            return x
+        if self.per_token:
+            return torch.cat([conditioning["condition"], x[:, :, 1:]], dim=2)
+        return torch.cat([x, conditioning["condition"]], dim=1)
+
+    def times(self, x: Tensor, time: Tensor, model: Any) -> Tensor:
+        """Timesteps [B], or [B, tokens]; 0 for the tokens of a first frame that is given."""
+        if not self.per_token:
+            return time * 1000
+        frame, height, width = (n // p for n, p in zip(x.shape[2:], model.config.patch_size, strict=True))
+        level = (time * 1000)[:, None].expand(-1, frame * height * width)
+        if not self.from_image:
+            return level
+        later = torch.arange(frame * height * width, device=x.device) >= height * width
+        return level * later
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        mean, std = self.latent_statistics
+        vae = self.pipeline.vae
+        return to_pixels(vae.decode((latents * std + mean).to(self.vae_dtype), return_dict=False)[0])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        vae = self.pipeline.vae
+        mean, std = self.latent_statistics
+        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator)
+        return (drawn.float() - mean) / std

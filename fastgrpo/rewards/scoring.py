@@ -1,0 +1,107 @@
+"""Scoring: every reward on decoded samples, checked; every rank's scores in the order of the global samples.
+
+A score that is not there (an exception, a NaN, an answer of the wrong length) masks its sample and is counted; no
+number is ever made up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.distributed.world import World
+from fastgrpo.rewards import Reward, Scores
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Scores of all N global samples, the same on every rank.
+
+    values, valid, asked: float64 and bool [R, N], a row a reward; components: float64 [N] by `<reward>.<component>`,
+    NaN on samples whose reward failed or was not asked; flagged: the largest flag of any rank.
+    """
+
+    values: np.ndarray
+    valid: np.ndarray
+    asked: np.ndarray
+    components: dict[str, np.ndarray]
+    flagged: int
+
+    def failure_rate(self, weights: np.ndarray) -> float:
+        """The share of samples for which a reward that has a weight gave no valid score."""
+        return float(1 - self.valid[weights != 0].all(axis=0).mean())
+
+
+def score_samples(
+    rewards: Mapping[str, Reward],
+    images: Tensor,
+    prompts: Sequence[Prompt],
+    fps: float | None,
+    note: Callable[[str], None],
+) -> dict[str, Scores]:
+    """Scores of every reward for these samples. One that raises, or answers nonsense, has failed for all of them.
+
+    images: [n, 3, H, W] or [n, 3, F, H, W] in [0, 1], of `fps` frames a second; `note` is told of failures. A sample
+    with a pixel that is not finite has failed every reward.
+    """
+    scores = {}
+    finite = images.isfinite().flatten(1).all(dim=1).numpy()
+    if not finite.all():
+        note(f"{int((~finite).sum())} of {len(finite)} samples are not finite and count as failed")
+        images = images.nan_to_num(0.0, 0.0, 0.0)
+    for name, reward in rewards.items():
+        try:
+            scores[name] = checked(reward.score(images, prompts, fps), len(prompts))
+        except Exception as error:
+            note(f"reward '{name}' failed for {len(prompts)} samples: {type(error).__name__}: {error}")
+            scores[name] = Scores.failed(len(prompts))
+        if not finite.all():
+            scores[name] = replace(scores[name], valid=scores[name].valid & finite)
+    return scores
+
+
+def checked(scores: Scores, count: int) -> Scores:
+    """The scores, if they are of `count` samples. Raises ValueError for another length."""
+    if len(scores.values) != count:
+        raise ValueError(f"there are {len(scores.values)} scores, and {count} samples")
+    return scores
+
+
+def joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
+    """The scores of consecutive chunks of samples as those of all; a component that a part lacks is NaN there."""
+    return {name: Scores.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def gather(scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], world: World, flag: int) -> Gathered:
+    """Every process's scores; `owned(process)` gives the global samples that one scored, in its order."""
+    mine = sorted((name, component) for name in scores for component in scores[name].components)
+    names = _agreed(mine, world)
+    count = len(next(iter(scores.values())).values)
+    missing = np.full(count, np.nan)
+    rows = [getattr(s, column) for column in ("values", "valid", "asked") for s in scores.values()]
+    rows += [scores[name].components.get(component, missing) for name, component in names]
+    vector = np.concatenate([np.stack(rows).astype(np.float64).reshape(-1), [float(flag)]])
+    everyone = world.gather_all(vector)
+    samples = [owned(process) for process in range(world.ranks)]
+    table = np.empty((len(rows), len(np.unique(np.concatenate(samples)))))
+    for vector, places in zip(everyone, samples, strict=True):
+        table[:, places] = vector[:-1].reshape(len(rows), -1)
+    R = len(scores)
+    components = {f"{name}.{component}": table[3 * R + i] for i, (name, component) in enumerate(names)}
+    return Gathered(table[:R], table[R : 2 * R] > 0, table[2 * R : 3 * R] > 0, components, int(everyone[:, -1].max()))
+
+
+def _agreed(names: list[tuple[str, str]], world: World) -> list[tuple[str, str]]:
+    """The components that any rank has: one whose reward failed does not know of them."""
+    if world.ranks == 1:
+        return names
+    text = json.dumps(names).encode()
+    length = int(world.gather_all(np.array([float(len(text))])).max())
+    padded = np.frombuffer(text.ljust(length), dtype=np.uint8).astype(np.float64)
+    rows = world.gather_all(padded)
+    return sorted({tuple(pair) for row in rows for pair in json.loads(row.astype(np.uint8).tobytes())})

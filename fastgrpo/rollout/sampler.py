@@ -1,0 +1,144 @@
+"""Prompts -> trajectories: batched, at one constant forward shape, with a group's common prefix evaluated once.
+
+Noise belongs to the sample: its key is (run seed; step and stream, global sample, iteration), so a sample is the
+same whatever rank, batch or order draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgrpo.algorithms.layout import Layout
+from fastgrpo.algorithms.schedule import RolloutPlan
+from fastgrpo.config import Rollout
+from fastgrpo.models.conditioning import Conditioning, to_device
+from fastgrpo.models.protocol import ModelFamily
+from fastgrpo.rollout.trajectory import Trajectory, keep_rows, kept_empty
+from fastgrpo_kernels import gaussian_step, log_prob, noise
+
+
+def forward_batches(index: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """`index` in batches of exactly `size`, the last one padded by repeating its end; and how many are real."""
+    for start in range(0, len(index), size):
+        part = index[start : start + size]
+        yield np.pad(part, (0, size - len(part)), mode="edge"), len(part)
+
+
+def predict_rows(
+    family: ModelFamily, x: Tensor, time: float, module: str, conditioning: Conditioning, row_prompt: np.ndarray,
+    batch: int,
+) -> Tensor:  # fmt: skip
+    """The output of a component for every row of x [R, *shape], evaluated in batches of exactly `batch` rows."""
+    output = torch.empty(x.shape, dtype=family.dtype, device=x.device)
+    times = torch.full((batch,), time, dtype=torch.float32, device=x.device)
+    model = family.modules[module]
+    done = 0
+    for index, real in forward_batches(np.arange(len(x)), batch):
+        inputs = x[done : done + batch] if real == batch else x.index_select(0, to_device(index, x.device))
+        rows = conditioning.rows(row_prompt[index])
+        output[done : done + real] = family.predict(inputs, times, rows, model)[:real]
+        done += real
+    return output
+
+
+@torch.no_grad()
+def rollout(
+    family: ModelFamily,
+    plan: RolloutPlan,
+    layout: Layout,
+    conditioning: Conditioning,
+    config: Rollout,
+    seed: int,
+    iteration: int,
+) -> Trajectory:
+    """Samples every local sample of `layout` from noise to its final latents, keeping what its trained steps need.
+
+    conditioning: rows of the local prompts, [u]. Reads nothing back to the host.
+    """
+    device, shape, batch = family.device, family.latent_shape, config.forward_batch
+    subtract = config.old_values == "log_prob"
+    keep_noise = not subtract and config.keeps_noise(device.type)
+    rows_kept, pairs_kept = (len(layout.row_step), *shape), (len(layout.pair_row), *shape)
+    x_kept = kept_empty(family, config, rows_kept, torch.float32)
+    v_kept = kept_empty(family, config, rows_kept, family.dtype)
+    noise_kept = kept_empty(family, config, pairs_kept, torch.float32) if keep_noise else None
+    y_kept = kept_empty(family, config, pairs_kept, torch.float32) if subtract else None
+    log_prob_kept = torch.empty(len(layout.pair_row), device=device) if subtract else None
+
+    # Before the group parts, a row of x is a prompt; after it, a sample.
+    parted = not layout.shared
+    row_prompt = layout.sample_prompt if parted else np.arange(len(layout.prompts))
+    x = initial_noise(layout, config, shape, seed, iteration, device, parted)
+    clean: Tensor | None = None
+    for step, (a, b, s) in enumerate(plan.transitions):
+        v = predict_rows(family, x, plan.times[step], plan.modules[step], conditioning, row_prompt, batch)
+        rows = layout.rows_of(step)
+        if rows.stop > rows.start:
+            source = to_device(layout.row_source[rows], device)
+            keep_rows(x_kept[rows], x, source)
+            keep_rows(v_kept[rows], v, source)
+        if not parted and step == plan.first_stochastic:
+            spread = to_device(layout.sample_prompt, device)
+            x, v, row_prompt, parted = x.index_select(0, spread), v.index_select(0, spread), layout.sample_prompt, True
+        if s == 0:
+            x, clean = deterministic_step(x, v, plan, step, clean)
+            continue
+        key = noise.noise_key(seed, to_device(layout.samples, device), step, iteration, noise.STREAM_SDE, device)
+        pairs = layout.pairs_of(step)
+        chosen = to_device(layout.pair_sample[pairs], device) if pairs.stop > pairs.start else None
+        drawn: Tensor | noise.NoiseKey = key
+        if noise_kept is not None and chosen is not None:
+            drawn = noise.normal(key, shape)
+            keep_rows(noise_kept[pairs], drawn, chosen)
+        y = gaussian_step(x, v, a, b, s, drawn)
+        if y_kept is not None and log_prob_kept is not None and chosen is not None:
+            keep_rows(y_kept[pairs], y, chosen)
+            log_prob_kept[pairs] = log_prob(
+                x.index_select(0, chosen), v.index_select(0, chosen), y.index_select(0, chosen), a, b, s
+            )
+        x = y
+    return Trajectory(layout, x, x_kept, v_kept, noise_kept, y_kept, log_prob_kept)
+
+
+def deterministic_step(
+    x: Tensor, v: Tensor, plan: RolloutPlan, step: int, previous: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Latents after a step without noise, and the clean sample predicted at it, where the next step is of second order.
+
+    previous: the clean sample predicted at the step before, where this one is of second order.
+    """
+    a, b, _ = plan.transitions[step]
+    weight, needed = plan.second_order[step], step + 1 < plan.steps and plan.second_order[step + 1] != 0
+    if not (weight or needed):
+        return gaussian_step(x, v, a, b, 0.0, None), None
+    taken = gaussian_step(x, v, a, b, 0.0, None, return_all=True, clean=plan.clean[step])
+    y, clean = taken.latents, taken.clean
+    assert clean is not None
+    if weight:
+        assert previous is not None
+        y.add_(clean - previous, alpha=weight)
+    return y, clean if needed else None
+
+
+def initial_noise(
+    layout: Layout,
+    config: Rollout,
+    shape: tuple[int, ...],
+    seed: int,
+    iteration: int,
+    device: torch.device,
+    parted: bool,
+) -> Tensor:
+    """Initial latents, float32: [n, *shape], or [u, *shape] while a group has them in common (`parted` False).
+
+    With shared_noise the key names the prompt's slot, else the sample.
+    """
+    owner = layout.prompts if config.shared_noise else layout.samples
+    drawn = noise.normal(
+        noise.noise_key(seed, to_device(owner, device), 0, iteration, noise.STREAM_INITIAL, device), shape
+    )
+    return drawn.index_select(0, to_device(layout.sample_prompt, device)) if config.shared_noise and parted else drawn

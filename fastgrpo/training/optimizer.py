@@ -1,0 +1,120 @@
+"""AdamW on the trained weights, gradient clipping, the learning-rate schedule and the EMA, without a host read.
+
+A gradient that is not finite skips the step on every rank alike (fused AdamW's found_inf) and is counted. With 8-bit
+moments (fastgrpo/training/adamw_8bit.py) fused AdamW keeps the small tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from fastgrpo.config import Update
+from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
+
+
+class OptimizerState:
+    """The optimizer of a run. `steps` counts optimizer steps; `total_steps` is where a cosine schedule ends."""
+
+    def __init__(
+        self, policy: nn.Module, config: Update, total_steps: int, eight_bit: type[AdamW8bit] = AdamW8bit
+    ) -> None:
+        self.config, self.total_steps, self.steps = config, total_steps, 0
+        self.policy = policy
+        self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        opt = config.optimizer
+        smallest = SMALLEST if opt.kind == "adamw_8bit" else math.inf
+        named = list(zip(self.names, self.parameters, strict=True))
+        large = {n: p for n, p in named if p.numel() >= smallest}
+        self.full = {n: p for n, p in named if p.numel() < smallest}
+        self.eight_bit = eight_bit(large, opt) if large else None
+        self.adamw = torch.optim.AdamW(
+            [{"params": list(self.full.values())}],
+            lr=opt.lr,
+            betas=(opt.beta1, opt.beta2),
+            eps=opt.eps,
+            weight_decay=opt.weight_decay,
+            fused=True,
+        )
+        for p in self.full.values():
+            # Made now, not at the first step, so that a checkpoint can be loaded into it.
+            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
+        decay = config.ema_decay
+        self.ema = None if decay is None else [p.detach().clone() for p in self.parameters]
+
+    def learning_rate(self, step: int) -> float:
+        """At a 0-based optimizer step: linear warm-up, then constant or a half cosine to zero."""
+        opt = self.config.optimizer
+        if step < opt.warmup:
+            return opt.lr * (step + 1) / opt.warmup
+        if opt.schedule == "constant":
+            return opt.lr
+        progress = (step - opt.warmup) / max(self.total_steps - opt.warmup, 1)
+        return opt.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    @torch.no_grad()
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the accumulated gradients: (gradient norm before clipping, 1.0 if it was skipped).
+
+        Both are float32 scalars on the device.
+        """
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        skipped = (~torch.isfinite(norm)).float()
+        torch._foreach_mul_(_local(grads), (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for group in self.adamw.param_groups:
+            group["lr"] = self.learning_rate(self.steps)
+        # The fused kernel leaves weights, moments and step counts as they are where found_inf is 1.
+        self.adamw.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        if self.eight_bit is not None:
+            self.eight_bit.step(self.learning_rate(self.steps), skipped)
+        self.steps += 1
+        if self.ema is not None:
+            torch._foreach_lerp_(_local(self.ema), _local(self.parameters), 1 - self._ema_decay())
+        return norm, skipped
+
+    def _ema_decay(self) -> float:
+        """The decay, lower in the first steps so that the EMA is not held at the start weights."""
+        assert self.config.ema_decay is not None
+        return min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps))
+
+    @contextmanager
+    def averaged(self, use: bool = True) -> Iterator[None]:
+        """The EMA weights in place of the trained ones (which come back); nothing changes without an EMA."""
+        if self.ema is None or not use:
+            yield
+            return
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchanges weights and EMA, shard by shard."""
+        assert self.ema is not None
+        for module in self.policy.modules():
+            if isinstance(module, FSDPModule):
+                # FSDP2 leaves a root's parameters gathered after a forward pass: the next one would use the old values.
+                module.reshard()
+        for weight, average in zip(_local(self.parameters), _local(self.ema), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
+def _local(tensors: list) -> list[Tensor]:
+    """The shards that this rank holds, without their history."""
+    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

@@ -1,0 +1,211 @@
+"""The report: what it shows of a run, that it needs nothing beside itself, and that it lies about nothing."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.tiny import tiny_config
+
+from fastgrpo.commands.report import grid_tiles, write_report
+from fastgrpo.config import dump
+from fastgrpo.errors import UserError
+from fastgrpo.observe.charts import moving_mean
+from fastgrpo.observe.media import write_grid
+
+PROMPTS = ["a red circle", "two <blue> squares & a cross", 'a "green" triangle']
+
+
+class Page(HTMLParser):
+    """Text, tags that stay open, and everything a page refers to."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.open, self.references, self.words, self.scripts = [], [], [], 0
+        self.feed(markup)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.scripts += tag == "script"
+        self.references += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.references += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A run directory of 40 iterations with evaluations at 0, 20 and 40."""
+
+    def make(name: str = "first", gain: float = 0.2, summary: bool = True, lr: float = 1e-5):
+        run = tmp_path / name
+        (run / "eval").mkdir(parents=True)
+        (run / "config.yaml").write_text(dump(tiny_config(run, update={"optimizer": {"lr": lr}})))
+        with (run / "metrics.jsonl").open("w") as file:
+            for i in range(40):
+                line = {"iteration": i, "reward/mean": 0.5 + gain * i / 40, "kl": 0.0, "grad_norm": None if i else 2.5}
+                line |= {"ratio/max_deviation": 1e-5 * (1 + i), "ratio/first_max_deviation": 0.0, "clip_fraction": 0.1}
+                line |= {"time/rollout": 0.3, "time/update": 0.6, "time/other": 0.1, "time/total": 1.0}
+                line |= {"samples_per_second": 96.0, "memory/peak_bytes": 2.0**30}
+                file.write(json.dumps(line) + "\n")
+        records = {}
+        for iteration in (0, 20, 40):
+            write_grid(torch.full((3, 3, 16, 16), iteration / 40), run / "eval" / f"{iteration:06d}.png")
+            strict = 0.5 + gain * iteration / 40
+            records[iteration] = {
+                "iteration": iteration,
+                "images": 96,
+                "rewards": {"shapes": strict + 0.1, "shapes.strict": strict},
+                "strict_pass": strict,
+                "by_category": {"two_object": {"shapes": strict + 0.1, "shapes.strict": strict}},
+                "prompts": PROMPTS,
+                "grid": f"{iteration:06d}.png",
+            }
+            (run / "eval" / f"{iteration:06d}.json").write_text(json.dumps(records[iteration]))
+        if summary:
+            content = {"base": records[0], "tuned": records[40], "iteration": 40, "train_seconds": 40.0, "seed": 7}
+            content["difference"] = {"shapes.strict": {"mean": gain, "interval95": [gain - 0.05, gain + 0.05]}}
+            content["versions"] = {"fastgrpo": "0.1.0", "torch": "2.13.0"}
+            (run / "summary.json").write_text(json.dumps(content))
+        return run
+
+    return make
+
+
+def test_a_report_shows_the_run_and_needs_nothing_beside_itself(make_run):
+    run = make_run()
+    path = write_report(run)
+    assert path == run / "report.html"
+    page = Page(path.read_text())
+    assert not page.open
+    assert page.scripts == 0
+    assert all(ref.startswith(("data:image/png;base64,", "#")) for ref in page.references)
+    assert "@import" not in path.read_text()
+    assert "50.0% → 70.0%" in page.text
+    assert "gain +15.0 … +25.0 points (95%), 96 images" in page.text
+    assert "two object 50.0% 70.0% +20.0" in page.text
+    assert "update 24 s 60.0%" in page.text
+    assert "rollout 12 s 30.0%" in page.text
+    assert "Exactly 0 in every iteration: Gaussian KL." in page.text
+    assert "clip range" in page.text
+    assert "seed 7; fastgrpo 0.1.0, torch 2.13.0" in page.text
+    assert "group_size: 3" in page.text
+    for prompt in PROMPTS:
+        assert prompt in page.text
+    for title in ("Reward in training", "Held-out shapes.strict", "Gradient norm", "Clipped pairs", "Time by phase"):
+        assert title in page.text
+
+
+@pytest.mark.parametrize(
+    "action, falling, words",
+    [
+        ("off", 0, "The guard (guard.action) is off; held did not fall while the trained reward rose."),
+        ("off", 1, "rose in 10 iterations, first in 30; nothing was done about it."),
+        ("stop", 1, "The guard (guard.action) is stop; of held, one fell"),
+    ],
+)
+def test_a_report_always_says_what_held_out_rewards_did(make_run, action, falling, words):
+    run = make_run()
+    assert "no held-out reward was scored" in Page(write_report(run).read_text()).text
+    rewards = [{"name": "shapes"}, {"name": "ocr", "label": "held", "weight": 0.0}]
+    (run / "config.yaml").write_text(dump(tiny_config(run, rewards=rewards, guard={"action": action})))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    told = [line | {"reward/held": 0.5, "guard/falling": falling * (line["iteration"] >= 30)} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    page = Page(write_report(run).read_text())
+    assert words in page.text
+    assert "first: held-out reward held" in page.text
+
+
+def test_a_report_tells_memory_stragglers_and_what_held_clocks_back(make_run):
+    run = make_run()
+    assert "came last" not in Page(write_report(run).read_text()).text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line |= {"memory/update_bytes": (2.0 + i / 40) * 2**30, "ranks/last": float(i % 4 == 0), "gpu/limited": 0.25}
+        line |= {"ranks/behind_seconds": 0.3, "gpu/power_w": 5000.0, "gpu/clock_mhz": 1700.0 - i}
+        line |= {"gpu/joules_per_sample": 52.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(write_report(run).read_text()).text
+    assert "update 24 s 60.0% 2.98 GiB" in text
+    assert "rank 0 came last in 30 of 40 iterations, and the last one was 0.3 s behind the median rank" in text
+    assert "5000 W, 52 J a sample; slowest clock 1661 MHz, 25% of readings held back by power or heat" in text
+
+
+def test_a_report_is_the_same_bytes_for_the_same_run(make_run):
+    run = make_run()
+    assert write_report(run).read_bytes() == write_report([run]).read_bytes()
+
+
+def test_a_report_during_training_uses_the_runs_own_evaluations(make_run):
+    page = Page(write_report(make_run(gain=0.1, summary=False)).read_text())
+    assert "50.0% → 60.0%" in page.text
+    assert "95%" not in page.text
+
+
+def test_runs_side_by_side_share_charts_and_say_where_they_differ(make_run, tmp_path):
+    path = write_report([make_run(), make_run("second", gain=0.1, lr=2e-5)], tmp_path / "both.html")
+    page = Page(path.read_text())
+    assert "50.0% → 70.0%" in page.text
+    assert "50.0% → 60.0%" in page.text
+    assert "update.optimizer.lr 1e-05 2e-05" in page.text
+    assert "before → first, iteration 40 → second, iteration 40" in page.text
+    assert page.text.count("Reward in training") == 1
+    assert len([ref for ref in page.references if ref.startswith("data:image")]) == 3 * len(PROMPTS)
+
+
+def test_a_run_without_evaluations_is_reported(make_run):
+    run = make_run(summary=False)
+    for file in (run / "eval").iterdir():
+        file.unlink()
+    page = Page(write_report(run).read_text())
+    assert "Reward in training" in page.text
+    assert "Images" not in page.text
+
+
+def test_tiles_are_the_pictures_of_the_contact_sheet(tmp_path):
+    pictures = torch.rand(11, 3, 48, 96, generator=torch.Generator().manual_seed(0))
+    write_grid(pictures, tmp_path / "grid.png", smallest=96)
+    expected = (pictures.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    tiles = grid_tiles(tmp_path / "grid.png", 11)
+    assert len(tiles) == 11
+    for tile, picture in zip(tiles, expected, strict=True):
+        data = base64.b64decode(re.sub("^data:image/png;base64,", "", tile))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), picture)
+
+
+def test_large_tiles_are_shrunk(tmp_path):
+    write_grid(torch.rand(2, 3, 400, 600), tmp_path / "grid.png")
+    data = base64.b64decode(grid_tiles(tmp_path / "grid.png", 2)[0].partition(",")[2])
+    assert Image.open(io.BytesIO(data)).size == (256, 171)
+
+
+def test_moving_mean_is_of_the_values_behind():
+    values = np.array([1.0, 3.0, 5.0, 7.0])
+    assert moving_mean(values, 2).tolist() == [1.0, 2.0, 4.0, 6.0]
+    assert moving_mean(values, 1).tolist() == values.tolist()
+
+
+def test_what_is_no_finished_run_is_refused(make_run, tmp_path):
+    with pytest.raises(UserError, match="not a run directory"):
+        write_report(tmp_path)
+    run = make_run()
+    (run / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json: not valid JSON"):
+        write_report(run)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has not finished an iteration"):
+        write_report(run)

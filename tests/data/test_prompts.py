@@ -1,0 +1,219 @@
+"""Prompt sources, what they say about a bad line, and the sampler."""
+
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fastgrpo.data.prompts import Prompt, load_prompts
+from fastgrpo.data.samplers import PromptSampler, SpreadSampler
+from fastgrpo.errors import ConfigError, UserError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, content: str | bytes) -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def test_text_is_one_prompt_a_line(write):
+    source = write("p.txt", "\ufeffa red circle\n\n  two squares \r\na cross")
+    assert load_prompts(source) == [Prompt("a red circle"), Prompt("two squares"), Prompt("a cross")]
+
+
+def test_jsonl_and_csv_give_the_same_prompts(write, tmp_path):
+    (tmp_path / "first.png").write_bytes(b"png")
+    jsonl = write(
+        "p.jsonl",
+        '{"prompt": "a \\"red\\" circle", "negative_prompt": "blur", "image": "first.png", "tag": "colors"}\n\n'
+        '{"prompt": "two\\nsquares", "tag": "counting"}\n',
+    )
+    table = write(
+        "p.csv",
+        'prompt,negative_prompt,image,tag\n"a ""red"" circle",blur,first.png,colors\n"two\nsquares",,,counting\n',
+    )
+    prompts = load_prompts(jsonl)
+    assert prompts == load_prompts(table)
+    assert prompts[0] == Prompt('a "red" circle', "blur", str(tmp_path / "first.png"), {"tag": "colors"})
+    assert prompts[1] == Prompt("two\nsquares", None, None, {"tag": "counting"})
+    assert len(set(prompts)) == 2
+
+
+@pytest.mark.parametrize(
+    "name, content, line, words",
+    [
+        ("p.txt", b"fine\nna\xefve\n", 2, "not UTF-8 text"),
+        ("p.jsonl", '{"prompt": "x"}\n{"prompt": }\n', 2, "not valid JSON"),
+        ("p.jsonl", '\n\n["x"]\n', 3, "should be an object"),
+        ("p.jsonl", '{"prompt": "x"}\n{"text": "x"}\n', 2, "no 'prompt' among text"),
+        ("p.jsonl", '{"prompt": " "}\n', 1, "'prompt' should be text, not ' '"),
+        ("p.jsonl", '{"prompt": "x", "negative_prompt": 3}\n', 1, "'negative_prompt' should be text, not 3"),
+        ("p.jsonl", '{"prompt": "x", "image": "none.png"}\n', 1, "no such file"),
+        ("p.jsonl", "[" * 100_000, 1, "not valid JSON"),
+        ("p.csv", "text,tag\nx,y\n", 1, "no column 'prompt' among the columns text, tag"),
+        ("p.csv", "prompt,tag,tag\nx,y,z\n", 1, "named twice"),
+        ("p.csv", 'prompt,tag\n"x\ny",1\nz\n', 4, "has not 2 fields"),
+        ("p.csv", "prompt\nx,y\n", 2, "has not 1 fields"),
+        ("p.csv", 'prompt,tag\nx,"y', 2, "not valid CSV"),
+        ("p.csv", "prompt,tag\nx,1\n,2\n", 3, "'prompt' should be text"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_line(write, name, content, line, words):
+    source = write(name, content)
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(source)
+    message = str(caught.value)
+    assert message.startswith(f"{source}:{line}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("none.txt", "cannot read the prompts: No such file or directory"),
+        ("prompts.parquet", "unknown prompt source; it should be a .txt, .jsonl or .csv file"),
+        ("shapes:held_out", "did you mean 'shapes:heldout'?"),
+    ],
+)
+def test_an_unknown_source_is_refused(source, words):
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(source)
+    assert words in str(caught.value)
+
+
+def test_a_misspelt_file_gets_its_nearest_match(write):
+    write("animals.txt", "a cat")
+    with pytest.raises(ConfigError, match=r"did you mean 'animals\.txt'\?"):
+        load_prompts(write("dummy.txt", "x").replace("dummy", "animal"))
+
+
+def test_a_file_without_prompts_is_refused(write):
+    with pytest.raises(ConfigError, match="holds no prompts"):
+        load_prompts(write("p.txt", "\n \n"))
+
+
+def test_the_embedded_world_has_disjoint_prompts_with_their_category():
+    train, heldout = load_prompts("shapes:train"), load_prompts("shapes:heldout")
+    assert not {p.text for p in train} & {p.text for p in heldout}
+    for prompts in (train, heldout):
+        counts = Counter(p.metadata["category"] for p in prompts)
+        assert sorted(counts.values()) == [160] * 6
+
+
+def test_a_dataset_gives_its_column_and_plain_metadata(write, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    (tmp_path / "data").mkdir()
+    write("data/train.jsonl", '{"caption": "a cat", "source": "web", "box": [1, 2]}\n')
+    assert load_prompts(f"hf:{tmp_path}/data:train:caption") == [Prompt("a cat", metadata={"source": "web"})]
+    with pytest.raises(ConfigError, match=r"no column 'captions'; did you mean 'caption'\?"):
+        load_prompts(f"hf:{tmp_path}/data:train:captions")
+    with pytest.raises(ConfigError, match="split 'test'"):
+        load_prompts(f"hf:{tmp_path}/data:test:caption")
+
+
+def test_a_missing_datasets_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package 'datasets'; .*fastgrpo\[datasets\]"):
+        load_prompts("hf:someone/prompts")
+
+
+def test_an_epoch_uses_each_prompt_once_and_every_epoch_has_another_order():
+    sampler = PromptSampler(count=12, per_iteration=4, seed=3)
+    epochs = [np.concatenate([sampler.at(3 * e + i) for i in range(3)]) for e in range(3)]
+    for order in epochs:
+        assert sorted(order) == list(range(12))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], PromptSampler(12, 4, seed=4).at(0))
+
+
+def test_an_iteration_is_a_pure_function_of_seed_and_number():
+    forward = PromptSampler(10, 4, seed=0)
+    seen = [forward.at(i) for i in range(20)]
+    for i in reversed(range(20)):
+        assert np.array_equal(PromptSampler(10, 4, seed=0).at(i), seen[i])
+        assert np.array_equal(forward.at(i), seen[i])
+    assert seen[0].dtype == np.int64
+
+
+def test_prompts_of_an_iteration_are_distinct_and_none_is_forgotten():
+    sampler = PromptSampler(count=11, per_iteration=4, seed=0)
+    drawn = [sampler.at(i) for i in range(400)]
+    assert all(len(set(d)) == 4 for d in drawn)
+    counts = np.bincount(np.concatenate(drawn), minlength=11)
+    assert counts.min() > 0.8 * counts.mean()
+
+
+def test_fewer_prompts_than_an_iteration_takes_are_repeated_evenly():
+    drawn = PromptSampler(count=3, per_iteration=8, seed=0).at(7)
+    assert drawn.shape == (8,)
+    assert sorted(np.bincount(drawn, minlength=3)) == [2, 3, 3]
+
+
+def test_what_a_caller_does_to_a_draw_does_not_reach_the_next():
+    sampler = PromptSampler(4, 4, seed=0)
+    first = sampler.at(0)
+    expected = first.copy()
+    first[:] = 0
+    assert np.array_equal(sampler.at(0), expected)
+
+
+def test_prompts_of_wide_spread_are_drawn_more_often_and_none_is_forgotten():
+    sampler = SpreadSampler(count=40, per_iteration=8, seed=0)
+    sampler.observe(np.arange(40), np.where(np.arange(40) < 20, 0.0, 0.3))
+    drawn = np.concatenate([sampler.at(i) for i in range(600)])
+    counts = np.bincount(drawn, minlength=40)
+    assert all(len(set(sampler.at(i))) == 8 for i in range(50))
+    assert counts[20:].min() > 2 * counts[:20].max()
+    assert counts.min() > 0
+    assert np.array_equal(sampler.at(5), sampler.at(5))
+    assert not np.array_equal(sampler.at(5), sampler.at(6))
+
+
+def test_the_spread_follows_what_is_observed_and_a_group_without_scores_changes_nothing():
+    sampler = SpreadSampler(count=9, per_iteration=2, seed=0)
+    sampler.observe(np.array([3, 4]), np.array([0.4, np.nan]))
+    sampler.observe(np.array([3]), np.array([0.2]))
+    assert sampler.spread[3] == pytest.approx(0.3)
+    assert np.isnan(sampler.spread[4])
+
+
+def test_the_ready_made_sets_have_their_categories_and_are_fixed():
+    geneval = load_prompts("set:geneval")
+    counts = Counter(p.metadata["category"] for p in geneval)
+    assert counts == {"single_object": 80, **dict.fromkeys(
+        ("two_object", "counting", "colors", "position", "color_attr"), 100
+    )}  # fmt: skip
+    assert len({p.text for p in geneval}) == len(geneval)
+    for prompt in geneval:
+        things = prompt.metadata["include"]
+        if prompt.metadata["category"] == "counting":
+            assert prompt.metadata["exclude"][0] == {"class": things[0]["class"], "count": things[0]["count"] + 1}
+            assert {2: "two", 3: "three", 4: "four"}[things[0]["count"]] in prompt.text
+        if prompt.metadata["category"] == "position":
+            relation, of = things[1]["position"]
+            assert prompt.text.split(f" {relation} ")[1].endswith(things[of]["class"])
+        for thing in things:
+            assert thing.get("color", "") in prompt.text
+    assert Counter(p.metadata["category"] for p in load_prompts("set:hps")) == dict.fromkeys(
+        ("anime", "concept-art", "paintings", "photo"), 100
+    )
+    videos = load_prompts("set:videoalign")
+    assert len({p.text for p in videos}) == len(videos) == 200
+    assert [p.text for p in load_prompts("set:videoalign")] == [p.text for p in videos]
+    with pytest.raises(ConfigError, match="did you mean 'set:geneval'"):
+        load_prompts("set:genval")
+
+
+def test_the_shapes_prompts_of_some_categories_alone():
+    prompts = load_prompts("shapes:heldout:position,counting")
+    assert Counter(p.metadata["category"] for p in prompts) == {"position": 160, "counting": 160}
+    with pytest.raises(ConfigError, match="unknown category 'positon'; did you mean 'position'"):
+        load_prompts("shapes:train:positon")

@@ -1,0 +1,175 @@
+"""Ranks: one rank is two ranks, sharded or replicated, however weights are gathered and gradients reduced; a mesh that
+cannot be is one line before anything loads. Two processes on gloo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.runs import metrics
+from support.tiny import tiny_config
+from support.two_ranks import PLANNED, finished
+
+from fastgrpo.distributed.world import World, check_world
+from fastgrpo.errors import ConfigError
+from fastgrpo.planning.dry_run import dry_run
+from fastgrpo.training.residency import residency
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from support.two_ranks import PLANNED, finished, measured
+torch.set_num_threads(1)
+path, folder = sys.argv[1:3]
+# First, while this process holds nothing else.
+measured(path, Path(folder) / "measured 2", PLANNED)
+for name, settings in json.loads(sys.argv[3]).items():
+    finished(path, Path(folder) / name, settings)
+"""
+
+UPDATE = {"optimizer_steps": 2, "ema_decay": 0.9}
+ALONE = {"update": UPDATE}
+VARIANTS = {
+    "once": {"update": {**UPDATE, "grad_sync": "once", "gather": "once"}, "rollout": {"gather": "once"}},
+    "per block": {
+        "update": {**UPDATE, "grad_sync": "per_micro_batch", "gather": "per_block"},
+        "rollout": {"gather": "per_block"},
+    },
+    "replicated": {"update": UPDATE, "parallel": {"replicate": 2}},
+    "context": {
+        "update": UPDATE,
+        "parallel": {"context": 2},
+        "rollout": {"trajectory": "host"},
+        "scoring": {"chunks": 3},
+    },
+}
+
+
+FROZEN = {
+    "frozen sharded": {"model": {"lora": {"rank": 4}}, "update": UPDATE},
+    "frozen replicated": {"model": {"lora": {"rank": 4}}, "update": UPDATE, "parallel": {"frozen": "replicate"}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_flux, tmp_path_factory):
+    """Every variant on two ranks, and the run of one rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(folder / "script.py"), str(tiny_flux), str(folder), json.dumps(VARIANTS | FROZEN)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    # In a process of its own: the tensors that earlier tests hold would count.
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from support.two_ranks import PLANNED, measured; import torch; torch.set_num_threads(1)\n"
+        "measured(Path(sys.argv[1]), Path(sys.argv[2]), PLANNED)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tiny_flux), str(folder / "measured 1")], check=True)
+    finished(tiny_flux, folder / "alone", ALONE)
+    finished(tiny_flux, folder / "alone lora", FROZEN["frozen sharded"])
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_are_one_rank(tiny_flux, runs, variant):
+    compare(tiny_flux, runs / "alone", runs / variant)
+
+
+def test_several_ranks_tell_who_came_last(runs):
+    def told(folder):
+        lines = [json.loads(line) for line in (runs / folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k.startswith("ranks/")} for line in lines]
+
+    assert told("alone") == [{}, {}]
+    for line in told("once"):
+        assert line["ranks/last"] in (0, 1)
+        assert line["ranks/behind_seconds"] >= 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_plan_is_what_is_measured(tiny_flux, runs, ranks):
+    found = json.loads((runs / f"measured {ranks}" / "cost.json").read_text())
+    planned = dry_run(tiny_config(tiny_flux, **PLANNED), ranks)
+    cost = planned.phases[0].cost
+    for phase in planned.phases[1:]:
+        cost.add(phase.cost)
+    collectives = {f"{key.kind} {key.group}": [count, cost.bytes[key]] for key, count in cost.count.items()}
+    assert found.pop("flops") == pytest.approx(cost.flops, rel=0.01)
+    assert found.pop("peak") == pytest.approx(max(phase.peak for phase in planned.phases), rel=0.05)
+    assert found == collectives
+
+
+@pytest.mark.parametrize("variant", FROZEN)
+def test_a_frozen_base_may_be_sharded_or_whole(tiny_flux, runs, variant):
+    compare(tiny_flux, runs / "alone lora", runs / variant)
+
+
+def compare(path: Path, alone: Path, together: Path) -> None:
+    one, two = load_file(alone / "weights.safetensors"), load_file(together / "weights.safetensors")
+    start = load_file(next(Path(path).glob("transformer/*.safetensors")))
+    # LoRA's B starts at zero; its A is drawn, and hardly moves.
+    trained = [n for n in one if n in start or "lora_B" in n]
+    moved = torch.stack([(one[n] - start.get(n, torch.zeros(()))).norm() for n in trained]).norm()
+    apart = torch.stack([(one[n] - two[n]).norm() for n in one]).norm()
+    # Adam divides by √v: where a gradient is nearly 0, its rounding decides the sign of a step.
+    assert apart / moved < 1e-2
+    for a, b in zip(metrics(alone), metrics(together), strict=True):
+        assert a["reward/mean"] == pytest.approx(b["reward/mean"], abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["ratio/first_max_deviation"] == b["ratio/first_max_deviation"] == 0
+    for iteration in range(3):
+        rewards = [
+            json.loads((d / "eval" / f"00000{iteration}.json").read_text())["rewards"] for d in (alone, together)
+        ]
+        assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parallel, ranks, local, said",
+    [
+        (
+            {"replicate": 3},
+            4,
+            4,
+            "replicate 3 × shard auto × context 1 needs a multiple of 3 ranks, and there are 4",
+        ),
+        ({"replicate": 2, "shard": 4}, 4, 4, "replicate 2 × shard 4 × context 1 needs 8 ranks, and there are 4"),
+        ({"context": 3}, 6, 2, "parallel.context: groups of 3 ranks do not fit nodes of 2; make it a divisor of 2"),
+        ({}, 4, 4, "6 samples an iteration do not divide over 4 ranks × 1 optimizer steps"),
+        ({"fsdp": "off"}, 2, 2, "parallel.fsdp: off, but there are several ranks"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_cannot_be_is_one_line(tiny_flux, parallel, ranks, local, said):
+    with pytest.raises(ConfigError, match=said):
+        check_world(tiny_config(tiny_flux, parallel=parallel), ranks, local)
+
+
+def test_what_makes_a_mesh(tiny_flux):
+    for parallel, ranks in (
+        ({"replicate": 3}, 6),
+        ({"shard": 2}, 2),
+        ({"replicate": 2, "shard": 3}, 6),
+        ({"context": 2}, 4),
+        ({"replicate": 2, "context": 2}, 12),
+    ):
+        check_world(tiny_config(tiny_flux, parallel=parallel), ranks, ranks)
+
+
+def test_auto_keeps_what_memory_allows(tiny_flux):
+    config = tiny_config(tiny_flux)
+    policy = torch.nn.Linear(1000, 1000, bias=False)
+    # 4 MB of weights, 8 of moments, 4 of gradients; nothing is sharded, so nothing is gathered.
+    for megabytes, kept in ((0, (True, True, True)), (100, (True, True, True)), (30, (True, True, False)),
+                            (20, (True, False, False)), (14, (False, False, False))):  # fmt: skip
+        found = residency(config, policy, World(0, 1, torch.device("cpu"), memory=megabytes * 10**6))
+        assert (found.rollout_gathered, found.update_gathered, found.sync_once) == kept, megabytes
+    fixed = tiny_config(tiny_flux, rollout={"gather": "once"}, update={"gather": "per_block", "grad_sync": "once"})
+    found = residency(fixed, policy, World(0, 1, torch.device("cpu"), memory=1))
+    assert (found.rollout_gathered, found.update_gathered, found.sync_once) == (True, False, True)

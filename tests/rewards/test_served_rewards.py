@@ -1,0 +1,177 @@
+"""Rewards over others, read by OCR, or judged by a served model; and the conversion of published weights."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+
+from fastgrpo.commands.main import main
+from fastgrpo.config import RewardSpec
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.errors import ConfigError
+from fastgrpo.rewards import load_reward
+
+IMAGES = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 8, 8).contiguous()
+PROMPTS = [Prompt(f"number {i}") for i in range(5)]
+BRIGHTNESS = {"name": "test_rewards:Brightness"}
+
+
+def test_binary_is_a_threshold_and_keeps_validity():
+    reward = load_reward(RewardSpec(name="binary", options={"of": BRIGHTNESS, "threshold": 0.5}))
+    scores = reward.score(IMAGES, PROMPTS, None)
+    assert scores.values.tolist() == [0, 0, 1, 1, 1]
+    assert scores.valid.tolist() == [False, True, True, True, True]
+    half = {"of": BRIGHTNESS, "threshold": 0.5, "component": "half"}
+    assert load_reward(RewardSpec(name="binary", options=half)).score(IMAGES, PROMPTS, None).values.sum() == 1
+
+
+def test_binary_takes_a_percentile_of_another_runs_evaluation(tmp_path):
+    path = tmp_path / "000000.json"
+    path.write_text(json.dumps({"values": {"test_rewards:Brightness": [0.0, 0.2, None, 0.4, 0.6, 0.8]}}))
+    options = {"of": BRIGHTNESS, "percentile": 75.0, "reference": str(path)}
+    reward = load_reward(RewardSpec(name="binary", options=options))
+    assert reward.threshold == pytest.approx(0.6)
+    with pytest.raises(ConfigError, match=r"rewards\.binary: reference: .* has no 'test_rewards:Bright'"):
+        load_reward(
+            RewardSpec(name="binary", options={**options, "of": {**BRIGHTNESS, "label": "test_rewards:Bright"}})
+        )
+    with pytest.raises(ConfigError, match="give either threshold, or percentile and reference"):
+        load_reward(RewardSpec(name="binary", options={**options, "threshold": 1.0}))
+    with pytest.raises(ConfigError, match=r"rewards\.binary: of\.nam: unknown setting"):
+        load_reward(RewardSpec(name="binary", options={"of": {"nam": "x"}, "threshold": 1.0}))
+
+
+def test_an_evaluation_holds_what_a_percentile_needs(tmp_path):
+    from fastgrpo.evaluation.heldout import Evaluation, record
+    from fastgrpo.rewards.binary import percentile_of
+
+    values = {"shapes": np.array([0.0, np.nan, 1.0, 0.5, 0.5])}
+    record(Evaluation(PROMPTS, values, IMAGES), tmp_path, 0, 4)
+    assert percentile_of(tmp_path / "eval" / "000000.json", "shapes", 50) == 0.5
+
+
+def written(text):
+    picture = Image.new("RGB", (320, 96), "white")
+    ImageDraw.Draw(picture).text((20, 24), text, fill="black", font=ImageFont.load_default(size=44))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def test_ocr_reads_real_pictures():
+    images = torch.stack([written("Coffee Shop"), written("Coffee Shop"), written("CLOSED"), torch.zeros(3, 96, 320)])
+    prompts = [
+        Prompt('a sign that says "Coffee shop!"'),
+        Prompt("a sign", metadata={"text": "toffee shops"}),
+        Prompt("a sign without words"),
+        Prompt('a sign that says "open"'),
+    ]
+    scores = load_reward(RewardSpec(name="ocr")).score(images, prompts, None)
+    assert scores.valid.tolist() == [True, True, False, True]
+    assert scores.values[0] == scores.components["exact"][0] == 1
+    assert 0.6 < scores.values[1] < 1
+    assert scores.values[3] == 0
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Answers with the picture's brightness from 1 to 10; nonsense for a prompt that names some."""
+
+    broken = ("{", '{"score": 11}', '{"score": "5"}', '{"score": 5, "reason": "x"}', '{"grade": 5}')
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append((self.headers.get("Authorization"), body))
+        *pictures, text = body["messages"][0]["content"]
+        data = pictures[0]["image_url"]["url"].split("base64,")[1]
+        level = np.array(Image.open(io.BytesIO(base64.b64decode(data)))).mean() / 255
+        answer = json.dumps({"score": 1 + round(9 * level)})
+        if "nonsense" in text["text"]:
+            answer = self.broken[int(text["text"].split("nonsense ")[1][0])]
+        if "busy" in text["text"] and sum("busy" in str(b) for _, b in self.server.bodies) == 1:
+            self.send_error(503)
+            return
+        reply = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.bodies = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_judge_is_asked_with_the_picture_and_its_answer_checked(judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_TOKEN", "secret")
+    url = f"http://127.0.0.1:{judge.server_port}/v1"
+    options = {"url": url, "model": "judge", "token_env": "JUDGE_TOKEN", "attempts": 1}
+    reward = load_reward(RewardSpec(name="vlm_judge", options=options))
+    assert reward.score(IMAGES, PROMPTS, None).values.tolist() == pytest.approx([0, 2 / 9, 5 / 9, 7 / 9, 1])
+    token, body = judge.bodies[0]
+    assert token == "Bearer secret"
+    assert body["response_format"]["json_schema"]["schema"]["properties"]["score"]["maximum"] == 10
+    broken = reward.score(IMAGES, [Prompt(f"nonsense {i}") for i in range(5)], None)
+    assert not broken.valid.any()
+    videos = IMAGES[:1, :, None].expand(1, 3, 9, 8, 8)
+    reward.score(videos, PROMPTS[:1], 8.0)
+    assert len(judge.bodies[-1][1]["messages"][0]["content"]) == 4 + 1
+
+
+def test_a_busy_judge_is_asked_again_and_one_that_is_not_there_gives_no_score(judge):
+    url = f"http://127.0.0.1:{judge.server_port}/v1"
+    again = load_reward(RewardSpec(name="vlm_judge", options={"url": url, "model": "judge"}))
+    assert again.score(IMAGES[:1], [Prompt("busy")], None).valid.all()
+    nobody = {"url": "http://127.0.0.1:9/v1", "model": "judge", "attempts": 1}
+    assert not load_reward(RewardSpec(name="vlm_judge", options=nobody)).score(IMAGES, PROMPTS, None).valid.any()
+    with pytest.raises(ConfigError, match="token_env: the environment has no NOT_SET"):
+        load_reward(RewardSpec(name="vlm_judge", options={**nobody, "token_env": "NOT_SET"}))
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_weights_are_converted_and_nothing_else_is_unpickled(tmp_path, capsys):
+    state = {"visual.proj": torch.randn(3, 2), "logit_scale": torch.tensor(4.6)}
+    state["tied"] = state["visual.proj"]
+    torch.save({"epoch": 1, "state_dict": state}, tmp_path / "HPS.pt")
+    assert main(["convert-reward", str(tmp_path / "HPS.pt"), str(tmp_path / "out.safetensors")]) == 0
+    read = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(read[k], v) for k, v in state.items())
+    torch.save({"state_dict": {"a": Evil()}}, tmp_path / "evil.pt")
+    torch.save({"losses": [1.0]}, tmp_path / "empty.pt")
+    (tmp_path / "text.pt").write_text("no archive")
+    capsys.readouterr()
+    for name, message in (("evil", "holds more than tensors"), ("empty", "no table of tensors"), ("text", "text.pt: ")):
+        assert main(["convert-reward", str(tmp_path / f"{name}.pt"), str(tmp_path / "no.safetensors")]) == 2
+        output = capsys.readouterr()
+        assert message in output.err
+        assert output.err.count("\n") == 1
+        assert "executed" not in output.out
+    assert main(["convert-reward", str(tmp_path / "HPS.pt"), str(tmp_path / "out.safetensors")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_the_shipped_clip_prefers_the_right_prompt():
+    from fastgrpo.shapes import render, world
+
+    prompts = [p for p in world.split()[1] if p.category in ("colors", "counting", "color_attribution")][:24]
+    pixels = render.render_batch(prompts, np.random.default_rng(0))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    reward = load_reward(RewardSpec(name="clip", path="shapes:clip"))
+    own = reward.score(images, [Prompt(p.text) for p in prompts], None).values
+    other = reward.score(images, [Prompt(p.text) for p in prompts[1:] + prompts[:1]], None).values
+    assert (own > other).mean() > 0.9

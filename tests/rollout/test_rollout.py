@@ -1,0 +1,113 @@
+"""Rollouts: equal to the pipeline; independent of batch, rank and prefix sharing; what they keep is what was used."""
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import tiny_config, tiny_rollout_inputs
+
+from fastgrpo.algorithms.layout import lay_out, rank_samples
+from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.rollout.decode import decode
+from fastgrpo.rollout.sampler import rollout
+from fastgrpo_kernels import gaussian_step, noise
+
+WINDOW = {"kind": "window", "size": 2, "start": 1}
+SUBSET = {"kind": "subset", "fraction": 0.6}
+
+
+def run(config, iteration=0):
+    family, plan, layout, conditioning, _ = tiny_rollout_inputs(config, iteration)
+    return rollout(family, plan, layout, conditioning, config.rollout, config.run.seed, iteration), plan, family
+
+
+def test_deterministic_rollout_is_the_pipelines_own_output(tiny_flux):
+    texts = ["a red circle", "two blue squares", "a green triangle left of a red square"]
+    config = tiny_config(tiny_flux, rollout={"steps": 6, "shift": "pipeline", "forward_batch": 3, "group_size": 2})
+    family, *_ = tiny_rollout_inputs(config)
+    single = config.rollout.model_copy(update={"group_size": 1})
+    plan = plan_rollout(single, family.noise_levels(6, "pipeline"), 3, 0, 7, deterministic=True)
+    layout = lay_out(plan, single, np.arange(3))
+    final = rollout(family, plan, layout, family.encode([Prompt(t) for t in texts]), single, 7, 0).latents
+    ours = decode(family, final, 3)
+    start = noise.normal(noise.noise_key(7, [0, 1, 2], 0, 0, noise.STREAM_INITIAL, "cpu"), family.latent_shape)
+    theirs = family.pipeline(
+        texts, height=32, width=32, num_inference_steps=6, guidance_scale=3.5, latents=start, max_sequence_length=10,
+        output_type="pt",
+    ).images  # fmt: skip
+    assert (ours - theirs).abs().max() <= 1e-4
+    assert ours.std() > 1e-3
+
+
+@pytest.mark.parametrize("trained", [WINDOW, SUBSET], ids=["window", "subset"])
+@pytest.mark.parametrize("kept", ["keep", "regenerate"])
+def test_what_is_kept_reproduces_every_trained_step(tiny_flux, trained, kept):
+    config = tiny_config(tiny_flux, rollout={"trained": trained, "noise": kept, "share_prefix": False})
+    trajectory, plan, family = run(config)
+    layout = trajectory.layout
+    assert len(layout.pair_row) == plan.trained.sum()
+    for pair, row in enumerate(layout.pair_row):
+        step, sample = layout.row_step[row], layout.pair_sample[pair]
+        assert plan.trained[step, layout.samples[sample]]
+        following = np.flatnonzero((layout.row_step == step + 1) & (layout.row_source == sample))
+        if len(following) == 0:
+            continue
+        key = noise.noise_key(7, [int(layout.samples[sample])], int(step), 0, noise.STREAM_SDE, "cpu")
+        eps = noise.normal(key, family.latent_shape)
+        if trajectory.noise is not None:
+            assert torch.equal(trajectory.noise[pair], eps[0])
+        a, b, s = plan.transitions[step]
+        y = gaussian_step(trajectory.x[row][None], trajectory.v_old[row][None], a, b, s, eps)
+        assert torch.equal(y[0], trajectory.x[following[0]])
+
+
+@pytest.mark.parametrize("trained", [WINDOW, SUBSET, {"kind": "window", "size": 3, "start": 0}], ids=str)
+def test_sharing_the_prefix_changes_no_bit(tiny_flux, trained):
+    shared, *_ = run(tiny_config(tiny_flux, rollout={"trained": trained, "share_prefix": True}))
+    apart, *_ = run(tiny_config(tiny_flux, rollout={"trained": trained, "share_prefix": False}))
+    assert torch.equal(shared.latents, apart.latents)
+    assert len(shared.x) < len(apart.x)
+    assert torch.equal(shared.x[shared.layout.pair_row], apart.x[apart.layout.pair_row])
+    assert torch.equal(shared.v_old[shared.layout.pair_row], apart.v_old[apart.layout.pair_row])
+
+
+def test_ranks_share_the_same_samples(tiny_flux):
+    config = tiny_config(tiny_flux)
+    whole, plan, family = run(config)
+    _, _, _, conditioning, _ = tiny_rollout_inputs(config)
+    for rank in range(2):
+        samples = rank_samples(6, 1, 2, rank).reshape(-1)
+        layout = lay_out(plan, config.rollout, samples)
+        rows = conditioning.rows(layout.prompts)
+        part = rollout(family, plan, layout, rows, config.rollout, 7, 0)
+        assert torch.equal(part.latents, whole.latents[samples])
+
+
+def test_a_group_shares_its_initial_noise_or_does_not(tiny_flux):
+    for shared in (True, False):
+        config = tiny_config(
+            tiny_flux, rollout={"shared_noise": shared, "trained": {"kind": "window", "start": 0}, "steps": 6}
+        )
+        trajectory, *_ = run(config)
+        layout = trajectory.layout
+        first = trajectory.x[layout.pair_row[layout.row_step[layout.pair_row] == 0]].reshape(2, 3, -1)
+        assert bool((first[:, 0] == first[:, 1]).all()) is shared
+        assert not torch.equal(first[0], first[1])
+        finals = trajectory.latents.reshape(2, 3, -1)
+        assert not torch.equal(finals[:, 0], finals[:, 1])
+
+
+def test_iterations_and_seeds_draw_other_noise(tiny_flux):
+    config = tiny_config(tiny_flux)
+    first, *_ = run(config, 0)
+    second, *_ = run(config, 1)
+    assert not torch.isclose(first.latents, second.latents).any(dim=(1, 2)).all()
+
+
+@pytest.mark.parametrize("total, steps, world", [(12, 1, 1), (12, 2, 1), (12, 2, 2), (24, 3, 4)])
+def test_every_sample_has_one_rank_and_one_optimizer_step(total, steps, world):
+    shares = [rank_samples(total, steps, world, rank) for rank in range(world)]
+    assert sorted(np.concatenate([s.reshape(-1) for s in shares])) == list(range(total))
+    alone = rank_samples(total, steps, 1, 0)
+    for k in range(steps):
+        assert sorted(np.concatenate([s[k] for s in shares])) == list(alone[k])

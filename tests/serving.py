@@ -1,6 +1,0 @@
-"""The reward server, the hostile client and the failing network of bench/serving.py, for tests."""
-
-from fastgrpo.bench_cli import load
-
-_bench = load("serving")
-TOKEN, serving, malformed, Unreliable = _bench.TOKEN, _bench.serving, _bench.malformed, _bench.Unreliable

@@ -1,0 +1,1 @@
+"""What several tests use: tiny pipelines and configs, oracles, finished runs, servers."""

@@ -1,0 +1,33 @@
+"""Runs that are over: their metrics, without what depends on the clock, and their weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from fastgrpo.training.checkpoint import training_tensors
+from fastgrpo.training.trainer import Trainer
+
+TIMES = ("time/", "samples_per_second", "memory/", "ranks/", "gpu/")
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    def flat(tree, prefix):
+        for name, value in tree.items():
+            inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+            yield from inner
+
+    return {name: tensor.detach().clone() for name, tensor in flat(training_tensors(trainer.optimizer), "")}
+
+
+def finished(config) -> Trainer:
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer

@@ -1,0 +1,169 @@
+"""Tiny random image pipelines of the real classes, what their own pipelines draw, and configs over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgrpo.algorithms.layout import lay_out
+from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.config import Config
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.models import ModelFamily, family_class
+from fastgrpo.rollout.decode import decode
+from fastgrpo.rollout.sampler import rollout
+from fastgrpo.shapes import world
+from fastgrpo_kernels import noise
+from support.tiny import tiny_config
+
+# sd_epsilon's own scheduler is that of Stable Diffusion 1.5; flux_plain is FLUX without embedded guidance (schnell).
+MODELS: dict[str, dict[str, Any]] = {
+    "flux": {"family": "flux", "guidance": 3.5, "max_sequence_length": 10},
+    "flux_plain": {"family": "flux", "guidance": 3.5, "max_sequence_length": 10},
+    "sd_epsilon": {"family": "stable_diffusion", "guidance": 3.0},
+    "sd_v": {"family": "stable_diffusion", "guidance": 3.0},
+    "sdxl": {"family": "stable_diffusion", "guidance": 3.0},
+    "sd3": {"family": "sd3", "guidance": 3.0, "max_sequence_length": 10},
+    "sd3_without_t5": {"family": "sd3", "guidance": 3.0, "max_sequence_length": 10},
+    "qwen_image": {"family": "qwen_image", "guidance": 3.0, "max_sequence_length": 14},
+}
+CLASSES = {
+    "flux": "FluxPipeline", "flux_plain": "FluxPipeline", "sd_epsilon": "StableDiffusionPipeline",
+    "sd_v": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline",
+    "sd3_without_t5": "StableDiffusion3Pipeline", "qwen_image": "QwenImagePipeline",
+}  # fmt: skip
+# Texts of several lengths, the last longer than any pipeline here takes; two with negative prompts of their own.
+PROMPTS = [
+    Prompt("circle"),
+    Prompt("a red circle", negative="a blue square"),
+    Prompt("a red circle left of a green square"),
+    Prompt("a red circle left of a green square left of a blue triangle", negative="a red circle left of a square"),
+]
+
+
+def build(kind: str, seed: int = 0) -> Any:
+    """A random pipeline that knows the words of the shapes world."""
+    words = world.vocabulary()
+    if kind in ("flux", "flux_plain"):
+        from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
+
+        pipeline = build_pipeline(words, TinyFluxSizes(single_layers=1), seed)
+        if kind == "flux_plain":
+            settings = {**pipeline.transformer.config, "guidance_embeds": False}
+            pipeline.transformer = type(pipeline.transformer).from_config(settings).eval()
+        return pipeline
+    if kind in ("sd_epsilon", "sd_v"):
+        from fastgrpo.shapes.tiny_stable_diffusion import TinyStableDiffusionSizes, build_pipeline
+
+        sizes = TinyStableDiffusionSizes(prediction="epsilon" if kind == "sd_epsilon" else "v_prediction")
+        pipeline = build_pipeline(words, sizes, seed)
+        if kind == "sd_epsilon":
+            pipeline.scheduler = scheduler_of_15()
+        return pipeline
+    if kind == "sdxl":
+        return build_sdxl(words, seed)
+    if kind == "qwen_image":
+        from fastgrpo.shapes.tiny_qwen_image import TinyQwenImageSizes, build_pipeline
+
+        return build_pipeline(words, TinyQwenImageSizes(layers=2), seed)
+    from fastgrpo.shapes.tiny_sd3 import TinySD3Sizes, build_pipeline
+
+    return build_pipeline(words, TinySD3Sizes(layers=2, t5=kind == "sd3"), seed)
+
+
+def scheduler_of_15() -> Any:
+    """Stable Diffusion 1.5's own: not DDIM, and silent about clipping."""
+    from diffusers import PNDMScheduler
+
+    return PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
+        set_alpha_to_one=False,
+    )  # fmt: skip
+
+
+def build_sdxl(words: tuple[str, ...], seed: int) -> Any:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    from fastgrpo.shapes import tiny_parts
+
+    torch.manual_seed(seed)
+    vocabulary = len(tiny_parts.SPECIAL_TOKENS) + len(words)
+    vae = tiny_parts.build_autoencoder(32, 3, [16, 32, 48])
+    vae.register_to_config(shift_factor=None)
+    blocks: Any = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                   "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (1, 2)}  # fmt: skip
+    unet = UNet2DConditionModel(
+        **blocks, sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1,
+        norm_num_groups=8, cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32, use_linear_projection=True,
+    )  # fmt: skip
+    parts: Any = {
+        "text_encoder": tiny_parts.build_clip(32, 2, 10, vocabulary),
+        "text_encoder_2": tiny_parts.build_projected_clip(32, 2, 10, vocabulary),
+        "tokenizer": tiny_parts.build_tokenizer(words, 10, start=True),
+        "tokenizer_2": tiny_parts.build_tokenizer(words, 10, start=True),
+        "scheduler": EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        "vae": vae, "unet": unet,
+    }  # fmt: skip
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def image_config(path: Path | str, kind: str, run_dir: Path | str = "runs/none", **sections: Any) -> Config:
+    """A valid config over a pipeline directory; keyword arguments update whole sections."""
+    model = {"height": 32, "width": 32, **MODELS[kind], **sections.pop("model", {})}
+    rollout_section = {"shift": "pipeline", **sections.pop("rollout", {})}
+    if family_class(model["family"]).paradigm == "diffusion":
+        rollout_section["sampler"] = "ddim"
+    return tiny_config(Path(path), run_dir, model=model, rollout=rollout_section, **sections)
+
+
+def initial(family: ModelFamily, seeds: Sequence[int]) -> torch.Tensor:
+    """The initial noise of samples of groups of one."""
+    key = noise.noise_key(7, torch.tensor(list(seeds)), 0, 0, noise.STREAM_INITIAL, torch.device("cpu"))
+    return noise.normal(key, family.latent_shape)
+
+
+def drawn(family: ModelFamily, config: Config, prompts: list[Prompt], steps: int = 3) -> torch.Tensor:
+    """What deterministic rollout makes of `prompts`."""
+    single = config.rollout.model_copy(update={"group_size": 1, "shared_noise": False, "steps": steps})
+    plan = plan_rollout(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
+    layout = lay_out(plan, single, np.arange(len(prompts)))
+    final = rollout(family, plan, layout, family.encode(prompts), single, 7, 0).latents
+    return decode(family, final, config.rollout.decode_batch)
+
+
+def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps: int = 3) -> torch.Tensor:
+    """The same images by the diffusers pipeline, one prompt at a time."""
+    images, name = [], type(pipeline).__name__
+    for i, prompt in enumerate(prompts):
+        settings: dict[str, Any] = {
+            "prompt": prompt.text, "height": 32, "width": 32, "num_inference_steps": steps, "output_type": "pt",
+            "latents": initial(family, [i]),
+        }  # fmt: skip
+        settings["true_cfg_scale" if "Qwen" in name else "guidance_scale"] = family.config.guidance
+        if "Flux" not in name:
+            settings["negative_prompt"] = (prompt.negative or "") if "Qwen" in name else prompt.negative
+        if not name.startswith(("StableDiffusionP", "StableDiffusionX")):
+            settings["max_sequence_length"] = family.config.max_sequence_length
+        images.append(pipeline(**settings).images)
+    return torch.cat(images)
+
+
+def use_ddim(pipeline: Any) -> Any:
+    """The pipeline, with DDIM in place of another diffusion scheduler: equality is measured against its step."""
+    from diffusers import DDIMScheduler
+
+    if not type(pipeline.scheduler).__name__.startswith("FlowMatch"):
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

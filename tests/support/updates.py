@@ -1,0 +1,71 @@
+"""An update of a tiny rollout, and the loss as a textbook writes it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastgrpo.distributed.world import World
+from fastgrpo.models import Conditioning
+from fastgrpo.rollout.sampler import rollout
+from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.update import Updater
+from fastgrpo_kernels import noise
+from support.tiny import tiny_rollout_inputs
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Recorder(OptimizerState):
+    """Keeps the accumulated gradients of every optimizer step and changes no weight."""
+
+    def __init__(self, policy, config):
+        super().__init__(policy, config, 1)
+        self.seen = []
+
+    def step(self):
+        self.seen.append([None if p.grad is None else p.grad.clone() for p in self.parameters])
+        for p in self.parameters:
+            p.grad = None
+        return torch.zeros(()), torch.zeros(())
+
+
+def prepare(config, move=0.0, optimizer=Recorder):
+    """A rollout, then weights moved by `move` standard deviations, and an updater."""
+    family, plan, layout, conditioning, _ = tiny_rollout_inputs(config)
+    trajectory = rollout(family, plan, layout, conditioning, config.rollout, config.run.seed, 0)
+    family.transformer.requires_grad_(True)
+    if move:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in family.transformer.parameters():
+                p.add_(torch.randn(p.shape, generator=generator) * p.std(correction=0), alpha=move)
+    updater = Updater(family, config, ALONE, optimizer(family.transformer, config.update))
+    return family, plan, trajectory, conditioning, updater
+
+
+def advantages(config, zeros=0):
+    count = config.rollout.prompts_per_iteration * config.rollout.group_size
+    values = np.random.default_rng(5).normal(size=count)
+    values[:zeros] = 0
+    return values
+
+
+def textbook_loss(transformer, family, plan, trajectory, conditioning, A, config):
+    """DanceGRPO's loss in float64, by subtracting two log densities pair by pair."""
+    layout, total = trajectory.layout, 0.0
+    rows = {name: tensor.double() for name, tensor in conditioning.items()}
+    for pair, row in enumerate(layout.pair_row):
+        step, sample = int(layout.row_step[row]), int(layout.pair_sample[pair])
+        x, v_old = trajectory.x[row][None].double(), trajectory.v_old[row][None].double()
+        sigma = torch.tensor([plan.times[step]], dtype=torch.float64)
+        condition = Conditioning(rows).rows(np.array([layout.row_prompt[row]]))
+        v = family.predict(x, sigma, condition, transformer)
+        key = noise.noise_key(7, [int(layout.samples[sample])], step, 0, noise.STREAM_SDE, "cpu")
+        a, b, s = plan.transitions[step]
+        y = a * x + b * v_old + s * noise.normal(key, family.latent_shape).double()
+        new, old = (torch.distributions.Normal(a * x + b * w, s).log_prob(y).mean() for w in (v, v_old))
+        ratio, advantage = torch.exp(new - old), A[layout.samples[sample]]
+        clipped = ratio.clamp(1 - config.objective.clip_low, 1 + config.objective.clip_high)
+        total = total + torch.maximum(-advantage * ratio, -advantage * clipped)
+    return total / len(layout.pair_row)

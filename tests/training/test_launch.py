@@ -1,0 +1,85 @@
+"""The launch scripts, with a scheduler of two small scripts in place of Slurm's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.tiny import tiny_config
+
+from fastgrpo.config.sections import dump_settings
+from fastgrpo.training.checkpoint import CheckpointStore
+
+ROOT = Path(__file__).parents[2]
+SRUN = """#!/bin/bash
+shift  # --kill-on-bad-exit
+for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
+  echo $! >> "$FAKE/pids"
+done
+worst=0
+for job in $(jobs -p); do wait "$job"; code=$?; ((code > worst)) && worst=$code; done
+exit $worst
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" = show ] && echo 127.0.0.1
+[ "$1" = requeue ] && echo "$2" > "$FAKE/requeued"
+exit 0
+"""
+
+
+@pytest.fixture
+def submit(tiny_flux, tmp_path):
+    """Starts configs/launch/slurm.sh on the tiny FLUX, for so many ranks and iterations."""
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    config = tmp_path / "config.yaml"
+
+    def start(ranks: int, iterations: int) -> subprocess.Popen:
+        settings = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": iterations})
+        config.write_text(dump_settings(settings), encoding="utf-8")
+        slurm = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "4242", "SLURM_NTASKS": str(ranks)}
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | slurm | {"FAKE": str(tmp_path), "PYTHON": sys.executable, "PYTHONPATH": paths}
+        environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+        command = ["bash", str(ROOT / "configs/launch/slurm.sh"), str(config)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def interrupt(folder: Path) -> None:
+    """SIGUSR1 to every task, as Slurm sends it, once an iteration is logged."""
+    limit = time.monotonic() + 300
+    while not (folder / "run" / "metrics.jsonl").exists() or not (folder / "run" / "metrics.jsonl").read_text():
+        assert time.monotonic() < limit, "no iteration was logged"
+        time.sleep(0.1)
+    for pid in (folder / "pids").read_text().split():
+        os.kill(int(pid), signal.SIGUSR1)
+
+
+def test_the_script_is_a_script():
+    subprocess.run(["bash", "-n", str(ROOT / "configs/launch/slurm.sh")], check=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_slurm_requeues_a_preempted_run_which_then_goes_on(submit, tmp_path, ranks):
+    job = submit(ranks, 400)
+    interrupt(tmp_path)
+    _, errors = job.communicate(timeout=300)
+    assert job.returncode == 75, errors
+    assert (tmp_path / "requeued").read_text().strip() == "4242"
+    (stopped,) = CheckpointStore.of_run(tmp_path / "run").iterations()
+    assert 0 < stopped < 400
+
+    (tmp_path / "requeued").unlink()
+    again = submit(ranks, stopped + 1)
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert not (tmp_path / "requeued").exists()
+    assert stopped + 1 in CheckpointStore.of_run(tmp_path / "run").iterations()

@@ -1,0 +1,235 @@
+"""The loop: resume is bit-identical, failures are named, nothing written is lost."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from support.runs import finished, metrics, weights
+from support.tiny import tiny_config
+
+from fastgrpo.errors import PreemptedError, UserError
+from fastgrpo.rewards import Scores
+from fastgrpo.training.checkpoint import CheckpointStore
+from fastgrpo.training.trainer import Trainer, train
+
+
+class HalfFails:
+    """Scores half of the samples, by their mean."""
+
+    def score(self, samples, prompts, fps):
+        values = samples.mean(dim=(1, 2, 3)).double().numpy()
+        return Scores(values, np.arange(len(values)) % 2 == 0)
+
+
+class Raises:
+    def score(self, samples, prompts, fps):
+        raise RuntimeError("the reward server is on fire")
+
+
+@pytest.mark.parametrize("variant", ["full", "lora_kl", "subset_two_steps", "spread", "adamw_8bit"])
+def test_resumed_is_bit_identical_to_uninterrupted(tiny_flux, tmp_path, variant):
+    sections = {
+        "full": {"update": {"ema_decay": 0.9}, "eval": {"every": 2, "images": 6}},
+        "lora_kl": {"model": {"lora": {"rank": 4}}, "objective": {"kl_weight": 0.1}},
+        "spread": {"prompts": {"select": "spread"}, "rollout": {"suffix_steps": 1}, "model": {"trainable": ["to_v"]}},
+        "adamw_8bit": {"update": {"optimizer": {"lr": 1e-4, "kind": "adamw_8bit"}, "optimizer_steps": 2}},
+        "subset_two_steps": {"rollout": {"trained": {"kind": "subset"}}, "update": {"optimizer_steps": 2}},
+    }[variant]
+    straight = finished(tiny_config(tiny_flux, tmp_path / "a", train={"iterations": 4}, **sections))
+    for stop in (1, 3):
+        part = tmp_path / f"b{stop}"
+        finished(tiny_config(tiny_flux, part, train={"iterations": stop}, **sections))
+        again = finished(
+            tiny_config(
+                tiny_flux, part, train={"iterations": 4}, run={"dir": str(part), "seed": 7, "resume": True}, **sections
+            )
+        )
+        for (name, ours), theirs in zip(weights(again).items(), weights(straight).values(), strict=True):
+            assert torch.equal(ours, theirs), name
+        assert metrics(part) == metrics(tmp_path / "a")
+
+
+def test_training_changes_the_weights_and_the_ratio_starts_at_one(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, update={"optimizer_steps": 2})
+    trainer = Trainer(config)
+    before = weights(trainer)
+    trainer.run()
+    assert any(not torch.equal(before[k], v) for k, v in weights(trainer).items() if k.startswith("model."))
+    lines = metrics(tmp_path / "run")
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert all(line["ratio/first_max_deviation"] == 0 for line in lines)
+    assert any(line["ratio/max_deviation"] > 0 for line in lines)
+
+
+def test_float32_statistics_in_bfloat16(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", model={"dtype": "bfloat16"})
+    trainer = finished(config)
+    assert all(line["ratio/first_max_deviation"] == 0 for line in metrics(tmp_path / "run"))
+    assert all(p.dtype == torch.float32 for p in trainer.optimizer.parameters)
+
+
+def test_activation_checkpointing_changes_no_bit(tiny_flux, tmp_path):
+    runs = [
+        finished(tiny_config(tiny_flux, tmp_path / str(k), model={"activation_checkpointing": k}))
+        for k in ("none", "all", 2)
+    ]
+    for other in runs[1:]:
+        for a, b in zip(weights(runs[0]).values(), weights(other).values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_failed_samples_are_masked_and_counted(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", rewards=[{"name": "test_trainer:HalfFails"}])
+    finished(config)
+    assert [line["samples/failed"] for line in metrics(tmp_path / "run")] == [3, 3]
+
+
+def test_a_reward_that_always_fails_ends_the_run_in_one_line(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", rewards=[{"name": "test_trainer:Raises"}])
+    with pytest.raises(UserError, match="no sample of iteration 0 could be scored"):
+        train(config)
+
+
+@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGUSR1, PreemptedError)])
+def test_a_signal_leaves_a_checkpoint_that_continues(tiny_flux, tmp_path, number, raised):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3})
+    handler = signal.getsignal(number)
+    trainer = Trainer(config)
+    original = trainer.iterate
+
+    def iterate():
+        original()
+        if trainer.iteration == 2:
+            os.kill(os.getpid(), number)
+
+    trainer.iterate = iterate
+    with pytest.raises(raised):
+        trainer.run()
+    assert CheckpointStore.of_run(tmp_path / "run").iterations() == [2]
+    assert signal.getsignal(number) is handler
+    finished(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
+    straight = finished(tiny_config(tiny_flux, tmp_path / "straight", train={"iterations": 3}))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    assert straight.iteration == 3
+
+
+def test_a_used_directory_is_not_overwritten(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1})
+    finished(config)
+    with pytest.raises(UserError, match=r"already holds a run; continue it with run\.resume=true"):
+        Trainer(config)
+
+
+def test_resume_without_a_checkpoint(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", run={"dir": str(tmp_path / "none"), "resume": True})
+    with pytest.raises(UserError, match="holds no checkpoint to continue"):
+        Trainer(config)
+
+
+def test_resume_with_another_config_names_the_setting(tiny_flux, tmp_path):
+    finished(tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1}))
+    other = tiny_config(
+        tiny_flux, tmp_path / "run", run={"dir": str(tmp_path / "run"), "seed": 7, "resume": True}, rollout={"eta": 0.4}
+    )
+    with pytest.raises(UserError, match=r"rollout differs .*eta: 0\.3 then, 0\.4 now"):
+        Trainer(other)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("suffix", [".distcp", ".metadata", "state.json"])
+def test_a_damaged_checkpoint_is_never_loaded(tiny_flux, tmp_path, damage, suffix):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1})
+    finished(config)
+    store = CheckpointStore.of_run(tmp_path / "run")
+    [file] = [p for p in store.path(1).iterdir() if p.name.endswith(suffix)]
+    data = file.read_bytes()
+    if damage == "remove":
+        file.unlink()
+    else:
+        middle = len(data) // 2
+        file.write_bytes(
+            data[:middle] if damage == "truncate" else data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        )
+    with pytest.raises(UserError, match=r"damaged|not a readable checkpoint"):
+        Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": True})}))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_flux, tmp_path, capsys):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 2}, checkpoint={"every": 1})
+    done = weights(finished(config))
+    store = CheckpointStore.of_run(tmp_path / "run")
+    [file] = store.path(2).glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-1])
+    again = Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
+    assert again.iteration == 1
+    assert "damaged (its checksum differs)" in capsys.readouterr().err
+    again.run()
+    assert store.iterations() == [1, 2]
+    assert all(torch.equal(tensor, done[name]) for name, tensor in weights(again).items())
+
+
+@pytest.mark.parametrize("where", ["gradient", "activation"])
+def test_a_nan_skips_the_step_or_the_samples_and_is_counted(tiny_flux, tmp_path, where):
+    trainer = Trainer(tiny_config(tiny_flux, tmp_path / "run"))
+    original = trainer.iterate
+
+    def poison(*_):
+        return torch.full_like(_[-1], torch.nan) if trainer.iteration == 0 else None
+
+    if where == "gradient":
+        trainer.optimizer.parameters[3].register_hook(poison)
+    else:
+        trainer.family.transformer.register_forward_hook(
+            lambda module, _, out: (out[0] * torch.nan,) if torch.is_grad_enabled() and trainer.iteration == 0 else None
+        )
+    before = weights(trainer)
+    skipped = []
+    trainer.iterate = lambda: (
+        original(),
+        skipped.append(all(torch.equal(before[k], v) for k, v in weights(trainer).items())),
+    )
+    trainer.run()
+    assert skipped == [True, False]
+    assert [line["optimizer_steps/skipped"] for line in metrics(tmp_path / "run")] == [1, 0]
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
+
+
+def test_a_first_iteration_in_which_nothing_is_learned_goes_on(tiny_flux, tmp_path, monkeypatch):
+    """All rewards alike: no optimizer step, and no learning rate of one yet."""
+    alike = Scores(np.full(6, 0.5), np.ones(6, dtype=bool))
+    monkeypatch.setattr("fastgrpo.rewards.shapes.ShapesReward.score", lambda *_: alike)
+    trainer = Trainer(tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1}))
+    before = weights(trainer)
+    trainer.run()
+    (line,) = metrics(tmp_path / "run")
+    assert (line["groups/zero_spread"], line["lr"]) == (1.0, 1e-4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, tmp_path, monkeypatch):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, checkpoint={"every": 1})
+    trainer = Trainer(config)
+    import fastgrpo.training.checkpoint as module
+
+    save, count = module.dcp.save, []
+
+    def full(*args, **kwargs):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(module.dcp, "save", full)
+    with pytest.raises(UserError, match="No space left on device; the checkpoint of iteration 1 is intact"):
+        trainer.run()
+    assert [p.name for p in trainer.store.directory.iterdir()] == ["000001"]
+
+
+def test_the_latest_and_the_best_checkpoints_stay(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 5}, checkpoint={"every": 1, "keep": 2})
+    trainer = Trainer(config)
+    trainer.best = (2, 1e9)
+    trainer.run()
+    assert trainer.store.iterations() == [2, 4, 5]
