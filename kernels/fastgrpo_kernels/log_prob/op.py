@@ -33,11 +33,18 @@ def log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s:
     less_one = per_sample("a", a, x, less_one=True)
     b, s = per_sample("b", b, x), per_sample("s", s, x, positive=True)
     check_no_grad(x=x, y=y, a=less_one, b=b, s=s)
+    return checked_log_prob(x, v, y, less_one, b, s)
+
+
+def checked_log_prob(
+    x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient
+) -> Tensor:
+    """`log_prob` of checked arguments, with a - 1 for a."""
     if not is_eager(x, v, y):
-        return _log_prob_op(x, v, y, *as_rows((less_one, b, s), x))
+        return _log_prob_op(x, v, y, *as_rows((a_less_one, b, s), x))
     if torch.is_grad_enabled() and v.requires_grad:
-        return _LogProb.apply(x, v, y, less_one, b, s)  # pyright: ignore[reportReturnType]
-    return _forward(x, v, y, less_one, b, s)
+        return _LogProb.apply(x, v, y, a_less_one, b, s)  # pyright: ignore[reportReturnType]
+    return _forward(x, v, y, a_less_one, b, s)
 
 
 def _forward(x, v, y, a_less_one, b, s) -> Tensor:
