@@ -9,9 +9,10 @@ import torch
 
 from fastgrpo_kernels import transitions
 from fastgrpo_kernels.compat import GRPOLoss, _tables
+from fastgrpo_kernels.compat._flow_schedule import _by_value
 from fastgrpo_kernels.compat.dance_grpo import flux_step
 from fastgrpo_kernels.compat.ddpo import ddim_step_with_logprob
-from fastgrpo_kernels.compat.flow_grpo import _by_value, sde_step_with_logprob
+from fastgrpo_kernels.compat.flow_grpo import sde_step_with_logprob
 from tests.support.launches import aten, counting, triton
 
 SIGMAS = torch.linspace(1, 0, 17)

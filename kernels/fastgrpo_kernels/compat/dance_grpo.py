@@ -35,7 +35,7 @@ def flux_step(
     Raises ValueError or TypeError for tensors that do not fit, for latents that require a gradient where there is a
     log-probability, with `grpo` for eta <= 0, where there is no density, and for levels that do not fall.
     """
-    gaussian.check(model_output, prev_sample, density=grpo, latents=latents)
+    gaussian.check(density=grpo, latents=latents, model_output=model_output, prev_sample=prev_sample)
     eta = gaussian.number("eta", eta)
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or not sigmas.dtype.is_floating_point:
         raise TypeError("sigmas: expected a tensor [T + 1] of noise levels")

@@ -41,7 +41,7 @@ def ddim_step_with_logprob(
     gradient, both a generator and a prev_sample, before set_timesteps, for clip_sample or thresholding, which are not
     affine in the model output, and for an unknown prediction_type.
     """
-    gaussian.check(model_output, prev_sample, sample=sample)
+    gaussian.check(sample=sample, model_output=model_output, prev_sample=prev_sample)
     eta = gaussian.number("eta", eta)
     if isinstance(timestep, float):
         if not timestep.is_integer():

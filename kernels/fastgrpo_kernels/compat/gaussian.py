@@ -38,19 +38,20 @@ def integers(name: str, value: object, steps: int) -> None:
         raise ValueError(f"{name}: must be in [0, {steps}), got {value}")
 
 
-def check(model_output: object, prev_sample: object, *, density: bool = True, **latents: object) -> None:
-    """Refuse tensors that do not fit, under the names they have in the step function; `latents` is the one before it.
+def check(*, density: bool = True, **latents: object) -> None:
+    """Refuse tensors that do not fit, under the names they have in the step function.
 
-    A log-density has a gradient in the model output alone.
+    `latents` are, in this order, those before the step, the model output, and those after it or None. A log-density has
+    a gradient in the model output alone.
     """
-    ((name, sample),) = latents.items()
-    check_latents(name, sample)
-    assert isinstance(sample, Tensor)
-    check_latents("model_output", model_output, like=sample)
-    if prev_sample is not None:
-        check_latents("prev_sample", prev_sample, like=sample)
+    (name, before), (output, v), (after, y) = latents.items()
+    check_latents(name, before)
+    assert isinstance(before, Tensor)
+    check_latents(output, v, like=before)
+    if y is not None:
+        check_latents(after, y, like=before)
     if density:
-        check_no_grad(**{name: sample})
+        check_no_grad(**{name: before})
 
 
 def mean(x: Tensor, v: Tensor, a: float | Tensor, b: float | Tensor, dtype: torch.dtype) -> Tensor:
