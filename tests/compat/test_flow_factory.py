@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import oracles
+from support.launches import aten, counting, triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels.compat.flow_factory import StepOutput, step
-from tests.support.launches import aten, counting, triton
 
 MEAN, LOG_PROB, GRADIENT = 1e-6, 2e-6, 1e-5
 NAMES = ("next_latents", "next_latents_mean", "noise_pred", "log_prob", "std_dev_t", "dt")

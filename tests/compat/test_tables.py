@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.launches import aten, counting, triton
 
 from fastgrpo_kernels import transitions
 from fastgrpo_kernels.compat import GRPOLoss, _tables
@@ -13,7 +14,6 @@ from fastgrpo_kernels.compat._flow_schedule import _by_value
 from fastgrpo_kernels.compat.dance_grpo import flux_step
 from fastgrpo_kernels.compat.ddpo import ddim_step_with_logprob
 from fastgrpo_kernels.compat.flow_grpo import sde_step_with_logprob
-from tests.support.launches import aten, counting, triton
 
 SIGMAS = torch.linspace(1, 0, 17)
 SHAPE = (3, 4, 6, 6)
@@ -65,6 +65,22 @@ def test_a_training_step_gathers_its_coefficients(function, most, schedule, step
     assert aten(counted) <= most, counted
     # The log-probability, its gradient, and the mean or the clean latents that the signature returns.
     assert triton(counted) == (2 if function is ddim else 3)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("function, most", [(flow, 3), (ddim, 1)])
+def test_a_column_of_a_batchs_timesteps_costs_a_copy_at_most(function, most):
+    scheduler, v = scheduler_on(), meta(*SHAPE, requires_grad=True)
+    column = meta(3, 10, dtype=torch.int64 if function is ddim else torch.float32)[:, 4]
+    with counting():
+        function(v, meta(*SHAPE), meta(*SHAPE), scheduler, column)
+    with counting() as counted:
+        function(v, meta(*SHAPE), meta(*SHAPE), scheduler, column)
+    assert aten(counted) <= most, counted
+    x, v, y = latents()
+    steps = torch.tensor([401, 301, 201]) if function is ddim else scheduler.timesteps[[2, 5, 7]]
+    strided = torch.stack([steps, steps + 1], 1)[:, 0]
+    assert torch.equal(function(v, x, y, scheduler, strided), function(v, x, y, scheduler, steps))
 
 
 def test_the_whole_loss_from_a_device_index_takes_three_launches_besides_the_kernels():

@@ -61,7 +61,9 @@ def coefficients(
         # What is asked of a schedule of floats came from it; of integers a half may be asked, and is refused.
         dtype = timesteps.dtype if timesteps.is_floating_point() else torch.promote_types(timesteps.dtype, asked.dtype)
         bounds, table = cached((timesteps, sigmas), (*settings, dtype), build_sorted)
-        index = torch.searchsorted(bounds, asked.to(device=device, dtype=dtype, non_blocking=True), right=True)
+        # A column of a batch's timesteps is copied here, which searchsorted would do with a warning.
+        asked = asked.to(device=device, dtype=dtype, non_blocking=True).contiguous()
+        index = torch.searchsorted(bounds, asked, right=True)
     else:
         (table,) = cached((sigmas,), settings, build)
         index = torch.tensor([int(scheduler.index_for_timestep(t)) for t in asked]).to(device, non_blocking=True)
