@@ -37,12 +37,10 @@ LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
 def functions_of(file: Path, *names: str, **known: Any) -> dict[str, Any]:
     """Functions and classes of a source file, methods too, without importing what else is in it."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    found = [node for node in ast.walk(tree) if getattr(node, "name", None) in names]
+    definitions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    found: list[ast.stmt] = [node for node in definitions if node.name in names]
     module = ast.Module([ast.ImportFrom("__future__", [ast.alias("annotations")], 0), *found], [])
     space = {"torch": torch, "math": math, "logger": logging.getLogger("drop-in"), **known}
-    for node in found:
-        # Defaults and decorators are evaluated, annotations are not.
-        assert isinstance(node, (ast.FunctionDef, ast.ClassDef))
     exec(compile(ast.fix_missing_locations(module), str(file), "exec"), space)
     return space
 
@@ -86,7 +84,11 @@ def cases(folder: Path) -> dict[str, tuple[tuple[int, ...], LogProb, LogProb, Lo
 
     sde = float64(transitions.flow_sde(level, level_next, 0.7, float(sigmas[1])))
     after_ddim = transitions.ddim(float(alphas[501]), float(alphas[481]), 1.0)
-    wanted = {"timestep_next": timesteps[7:8], "noise_level": 0.7, "return_kwargs": ["log_prob", "dt"]}
+    wanted: dict[str, Any] = {"timestep_next": timesteps[7:8], "noise_level": 0.7, "return_kwargs": ["log_prob", "dt"]}
+
+    def factory_here(v: Tensor, x: Tensor, y: Tensor) -> Any:
+        return flow_factory.step(flow, v, timesteps[6:7], x, y, **wanted)
+
     return {
         "DanceGRPO, FLUX at 720²": (
             (1, 2025, 64),
@@ -109,7 +111,7 @@ def cases(folder: Path) -> dict[str, tuple[tuple[int, ...], LogProb, LogProb, Lo
         "Flow-Factory, FLUX at 512²": (
             (4, 1024, 64),
             lambda v, x, y: factory(flow, v, timesteps[6:7], x, y, **wanted).log_prob,
-            lambda v, x, y: flow_factory.step(flow, v, timesteps[6:7], x, y, **wanted).log_prob,
+            lambda v, x, y: factory_here(v, x, y).log_prob,
             sde,
         ),
     }
