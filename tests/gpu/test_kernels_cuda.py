@@ -1,6 +1,6 @@
 """What only a GPU can show: launches by the profiler, no synchronisation, bits, graphs, streams, boundaries.
 
-`pytest tests/kernels` on a GPU runs the kernels themselves against their oracles; `make bench-gpu` runs both.
+`pytest tests/kernels` on a GPU runs the kernels themselves against their oracles; `make gpu-check` runs both.
 """
 
 import pytest
