@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgrpo import __version__
 from fastgrpo.algorithms.layout import lay_out
-from fastgrpo.algorithms.schedule import RolloutPlan, plan_rollout
+from fastgrpo.algorithms.schedule import StepSchedule, schedule_steps
 from fastgrpo.config import Config, load_config
 from fastgrpo.errors import EXTRAS
 from fastgrpo.observe.timers import peak_memory_bytes
@@ -89,7 +89,7 @@ def self_test(config: Config) -> SelfTest:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(_shortened(config, scratch))
     config, seed = trainer.config, trainer.config.run.seed
-    plan = plan_rollout(config.rollout, trainer.levels, trainer.samples, 0, seed)
+    plan = schedule_steps(config.rollout, trainer.levels, trainer.samples, 0, seed)
     layout = lay_out(plan, config.rollout, trainer.mine)
     conditioning = trainer.family.encode([trainer.prompts[i] for i in trainer.sampler.at(0)])
     _wait()
@@ -113,7 +113,7 @@ def self_test(config: Config) -> SelfTest:
     )
 
 
-def q_floor(v: Tensor, steps: np.ndarray, plan: RolloutPlan, dtype: torch.dtype) -> float:
+def q_floor(v: Tensor, steps: np.ndarray, plan: StepSchedule, dtype: torch.dtype) -> float:
     """The largest, over trained steps, of (b/s)²·M[ulp(v)²]/6: what two independent roundings of v to `dtype` add to Q.
 
     v: model outputs [R, …] of `steps` [R]. A rounding error is uniform within ulp/2, its variance ulp²/12.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithms.layout import lay_out
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.data.samplers import PromptSampler
@@ -90,7 +90,7 @@ def draw(family: ModelFamily, prompts: Sequence[Prompt], config: Config, world: 
     mine = np.minimum(np.arange(world.rank * share, (world.rank + 1) * share), len(prompts) - 1)
     single = config.rollout.model_copy(update={"group_size": 1, "best_of": None, "shared_noise": False})
     levels = family.noise_levels(config.eval.steps or config.rollout.steps, config.rollout.shift)
-    plan = plan_rollout(single, levels, first + len(prompts), EVAL_ITERATION, config.run.seed, deterministic=True)
+    plan = schedule_steps(single, levels, first + len(prompts), EVAL_ITERATION, config.run.seed, deterministic=True)
     unique, back = np.unique(mine, return_inverse=True)
     layout = lay_out(plan, single, first + unique)
     conditioning = family.encode([prompts[i] for i in unique])

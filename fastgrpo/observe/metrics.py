@@ -24,7 +24,7 @@ _DEVICE = ("joules", "clock_mhz", "limited", "peak")
 
 
 @dataclass(frozen=True)
-class Told:
+class RankReport:
     """A rank's iteration. seconds, memory: by phase; peak: bytes, the most so far; joules: of this iteration, NaN
     where nothing counts them; reading: at its end."""
 
@@ -43,19 +43,19 @@ class Told:
         return np.array([*by_phase[0], *by_phase[1], self.joules, clock, limited, self.peak])
 
 
-class Teller:
-    """What this rank tells of its iterations. Energy is what passed since the last `told` or `pass_over`."""
+class RankMonitor:
+    """What this rank tells of its iterations. Energy is what passed since the last `report` or `skip`."""
 
     def __init__(self, device: torch.device) -> None:
         self._board = board_of(device)
         self._before: Reading | None = None
 
-    def told(self, seconds: Mapping[str, float], memory: Mapping[str, int], peak: int) -> Told:
+    def report(self, seconds: Mapping[str, float], memory: Mapping[str, int], peak: int) -> RankReport:
         before, now = self._before, self._read()
         joules = now.joules - before.joules if now and before else math.nan
-        return Told(seconds, memory, peak, joules, now)
+        return RankReport(seconds, memory, peak, joules, now)
 
-    def pass_over(self) -> None:
+    def skip(self) -> None:
         """What passed since is not the next iteration's."""
         self._read()
 
@@ -64,7 +64,7 @@ class Teller:
         return self._before
 
 
-def told_metrics(rows: np.ndarray, samples: int) -> dict[str, float]:
+def rank_metrics(rows: np.ndarray, samples: int) -> dict[str, float]:
     """Metrics of every rank's vector [ranks, …], for an iteration of so many samples.
 
     time/…: of rank 0. memory/…: the most of any rank. gpu/power_w: of all together; gpu/clock_mhz: of the slowest;

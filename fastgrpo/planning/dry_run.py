@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
 from fastgrpo.algorithms.layout import Layout, lay_out, rank_samples, share_out, sharers
-from fastgrpo.algorithms.schedule import RolloutPlan, plan_rollout
+from fastgrpo.algorithms.schedule import StepSchedule, schedule_steps
 from fastgrpo.config import Config
-from fastgrpo.distributed.fsdp import gathered
+from fastgrpo.distributed.fsdp import unsharded
 from fastgrpo.distributed.world import World, check_world, make_world, sharded
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import Conditioning, ModelFamily
@@ -180,7 +180,7 @@ class _Iteration:
         meter.claim(optimizer.ema or (), "ema")
         roll = config.rollout
         samples = roll.prompts_per_iteration * roll.candidates
-        plan = plan_rollout(roll, self.levels, samples, 0, config.run.seed)
+        plan = schedule_steps(roll, self.levels, samples, 0, config.run.seed)
         mine = np.sort(rank_samples(samples, config.update.optimizer_steps, world.size, world.rank).reshape(-1))
         layout = lay_out(plan, roll, mine)
         with meter.counting("caches"):
@@ -198,7 +198,7 @@ class _Iteration:
         family.host_empty = self._host_empty
         with (
             self.phase("rollout", "trajectories"),
-            gathered(family.modules.values(), kept.rollout_gathered),
+            unsharded(family.modules.values(), kept.rollout_unsharded),
             _replaced(family, "predict", predict),
         ):
             trajectory = rollout(family, plan, layout, conditioning, roll, config.run.seed, 0)
@@ -313,7 +313,7 @@ class _Updater(Updater):
     _begin: Cost
     _cost: Cost | None = None
 
-    def _choose(self, plan: RolloutPlan, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
+    def _choose(self, plan: StepSchedule, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
         chosen = super()._choose(plan, layout, worth, k)
         self.rows += sum(len(micro.rows) for micro in chosen)
         if self.whole:
@@ -330,7 +330,7 @@ class _Updater(Updater):
 
     def kind(self, micro: MicroBatch) -> tuple[str, int, bool]:
         """Micro-batches of one kind cost the same, but for a step's first."""
-        matters = self.residency.sync_once or self.residency.update_gathered
+        matters = self.residency.sync_once or self.residency.update_unsharded
         return micro.module, micro.pairs.shape[1], micro.syncs and matters
 
 

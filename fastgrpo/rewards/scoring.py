@@ -19,7 +19,7 @@ from fastgrpo.rewards import Reward, Scores
 
 
 @dataclass(frozen=True)
-class Gathered:
+class AllScores:
     """Scores of all N global samples, the same on every rank.
 
     values, valid, asked: float64 and bool [R, N], a row a reward; components: float64 [N] by `<reward>.<component>`,
@@ -77,7 +77,7 @@ def joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
     return {name: Scores.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def gather(scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], world: World, flag: int) -> Gathered:
+def gather(scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], world: World, flag: int) -> AllScores:
     """Every process's scores; `owned(process)` gives the global samples that one scored, in its order."""
     mine = sorted((name, component) for name in scores for component in scores[name].components)
     names = _agreed(mine, world)
@@ -93,7 +93,7 @@ def gather(scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], wor
         table[:, places] = vector[:-1].reshape(len(rows), -1)
     R = len(scores)
     components = {f"{name}.{component}": table[3 * R + i] for i, (name, component) in enumerate(names)}
-    return Gathered(table[:R], table[R : 2 * R] > 0, table[2 * R : 3 * R] > 0, components, int(everyone[:, -1].max()))
+    return AllScores(table[:R], table[R : 2 * R] > 0, table[2 * R : 3 * R] > 0, components, int(everyone[:, -1].max()))
 
 
 def _agreed(names: list[tuple[str, str]], world: World) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithms.layout import Layout
-from fastgrpo.algorithms.schedule import RolloutPlan
+from fastgrpo.algorithms.schedule import StepSchedule
 from fastgrpo.config import Rollout
 from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.models.protocol import ModelFamily
@@ -48,7 +48,7 @@ def predict_rows(
 @torch.no_grad()
 def rollout(
     family: ModelFamily,
-    plan: RolloutPlan,
+    plan: StepSchedule,
     layout: Layout,
     conditioning: Conditioning,
     config: Rollout,
@@ -105,7 +105,7 @@ def rollout(
 
 
 def deterministic_step(
-    x: Tensor, v: Tensor, plan: RolloutPlan, step: int, previous: Tensor | None
+    x: Tensor, v: Tensor, plan: StepSchedule, step: int, previous: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Latents after a step without noise, and the clean sample predicted at it, where the next step is of second order.
 

@@ -22,19 +22,19 @@ from fastgrpo.algorithms.layout import rank_samples
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.data.samplers import PromptSampler, SpreadSampler
-from fastgrpo.distributed.fsdp import gathered
+from fastgrpo.distributed.fsdp import unsharded
 from fastgrpo.distributed.world import World, start_world, this_machine
 from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.evaluation.heldout import evaluate, heldout_prompts, record
 from fastgrpo.models import ModelFamily, check_family, load_family
-from fastgrpo.observe.metrics import Teller, told_metrics
+from fastgrpo.observe.metrics import RankMonitor, rank_metrics
 from fastgrpo.observe.profiling import profiled
 from fastgrpo.observe.progress import Progress
 from fastgrpo.observe.run_log import Telemetry
 from fastgrpo.observe.timers import Lap, PhaseTimer
-from fastgrpo.planning.plan import settled
+from fastgrpo.planning.plan import resolved
 from fastgrpo.rewards import Scores, load_reward
-from fastgrpo.rewards.scoring import Gathered, gather
+from fastgrpo.rewards.scoring import AllScores, gather
 from fastgrpo.rollout.generator import Batch, Generator, flight_scores, flight_state, keep_extremes
 from fastgrpo.rollout.trajectory import tensors
 from fastgrpo.training.adamw_8bit import check_optimizer
@@ -60,7 +60,7 @@ class Trainer:
         self.rewards = {spec.key: load_reward(spec) for spec in config.scored}
         check_family(config)
         check_optimizer(config.update.optimizer)
-        config = self.config = settled(config, *this_machine())
+        config = self.config = resolved(config, *this_machine())
         self.world: World = start_world(config)
         self.store = CheckpointStore.of_run(self.dir, self.world.main)
         start = claim_directory(config, self.store, self.world)
@@ -100,7 +100,7 @@ class Trainer:
         self.stopping = GOING_ON
         self._pending: tuple[int, dict[str, float], Tensor, Lap] | None = None
         self._apart: dict[str, float] = {}
-        self.teller = Teller(self.world.device)
+        self.monitor = RankMonitor(self.world.device)
         if start is not None:
             self._restore(start)
 
@@ -190,12 +190,12 @@ class Trainer:
         """Rolls out an iteration's samples; scoring begins."""
         drawn = self.sampler.at(iteration)
         prompts = [self.prompts[i] for i in drawn]
-        return self.generator.start(iteration, drawn, prompts, self.timer, self._weights_gathered)
+        return self.generator.start(iteration, drawn, prompts, self.timer, self._weights_unsharded)
 
-    def _weights_gathered(self) -> AbstractContextManager[object]:
-        return gathered(self.family.modules.values(), self.residency.rollout_gathered)
+    def _weights_unsharded(self) -> AbstractContextManager[object]:
+        return unsharded(self.family.modules.values(), self.residency.rollout_unsharded)
 
-    def _scored(self, batch: Batch) -> Gathered:
+    def _scored(self, batch: Batch) -> AllScores:
         """Every rank's scores of a batch, as soon as they are there."""
         if batch.scored is None:
             self.generator.finish(batch, self.timer)
@@ -203,18 +203,18 @@ class Trainer:
                 batch.scored = self._gather(batch.scores)
         return batch.scored
 
-    def _kept(self, scored: Gathered) -> np.ndarray:
+    def _kept(self, scored: AllScores) -> np.ndarray:
         """bool [N]: the samples that are trained on, all or the best and worst of each prompt."""
         everyone = np.arange(self.samples)
         if self.config.rollout.best_of is None:
             return np.ones(self.samples, dtype=bool)
         return keep_extremes(scored.values, scored.valid, self.weights, everyone, self.config)
 
-    def _too_many_failed(self, scored: Gathered) -> bool:
+    def _too_many_failed(self, scored: AllScores) -> bool:
         rate = scored.failure_rate(self.weights)
         return rate == 1 or rate > self.config.scoring.max_failure_rate
 
-    def _check_failures(self, scored: Gathered) -> None:
+    def _check_failures(self, scored: AllScores) -> None:
         """Pauses the run where too many samples have no score: with a checkpoint, before they are trained on."""
         if not self._too_many_failed(scored):
             return
@@ -233,7 +233,7 @@ class Trainer:
             "run.resume=true"
         )
 
-    def _watch(self, iteration: int, scored: Gathered, trained: float) -> dict[str, float]:
+    def _watch(self, iteration: int, scored: AllScores, trained: float) -> dict[str, float]:
         """Held-out rewards beside the trained one: what the guard says of them, and does."""
         config, held = self.config, {}
         for row, spec in enumerate(config.scored):
@@ -267,7 +267,7 @@ class Trainer:
         flat = advantages.zero_spread.repeat(self.config.rollout.candidates)
         return ~flat if self.config.objective.kl_weight == 0 else np.ones_like(flat)
 
-    def _gather(self, scores: dict[str, Scores]) -> Gathered:
+    def _gather(self, scores: dict[str, Scores]) -> AllScores:
         """Every rank's scores. A signal that reached one rank stops them all, at the same iteration."""
 
         def owned(process: int) -> np.ndarray:
@@ -279,7 +279,7 @@ class Trainer:
         self.stopping = scored.flagged
         return scored
 
-    def _metrics(self, scored: Gathered, advantages: Advantages) -> dict[str, float]:
+    def _metrics(self, scored: AllScores, advantages: Advantages) -> dict[str, float]:
         rewards, valid = scored.values, scored.valid
         ok = valid.all(axis=0)
         total = (self.weights[:, None] * rewards)[:, ok].sum(axis=0)
@@ -307,10 +307,10 @@ class Trainer:
         self._pending = None
         statistics = packed.cpu().numpy()
         seconds = lap.read()
-        told = self.teller.told(seconds, lap.memory, self.timer.peak)
+        told = self.monitor.report(seconds, lap.memory, self.timer.peak)
         vectors = self.world.gather(np.concatenate([statistics, told.vector()]))
         metrics |= unpacked(vectors[:, : len(statistics)])
-        metrics |= told_metrics(vectors[:, len(statistics) :], self.samples)
+        metrics |= rank_metrics(vectors[:, len(statistics) :], self.samples)
         metrics |= {f"time/{name}": value for name, value in self._apart.items()}
         self._apart = {}
         metrics["samples_per_second"] = self.samples / seconds["total"]
@@ -379,7 +379,7 @@ class Trainer:
         seconds = time.perf_counter() - begin
         self._apart[name] = self._apart.get(name, 0.0) + seconds
         self.telemetry.event(name, self.iteration, seconds=seconds)
-        self.teller.pass_over()
+        self.monitor.skip()
 
     def _restore(self, iteration: int) -> None:
         state = self.store.state(iteration, verified=True)

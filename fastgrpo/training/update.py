@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgrpo.algorithms.layout import Layout, lay_out, rank_samples
 from fastgrpo.algorithms.objectives.grpo import SUMMED, Statistics, policy_loss
-from fastgrpo.algorithms.schedule import RolloutPlan, loss_scale
+from fastgrpo.algorithms.schedule import StepSchedule, loss_scale
 from fastgrpo.config import Config
 from fastgrpo.distributed.fsdp import hold_weights, set_gradient_sync
 from fastgrpo.distributed.world import World
@@ -100,7 +100,7 @@ class Updater:
     residency: Residency = KEPT
 
     def run(
-        self, plan: RolloutPlan, trajectory: Trajectory, conditioning: Conditioning, advantages: np.ndarray,
+        self, plan: StepSchedule, trajectory: Trajectory, conditioning: Conditioning, advantages: np.ndarray,
         trainable: np.ndarray, iteration: int,
     ) -> UpdateResult:  # fmt: skip
         """The optimizer steps of one iteration. advantages [N] or [N, T], trainable [N]: of all global samples."""
@@ -130,7 +130,7 @@ class Updater:
             for micro in chosen:
                 module = self.family.modules[micro.module]
                 set_gradient_sync(module, micro.syncs or not self.residency.sync_once)
-                if self.residency.update_gathered:
+                if self.residency.update_unsharded:
                     hold_weights(module, last=micro.syncs)
                 loss, counted = self._loss(micro, trajectory, conditioning, batch, iteration)
                 (loss * scale).backward()
@@ -143,7 +143,7 @@ class Updater:
             result.skipped_steps.append(skipped)
         return result
 
-    def _choose(self, plan: RolloutPlan, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
+    def _choose(self, plan: StepSchedule, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
         """The micro-batches of the k-th optimizer step, as many as the rank that needs the most."""
         roll, steps, size = self.config.rollout, self.config.update.optimizer_steps, self.config.rollout.forward_batch
         ranks = []

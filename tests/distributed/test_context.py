@@ -15,7 +15,7 @@ from support.tiny import tiny_config
 from support.tiny_video import build, video_config
 
 from fastgrpo.algorithms.layout import lay_out, rank_samples
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.ulysses import split_tokens
@@ -63,7 +63,7 @@ def sampled(kind: str, split: bool) -> list[torch.Tensor]:
         for module in family.modules.values():
             split_tokens(module, split_lengths(family), 2, 2, "cpu")
     family.make_trainable()
-    plan = plan_rollout(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), 4, 0, 0)
+    plan = schedule_steps(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), 4, 0, 0)
     layout = lay_out(plan, config.rollout.model_copy(update={"group_size": 2}), rank_samples(4, 1, 1, 0).reshape(-1))
     latents = rollout(family, plan, layout, conditioning, config.rollout, 0, 0).latents
     generator = torch.Generator().manual_seed(1)

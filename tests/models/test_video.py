@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from support.tiny_video import MODELS, build, video_config
 
 from fastgrpo.algorithms.layout import lay_out
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.commands.export import save_lora
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts, open_image
@@ -74,7 +74,7 @@ def initial(family: ModelFamily, seeds: range) -> torch.Tensor:
 def drawn(family: ModelFamily, config: Config, prompts: list[Prompt], steps: int = 3) -> torch.Tensor:
     """Videos of `prompts` by deterministic rollout."""
     single = config.rollout.model_copy(update={"group_size": 1, "shared_noise": False, "steps": steps})
-    plan = plan_rollout(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
+    plan = schedule_steps(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
     layout = lay_out(plan, single, np.arange(len(prompts)))
     final = rollout(family, plan, layout, family.encode(prompts), single, 7, 0).latents
     return decode(family, final, config.rollout.decode_batch)
@@ -164,7 +164,7 @@ def test_the_first_frame_changes_the_video(families, kind):
 def test_a_given_first_frame_of_the_5b_comes_out_as_it_went_in(families):
     family = families("wan_5b_i2v")
     config = video_config("unused", "wan_5b_i2v")
-    plan = plan_rollout(config.rollout, family.noise_levels(4, "pipeline"), 4, 0, 7)
+    plan = schedule_steps(config.rollout, family.noise_levels(4, "pipeline"), 4, 0, 7)
     layout = lay_out(plan, config.rollout, np.arange(4))
     conditioning = family.encode(PROMPTS)
     latents = rollout(family, plan, layout, conditioning, config.rollout, 7, 0).latents
@@ -175,7 +175,7 @@ def test_a_given_first_frame_of_the_5b_comes_out_as_it_went_in(families):
 def updated(family: ModelFamily, config: Config, prompts: list[Prompt]):
     samples = config.rollout.prompts_per_iteration * config.rollout.group_size
     levels = family.noise_levels(config.rollout.steps, config.rollout.shift)
-    plan = plan_rollout(config.rollout, levels, samples, 0, 7)
+    plan = schedule_steps(config.rollout, levels, samples, 0, 7)
     layout = lay_out(plan, config.rollout, np.arange(samples))
     conditioning = family.encode(prompts)
     trajectory = rollout(family, plan, layout, conditioning, config.rollout, 7, 0)
@@ -416,7 +416,7 @@ def test_a_frozen_copy_attends_to_its_own_text(families):
 def test_a_groups_shared_noise_is_one_video_noise(families):
     family = families("hunyuan_video")
     roll = video_config("unused", "hunyuan_video").rollout
-    plan = plan_rollout(roll, family.noise_levels(4, "pipeline"), 4, 0, 7)
+    plan = schedule_steps(roll, family.noise_levels(4, "pipeline"), 4, 0, 7)
     layout = lay_out(plan, roll, np.arange(4))
     x = initial_noise(layout, roll, family.latent_shape, 7, 0, CPU, True)
     assert x.shape == (4, 8, 3, 4, 4)

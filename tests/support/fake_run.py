@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo.algorithms.layout import lay_out
 from fastgrpo.algorithms.objectives.grpo import SUMMED
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.distributed.world import World
 from fastgrpo.models import Conditioning, family_class
@@ -61,7 +61,7 @@ def run_iteration(
         config.rollout.prompts_per_iteration,
         config.rollout.prompts_per_iteration * config.rollout.group_size,
     )
-    plan = plan_rollout(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), samples, 0, 0)
+    plan = schedule_steps(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), samples, 0, 0)
     layout = lay_out(plan, config.rollout, np.arange(samples))
     advantages = np.where(np.arange(samples) % 3 == 2, 0.0, np.linspace(-1, 1, samples))
     with FakeTensorMode():
