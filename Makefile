@@ -26,7 +26,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "fastgrpo needs Python 3.11 or newer, and '$(PYTHON)' is not: install one (Debian 12: sudo apt-get install" \
 	       "python3 python3-venv), or name it: make PYTHON=python3.12" >&2; exit 1; }
@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "'$(PYTHON)' cannot create a virtual environment: sudo apt-get install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV) (the first time downloads PyTorch; some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) -e '.[dev]'
+	@$(PIP_INSTALL) -e ./kernels -e '.[dev]'
 	@touch $@
 
 # torch.compile, and Triton on a GPU, compile with it; nothing in the demo does.
@@ -72,7 +72,7 @@ bench: setup compiler
 bench-gpu: setup compiler
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
 	  echo "make bench-gpu: needs a CUDA GPU, and torch sees none" >&2; exit 1; }
-	$(PIP_INSTALL) -e '.[dev,gpu]'
+	$(PIP_INSTALL) -e ./kernels -e '.[dev,gpu]'
 	timeout 600 sh -c '$(BIN)/python -m pytest tests/gpu tests/kernels -m "not full" && $(BIN)/fastgrpo bench kernels $(ARGS)'
 	timeout 900 $(BIN)/fastgrpo bench train --compare sequential
 	timeout 3600 $(BIN)/fastgrpo bench train --size real

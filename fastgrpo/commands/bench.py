@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -32,19 +33,24 @@ def benchmarks() -> None:
 
 def load(module: str) -> ModuleType:
     """A module of the checkout's bench/ folder, as fastgrpo_bench.<module>: the folder never lands on sys.path."""
-    if _PACKAGE not in sys.modules:
-        init = FOLDER / "__init__.py"
-        if not init.exists():
-            raise UserError(
-                "fastgrpo bench: no wheel carries it; clone the repository and pip install -e '.[dev]' there"
-            )
-        spec = importlib.util.spec_from_file_location(_PACKAGE, init, submodule_search_locations=[str(FOLDER)])
-        assert spec is not None
-        assert spec.loader is not None
-        package = importlib.util.module_from_spec(spec)
-        sys.modules[_PACKAGE] = package
-        spec.loader.exec_module(package)
+    _load_package(FOLDER)
     return importlib.import_module(f"{_PACKAGE}.{module}")
+
+
+@cache
+def _load_package(folder: Path) -> None:
+    """The folder as the package fastgrpo_bench, once."""
+    init = folder / "__init__.py"
+    if not init.exists():
+        raise UserError(
+            "fastgrpo bench: no wheel carries it; clone the repository and pip install -e ./kernels -e '.[dev]' there"
+        )
+    spec = importlib.util.spec_from_file_location(_PACKAGE, init, submodule_search_locations=[str(folder)])
+    assert spec is not None
+    assert spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[_PACKAGE] = package
+    spec.loader.exec_module(package)
 
 
 @app.command()
