@@ -156,7 +156,7 @@ def measure(model: str, size: str, point: dict[str, Any], iterations: int, seque
         lines = bench.metrics(WARM_UP)
         device = bench.trainer.world.device
         peak, peak_by = peak_flops(device, DTYPES[config.model.dtype], clock)
-        row = _row(lines, bench.trainer.samples, counted.flops, peak)
+        row = _row(lines, bench.trainer.rollouts.samples, counted.flops, peak)
         if sequential:
             del bench
             settings = dict(item.split("=", 1) for item in BASELINE) | {"run.dir": f"{folder}/sequential"}

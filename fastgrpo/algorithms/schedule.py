@@ -1,4 +1,4 @@
-"""Noise levels, shift, and which steps are stochastic and trained: the plan of one iteration's rollouts.
+"""Noise levels, shift, and which steps are stochastic and trained: the schedule of one iteration's rollouts.
 
 Everything here is Python floats and numpy on the host; nothing depends on a tensor's value.
 """
@@ -147,7 +147,7 @@ def thinned(levels: NoiseLevels, end: int, steps: int) -> NoiseLevels:
 def schedule_steps(
     rollout: Rollout, levels: NoiseLevels, samples: int, iteration: int, seed: int, deterministic: bool = False
 ) -> StepSchedule:
-    """The plan of one iteration for `samples` global samples, at the family's noise levels.
+    """The schedule of one iteration for `samples` global samples, at the family's noise levels.
 
     With `deterministic` no step is stochastic and nothing is trained (evaluation).
     """
@@ -241,9 +241,9 @@ def check_sampler(sampler: str, paradigm: str, family: str) -> None:
         )
 
 
-def loss_scale(objective: ObjectiveConfig, plan: StepSchedule) -> float:
+def loss_scale(objective: ObjectiveConfig, schedule: StepSchedule) -> float:
     """The constant a loss is multiplied by: GRPO-Guard divides it by mean(gap)² over the trained steps."""
     if objective.ratio != "ratio_norm":
         return 1.0
-    used = np.flatnonzero(plan.trained.any(axis=1))
-    return float(1.0 / np.mean([plan.gaps[t] for t in used]) ** 2)
+    used = np.flatnonzero(schedule.trained.any(axis=1))
+    return float(1.0 / np.mean([schedule.gaps[t] for t in used]) ** 2)

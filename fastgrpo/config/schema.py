@@ -452,6 +452,9 @@ class Config(Section):
     telemetry: Telemetry = Field(default_factory=Telemetry)
     guard: Guard = Field(default_factory=Guard)
     parallel: Parallel = Field(default_factory=Parallel)
+    callbacks: list[NonEmpty] = Field(
+        default_factory=list, description="Your own, as module:Class (docs/training.md): called around each iteration."
+    )
 
     @property
     def scored(self) -> list[RewardSpec]:

@@ -44,7 +44,7 @@ class Batch:
 
     iteration: int
     drawn: np.ndarray
-    plan: StepSchedule
+    schedule: StepSchedule
     trajectory: Trajectory
     conditioning: Conditioning
     scores: dict[str, Scores] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Generator:
         # The most rows that were ever in memory.
         self.held_rows = 0
 
-    def plan(self, iteration: int) -> StepSchedule:
+    def schedule(self, iteration: int) -> StepSchedule:
         return schedule_steps(self.config.rollout, self.levels, self.samples, iteration, self.config.run.seed)
 
     def start(
@@ -96,19 +96,19 @@ class Generator:
         unsharded: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Batch:  # fmt: skip
         """Rolls out an iteration and gives its chunks to scoring; `unsharded` is entered around each rollout."""
-        roll, plan = self.config.rollout, self.plan(iteration)
-        whole = lay_out(plan, roll, self.mine)
+        roll, schedule = self.config.rollout, self.schedule(iteration)
+        whole = lay_out(schedule, roll, self.mine)
         with timer.phase("conditioning"):
             conditioning = self.family.encode([prompts[i] for i in whole.prompts])
-        batch = Batch(iteration, drawn, plan, _nothing(self.family, whole), conditioning)
+        batch = Batch(iteration, drawn, schedule, _nothing(self.family, whole), conditioning)
         chunks = self._chunks(self.mine)
         for samples in chunks:
-            layout = whole if len(chunks) == 1 else lay_out(plan, roll, samples)
+            layout = whole if len(chunks) == 1 else lay_out(schedule, roll, samples)
             rows = conditioning
             if len(layout.prompts) < len(whole.prompts):
                 rows = conditioning.rows(np.searchsorted(whole.prompts, layout.prompts))
             with timer.phase("rollout"), unsharded():
-                trajectory = rollout(self.family, plan, layout, rows, roll, self.config.run.seed, iteration)
+                trajectory = rollout(self.family, schedule, layout, rows, roll, self.config.run.seed, iteration)
             texts = [prompts[i] for i in layout.prompts[layout.sample_prompt].tolist()]
             latents = trajectory.latents
             if self.sharers > 1:
@@ -151,7 +151,7 @@ class Generator:
             job.set_result(ScoredChunk(self._score(images, texts, iteration)))
         return job
 
-    def _judge(
+    def _score_chunk(
         self, latents: Tensor, texts: list[Prompt], iteration: int, rolled: torch.cuda.Event | None
     ) -> ScoredChunk:
         """In the scoring thread, on a stream of its own: beside what the device rolls out meanwhile."""
@@ -198,7 +198,7 @@ class Generator:
         elif len(parts) == 1:
             batch.trajectory = parts[0]
             return
-        batch.trajectory = select(batch.plan, self.config, parts, samples)
+        batch.trajectory = select(batch.schedule, self.config, parts, samples)
 
     def _extreme(self, batch: Batch, samples: np.ndarray) -> np.ndarray:
         """Which of these samples (all scored) are among the best and worst of their prompts so far."""
@@ -213,8 +213,8 @@ class Generator:
     def restore(self, iteration: int, drawn: np.ndarray, prompts: Sequence[Prompt], samples: np.ndarray) -> Batch:
         """A batch of these trained samples as `start` and `finish` left it, but for `tensors`, which a checkpoint
         fills, and its noise, which is drawn again from its key."""
-        roll, plan, family = self.config.rollout, self.plan(iteration), self.family
-        layout = lay_out(plan, roll, samples)
+        roll, schedule, family = self.config.rollout, self.schedule(iteration), self.family
+        layout = lay_out(schedule, roll, samples)
         conditioning = family.encode([prompts[i] for i in layout.prompts])
         trajectory = _nothing(family, layout)
         rows, pairs, shape = len(layout.row_step), len(layout.pair_row), family.latent_shape
@@ -225,7 +225,7 @@ class Generator:
             trajectory.log_prob = torch.empty(pairs, device=family.device)
         elif roll.keeps_noise(family.device.type):
             trajectory.noise = kept_empty(family, roll, (pairs, *shape), torch.float32)
-            for step in range(plan.steps):
+            for step in range(schedule.steps):
                 part = layout.pairs_of(step)
                 if part.stop > part.start:
                     owners = to_device(layout.samples[layout.pair_sample[part]], family.device)
@@ -233,7 +233,7 @@ class Generator:
                         self.config.run.seed, owners, step, iteration, noise.STREAM_SDE, family.device
                     )
                     trajectory.noise[part] = noise.normal(key, shape)
-        return Batch(iteration, drawn, plan, trajectory, conditioning)
+        return Batch(iteration, drawn, schedule, trajectory, conditioning)
 
 
 def flight_state(batch: Batch, ranks: int) -> dict[str, Any]:

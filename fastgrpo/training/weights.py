@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -46,3 +47,17 @@ def prepare_weights(
         if name in family.weight_files:
             load_shards(module, family.weight_files[name], world.device)
     return frozen or None
+
+
+# Gives the components that a KL term compares with, by name; None: the family's own, its LoRA being off.
+Reference = Callable[[], AbstractContextManager[Mapping[str, nn.Module] | None]]
+
+
+def reference_of(family: ModelFamily, config: Config, frozen: Mapping[str, nn.Module] | None) -> Reference | None:
+    """Returns what gives the KL's reference components: frozen copies, or the family's own with their LoRA off.
+
+    None without a KL term. `frozen` is what `prepare_weights` returned.
+    """
+    if not config.objective.kl_weight:
+        return None
+    return family.lora_disabled if frozen is None else lambda: nullcontext(frozen)

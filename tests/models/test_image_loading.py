@@ -147,7 +147,7 @@ import sys
 from pathlib import Path
 import torch
 from fastgrpo.models.embeddings import EmbeddingCache
-from fastgrpo.prompts import Prompt
+from fastgrpo.data.prompts import Prompt
 for turn in range(60):
     prompt = Prompt(f"prompt {turn % 5}")
     wanted = torch.full((64, 64), float(turn % 5))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_images import MODELS, PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
-from support.updates import advantages, prepare, textbook_loss
+from support.updates import advantages, prepare, run_update, textbook_loss
 
 from fastgrpo.commands.export import save_lora
 from fastgrpo.data.prompts import Prompt
@@ -110,7 +110,7 @@ def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind
     config = image_config(saved(kind)[0], kind, rollout={"group_size": 2}, objective=wide)
     family, plan, trajectory, conditioning, updater = prepare(config)
     A = advantages(config)
-    result = updater.run(plan, trajectory, conditioning, A, np.ones(len(A), bool), 0)
+    result = run_update(updater, plan, trajectory, conditioning, A)
     assert result.statistics.max_deviation.item() == 0
 
     exact = copy.deepcopy(family.transformer).double().requires_grad_(False)
@@ -141,7 +141,7 @@ def test_an_update_moves_the_weights(saved, kind):
     before = [p.detach().clone() for p in family.policy.parameters()]
     updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
     A = advantages(config)
-    updater.run(plan, trajectory, conditioning, A, np.ones(len(A), bool), 0)
+    run_update(updater, plan, trajectory, conditioning, A)
     moved = [not torch.equal(a, b) for a, b in zip(before, family.policy.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 3
 

@@ -71,13 +71,13 @@ def test_dropped_encoders_change_no_bit(tiny_flux, tmp_path, monkeypatch):
     config = tiny_config(tiny_flux, tmp_path / "dropped", model=model, **sections)
     from fastgrpo.training.trainer import Trainer
 
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     # Two prompts an iteration, and three to evaluate.
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7
     assert trainer.family.pipeline.text_encoder is trainer.family.pipeline.text_encoder_2 is None
     monkeypatch.setattr(trainer.family, "_load", lambda *_: pytest.fail("encoders loaded again"))
     trainer.run()
-    assert metrics(trainer.dir) == metrics(kept.dir)
+    assert metrics(trainer.log.directory) == metrics(kept.log.directory)
     with pytest.raises(ConfigError, match=r"model\.text_encoders: drop needs .* set model\.embedding_cache"):
         tiny_config(tiny_flux, model={"text_encoders": "drop"})
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from support.tiny_video import MODELS, build, video_config
+from support.updates import run_update
 
 from fastgrpo.algorithms.layout import lay_out
 from fastgrpo.algorithms.schedule import schedule_steps
@@ -193,7 +194,7 @@ def test_the_first_ratio_is_one_and_the_update_moves_the_weights(saved, kind):
     assert len(trajectory.x[first]) == 2
     before = [p.detach().clone() for p in family.policy.parameters()]
     updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
-    result = updater.run(plan, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]), np.ones(4, bool), 0)
+    result = run_update(updater, plan, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
     assert float(result.first.max_deviation) == 0
     moved = [not torch.equal(a, b) for a, b in zip(before, family.policy.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 3

@@ -19,6 +19,7 @@ from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.update import Updater
+from support.updates import run_update
 
 
 def tiny_pipeline():
@@ -72,7 +73,7 @@ def run_iteration(
         trajectory = rollout(family, plan, layout, conditioning, config.rollout, 0, 0)
         images = decode(family, trajectory.latents, config.rollout.decode_batch)
         updater = Updater(family, config, World(0, 1, device), OptimizerState(family.policy, config.update, 1))
-        result = updater.run(plan, trajectory, conditioning, advantages, np.ones(samples, bool), 0)
+        result = run_update(updater, plan, trajectory, conditioning, advantages)
     assert len(result.grad_norms) == config.update.optimizer_steps
     assert result.statistics.sums.shape == (len(SUMMED),)
     return {"latents": trajectory.latents.shape, "images": images.shape, "x": trajectory.x.shape}

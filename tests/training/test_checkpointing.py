@@ -54,6 +54,6 @@ def test_auto_takes_the_least_recomputation_that_fits(tiny_flux, monkeypatch):
 
 def test_a_run_settles_auto_before_it_starts(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", model={"activation_checkpointing": "auto"})
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     assert trainer.config.model.activation_checkpointing == "none"
     assert load_config(tmp_path / "run" / "config.yaml").model.activation_checkpointing == "none"
