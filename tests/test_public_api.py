@@ -19,7 +19,7 @@ def test_the_public_names_are_these():
     assert set(fastgrpo.__all__) == NAMES
     assert set(fastgrpo.__all__) <= set(dir(fastgrpo))
     for name in NAMES:
-        assert getattr(fastgrpo, name).__module__.startswith("fastgrpo.") or name == "__version__"
+        assert name == "__version__" or getattr(fastgrpo, name).__module__.startswith("fastgrpo.")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fastgrpo.nothing
 
