@@ -7,7 +7,7 @@ Evaluations of the model that cost the same are run once and multiplied, and so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,9 +25,10 @@ from fastgrpo.distributed.fsdp import unsharded
 from fastgrpo.distributed.world import World, check_world, make_world, sharded
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import Conditioning, ModelFamily
-from fastgrpo.models.architectures import build_family, encoded_shapes
+from fastgrpo.models.architectures import build_family
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
-from fastgrpo.models.offload import Visitor
+from fastgrpo.models.placement import OffloadedModule
+from fastgrpo.models.trainable import reference_of
 from fastgrpo.planning.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
 from fastgrpo.planning.meter import Cost, Meter, Peaks
 from fastgrpo.rollout.decode import decode
@@ -160,12 +161,12 @@ class _Iteration:
         config, family, world, meter, frozen = self.config, self.family, self.world, self.meter, self.frozen
         for layer in quantized_layers(family.policy):
             layer.dequantize = _unpacked
-        waiting = set(family.visitors)
-        family.visitors = {name: _PlannedVisitor(v.module, v.device, meter) for name, v in family.visitors.items()}
+        offloaded = set(family.offloaded)
+        family.offloaded = {name: _PlannedOffload(m.module, m.device, meter) for name, m in family.offloaded.items()}
         with meter.counting("parameters"):
             for name, part in family.pipeline.components.items():
                 # Text encoders stay on the device, as they do in a run that keeps them.
-                if isinstance(part, nn.Module) and name not in family.modules and name not in waiting:
+                if isinstance(part, nn.Module) and name not in family.modules and name not in offloaded:
                     materialize(part)
         if config.model.text_encoders == "drop":
             # Before weights are sharded, and there is an optimizer.
@@ -187,7 +188,7 @@ class _Iteration:
             conditioning = fake_conditioning(family, len(layout.prompts))
         reference = None
         if config.objective.kl_weight:
-            reference = _without_lora(family) if frozen is None else lambda: nullcontext(frozen)
+            reference = reference_of(family.policy, frozen)
         updater = _Updater(family, config, world, optimizer, reference, kept)
         updater.meter, updater.stretches, updater.whole = meter, self.stretches, self.whole
 
@@ -238,15 +239,15 @@ class _Iteration:
         self.phases.append(Phase(name, self.meter.cost - before, self.meter.at_peak, dict(self.meter.peaks)))
 
 
-class _PlannedVisitor(Visitor):
+class _PlannedOffload(OffloadedModule):
     """Makes the weights of a module on the meta device, and takes them away again."""
 
     def __init__(self, module: nn.Module, device: torch.device, meter: Meter) -> None:
         super().__init__(module, device)
         self.meter = meter
 
-    def _arrive(self) -> None:
-        self.host = {number: holder[name] for number, holder, name in self._places()}
+    def _copy_to_device(self) -> None:
+        self.host = {number: holder[name] for number, holder, name in self._tensors()}
         with self.meter.counting("parameters"):
             materialize(self.module)
 
@@ -389,15 +390,6 @@ def _replaced(family: ModelFamily, method: str, by: Any) -> Iterator[None]:
         delattr(family, method)
 
 
-def _without_lora(family: ModelFamily) -> Any:
-    @contextmanager
-    def reference() -> Iterator[None]:
-        with family.lora_disabled():
-            yield
-
-    return reference
-
-
 def materialize(module: nn.Module) -> None:
     """Gives a module on the meta device parameters and buffers on the CPU, of the mode that is active."""
     # A parameter may stand in several places (tied embeddings).
@@ -417,8 +409,8 @@ def materialize(module: nn.Module) -> None:
 def fake_conditioning(family: ModelFamily, prompts: int) -> Conditioning:
     """Encoded prompts of the longest text that the config allows."""
     tensors: dict[str, Tensor] = {}
-    for name, shape in encoded_shapes(family).items():
-        dtype = torch.bool if name == "mask" else family.dtype
+    for name, shape in family.encoded_shapes().items():
+        dtype = torch.bool if name in family.mask_names else family.dtype
         tensors[name] = torch.empty(prompts, *shape, dtype=dtype)
         if family.guided:
             tensors[f"negative_{name}"] = torch.empty(prompts, *shape, dtype=dtype)

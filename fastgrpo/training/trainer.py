@@ -27,6 +27,7 @@ from fastgrpo.distributed.world import World, start_world, this_machine
 from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.evaluation.heldout import evaluate, heldout_prompts, record
 from fastgrpo.models import ModelFamily, check_family, load_family
+from fastgrpo.models.trainable import reference_of
 from fastgrpo.observe.metrics import RankMonitor, rank_metrics
 from fastgrpo.observe.profiling import profiled
 from fastgrpo.observe.progress import Progress
@@ -401,7 +402,7 @@ class Trainer:
         """What gives the KL's reference components: frozen copies, or the family's own with their LoRA switched off."""
         if not self.config.objective.kl_weight:
             return None
-        return self.family.lora_disabled if self._frozen is None else lambda: nullcontext(self._frozen)
+        return reference_of(self.family.policy, self._frozen)
 
 
 def train(config: Config) -> None:
