@@ -16,26 +16,29 @@ from fastgrpo.errors import EXTRAS, ConfigError, missing, nearest
 class Registry:
     """The parts of one kind, each `module:attribute` under a name, imported when it is asked for."""
 
-    def __init__(self, kind: str, group: str, built_in: Mapping[str, str], paths: bool = False) -> None:
+    def __init__(self, kind: str, group: str, built_in: Mapping[str, str], also: str = "") -> None:
         """Makes a registry.
 
         Args:
             kind: What its parts are, as an error names them: `family`, `reward`.
             group: The entry point group by which packages add theirs.
             built_in: `module:attribute` by name.
-            paths: Whether a name may also be a `module:attribute` itself.
+            also: What the setting takes beside a name, as an error says it: `module:Class`.
         """
-        self.kind, self.group, self.built_in, self.paths = kind, group, built_in, paths
+        self.kind, self.group, self.built_in, self.also = kind, group, built_in, also
 
     def available(self) -> list[str]:
         """Every name, built in or of an installed package, sorted."""
         return sorted({*self.built_in, *(point.name for point in entry_points(group=self.group))})
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.built_in or bool(entry_points(group=self.group, name=name))
+
     def load(self, name: str, where: str) -> Any:
         """Imports a part.
 
         Args:
-            name: Its name, or with `paths` `module:attribute`.
+            name: Its name.
             where: The setting that named it, for errors.
 
         Raises:
@@ -44,27 +47,18 @@ class Registry:
             UserError: Where an extra of fastgrpo is missing.
         """
         if name in self.built_in:
-            return self._imported(self.built_in[name], name, where)
+            module, _, attribute = self.built_in[name].partition(":")
+            try:
+                return getattr(importlib.import_module(module), attribute)
+            except ImportError as error:
+                if error.name in EXTRAS:
+                    raise missing(error.name, f"{where}: {name}") from None
+                raise ConfigError(f"{where}: '{name}' cannot be imported: {error}") from None
         if points := list(entry_points(group=self.group, name=name)):
             return self._of_package(points, where)
-        if self.paths and ":" in name:
-            return self._imported(name, name, where)
-        other = ", or module:Class" if self.paths else ""
         known = self.available()
-        raise ConfigError(
-            f"{where}: unknown {self.kind} '{name}'; {nearest(name, known)}(one of: {', '.join(known)}{other})"
-        )
-
-    def _imported(self, target: str, name: str, where: str) -> Any:
-        module, _, attribute = target.partition(":")
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            if name in self.built_in and error.name in EXTRAS:
-                raise missing(error.name, f"{where}: {name}") from None
-            raise ConfigError(f"{where}: '{name}' cannot be imported: {error}") from None
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{where}: '{name}' cannot be imported: {error}") from None
+        options = ", or ".join((", ".join(known), *filter(None, [self.also])))
+        raise ConfigError(f"{where}: unknown {self.kind} '{name}'; {nearest(name, known)}(one of: {options})")
 
     def _of_package(self, points: list[EntryPoint], where: str) -> Any:
         name, packages = points[0].name, sorted({_package(point) for point in points})
@@ -74,7 +68,7 @@ class Registry:
             )
         try:
             return points[0].load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ConfigError(
                 f"{where}: '{name}' of the package {packages[0]} cannot be imported: {type(error).__name__}: {reason}"
