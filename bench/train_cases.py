@@ -12,6 +12,7 @@ from typing import Any
 
 from fastgrpo.config import Config, load_config, validate
 from fastgrpo.errors import UserError
+from fastgrpo.models import family_class
 from fastgrpo.models.attention import check_backend
 from fastgrpo.planning.plan import overridden
 
@@ -108,7 +109,7 @@ def case_config(model: str, size: str, settings: dict[str, Any], folder: Path) -
         window = config.rollout.trained.model_dump() | {"move": "fixed", "start": 1}
         config = overridden(config, ONE_GPU | {"prompts.train": f"{case.world}:train", "rollout.trained": window})
         return overridden(config, case.real | settings | {"run.dir": str(folder / "run")})
-    diffusion = {"sampler": "ddim", "eta": 1.0} if model == "stable_diffusion" else {"shift": 3.0}
+    diffusion = {"sampler": "ddim", "eta": 1.0} if family_class(model).paradigm == "diffusion" else {"shift": 3.0}
     verifier = {"name": "moving_shapes" if case.world == "moving" else "shapes", "weight": 0.0}
     data: dict[str, Any] = {
         "run": {"dir": str(folder / "run"), "seed": 0},

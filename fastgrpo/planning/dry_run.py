@@ -26,9 +26,10 @@ from fastgrpo.distributed.shards import local_bytes
 from fastgrpo.distributed.world import World, check_world, make_world, sharded
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import Conditioning, ModelFamily
-from fastgrpo.models.architectures import build_family, encoded_shapes
+from fastgrpo.models.architectures import build_family
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
-from fastgrpo.models.offload import Visitor
+from fastgrpo.models.placement import OffloadedModule
+from fastgrpo.models.trainable import reference_of
 from fastgrpo.planning.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
 from fastgrpo.planning.meter import Cost, Meter, Peaks
 from fastgrpo.planning.repeated import CountedWalk, Repeated
@@ -39,7 +40,7 @@ from fastgrpo.training.adamw_8bit import AdamW8bit
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import Residency, decide_residency, kept_bytes
 from fastgrpo.training.update import Updater
-from fastgrpo.training.weights import prepare_weights, reference_of
+from fastgrpo.training.weights import prepare_weights
 
 CPU = torch.device("cpu")
 
@@ -163,12 +164,12 @@ class _Iteration:
         config, family, world, meter, frozen = self.config, self.family, self.world, self.meter, self.frozen
         for layer in quantized_layers(family.policy):
             layer.dequantize = _unpacked
-        waiting = set(family.visitors)
-        family.visitors = {name: _PlannedVisitor(v.module, v.device, meter) for name, v in family.visitors.items()}
+        offloaded = set(family.offloaded)
+        family.offloaded = {name: _PlannedOffload(m.module, m.device, meter) for name, m in family.offloaded.items()}
         with meter.counting("parameters"):
             for name, part in family.pipeline.components.items():
                 # Text encoders stay on the device, as they do in a run that keeps them.
-                if isinstance(part, nn.Module) and name not in family.modules and name not in waiting:
+                if isinstance(part, nn.Module) and name not in family.modules and name not in offloaded:
                     materialize(part)
         if config.model.text_encoders == "drop":
             # Before weights are sharded, and there is an optimizer.
@@ -188,9 +189,10 @@ class _Iteration:
         layout = lay_out(schedule, roll, mine)
         with meter.counting("caches"):
             conditioning = fake_conditioning(family, len(layout.prompts))
+        reference = reference_of(family.policy, frozen) if config.objective.kl_weight else None
         counted = meter, self.stretches, self.whole
         walk = CountedWalk(*counted, family.policy, kept)
-        updater = Updater(family, config, world, optimizer, reference_of(family, config, frozen), kept, walk)
+        updater = Updater(family, config, world, optimizer, reference, kept, walk)
 
         if config.model.text_encoders == "offload":
             with self.phase("encode", "activations"), family.encoding():
@@ -237,15 +239,15 @@ class _Iteration:
         self.phases.append(Phase(name, self.meter.cost - before, self.meter.at_peak, dict(self.meter.peaks)))
 
 
-class _PlannedVisitor(Visitor):
+class _PlannedOffload(OffloadedModule):
     """Makes the weights of a module on the meta device, and takes them away again."""
 
     def __init__(self, module: nn.Module, device: torch.device, meter: Meter) -> None:
         super().__init__(module, device)
         self.meter = meter
 
-    def _arrive(self) -> None:
-        self.host = {number: holder[name] for number, holder, name in self._places()}
+    def _copy_to_device(self) -> None:
+        self.host = {number: holder[name] for number, holder, name in self._tensors()}
         with self.meter.counting("parameters"):
             materialize(self.module)
 
@@ -284,7 +286,7 @@ def materialize(module: nn.Module) -> None:
 def fake_conditioning(family: ModelFamily, prompts: int) -> Conditioning:
     """Encoded prompts of the longest text that the config allows."""
     tensors: dict[str, Tensor] = {}
-    for name, shape in encoded_shapes(family).items():
+    for name, shape in family.encoded_shapes().items():
         dtype = torch.bool if name == "mask" else family.dtype
         tensors[name] = torch.empty(prompts, *shape, dtype=dtype)
         if family.guided:

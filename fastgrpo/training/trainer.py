@@ -20,6 +20,7 @@ from fastgrpo.distributed.fsdp import unsharded
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import PreemptedError, RunPausedError, UserError
 from fastgrpo.models import ModelFamily, load_family
+from fastgrpo.models.trainable import reference_of
 from fastgrpo.observe.metrics import RankMonitor, advantage_metrics, rank_metrics, reward_metrics, update_metrics
 from fastgrpo.observe.run_log import RunLog
 from fastgrpo.observe.timers import Lap, PhaseTimer
@@ -34,7 +35,7 @@ from fastgrpo.training.result import TrainResult, result_of
 from fastgrpo.training.resume import ENDS, GOING_ON, PREEMPTED, listening
 from fastgrpo.training.setup import open_trainer
 from fastgrpo.training.update import Updater, UpdateResult, packed
-from fastgrpo.training.weights import prepare_weights, reference_of
+from fastgrpo.training.weights import prepare_weights
 
 CallbackType = TypeVar("CallbackType", bound=Callback)
 
@@ -81,7 +82,7 @@ class Trainer:
         steps = config.train.iterations * config.update.optimizer_steps
         self.optimizer = OptimizerState(family.policy, config.update, steps)
         self.residency = residency(config, family.policy, world)
-        reference = reference_of(family, config, frozen)
+        reference = reference_of(family.policy, frozen) if config.objective.kl_weight else None
         self.updater = Updater(family, config, world, self.optimizer, reference, self.residency)
         self.rollouts = Rollouts(
             family, config, world, prompts, self.rewards, self.timer, self.note, self._unsharded

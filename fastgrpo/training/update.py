@@ -20,12 +20,12 @@ from fastgrpo.distributed.fsdp import hold_weights, set_gradient_sync
 from fastgrpo.distributed.world import World
 from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.protocol import ModelFamily
+from fastgrpo.models.trainable import Reference
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.trajectory import Trajectory, take_rows
 from fastgrpo.training.micro_batches import MicroBatch, micro_batches_of_step
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import KEPT, Residency
-from fastgrpo.training.weights import Reference
 from fastgrpo_kernels import log_prob, noise, shift_moments
 
 # Goes through the micro-batches of an optimizer step. The memory plan runs only those that differ.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from fastgrpo.models.attention import set_backend
 from fastgrpo.models.context import split_lengths
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.models.sharded_load import load_shards
+from fastgrpo.models.trainable import make_trainable
 
 
 def prepare_weights(
@@ -29,12 +29,13 @@ def prepare_weights(
     frozen: dict[str, nn.Module] = {}
     if config.objective.kl_weight and not config.model.lora:
         frozen = {name: copy.deepcopy(module).to(family.dtype) for name, module in family.modules.items()}
-    family.make_trainable()
+    make_trainable(family)
     for module in (*family.modules.values(), *frozen.values()):
         set_backend(module, config.model.attention_backend)
         if world.context > 1:
             kind = config.parallel.context_kind
-            split_tokens(module, split_lengths(family), world.ranks, world.context, world.device.type, kind)
+            plan, tokens = family.context_plan(module), split_lengths(family)
+            split_tokens(module, plan, tokens, world.ranks, world.context, world.device.type, kind)
     for module in (*family.modules.values(), *frozen.values()):
         if config.model.compile == "blocks":
             compile_blocks(family.blocks(module))
@@ -47,17 +48,3 @@ def prepare_weights(
         if name in family.weight_files:
             load_shards(module, family.weight_files[name], world.device)
     return frozen or None
-
-
-# Gives the components that a KL term compares with, by name; None: the family's own, its LoRA being off.
-Reference = Callable[[], AbstractContextManager[Mapping[str, nn.Module] | None]]
-
-
-def reference_of(family: ModelFamily, config: Config, frozen: Mapping[str, nn.Module] | None) -> Reference | None:
-    """Returns what gives the KL's reference components: frozen copies, or the family's own with their LoRA off.
-
-    None without a KL term. `frozen` is what `prepare_weights` returned.
-    """
-    if not config.objective.kl_weight:
-        return None
-    return family.lora_disabled if frozen is None else lambda: nullcontext(frozen)

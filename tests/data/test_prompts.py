@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fastgrpo.data.prompts import Prompt, load_prompts
+from fastgrpo.data import Prompt, available, load_prompts
 from fastgrpo.data.samplers import PromptSampler, SpreadSampler
 from fastgrpo.errors import ConfigError, UserError
 
@@ -77,7 +77,8 @@ def test_a_bad_line_is_named_by_file_and_line(write, name, content, line, words)
     "source, words",
     [
         ("none.txt", "cannot read the prompts: No such file or directory"),
-        ("prompts.parquet", "unknown prompt source; it should be a .txt, .jsonl or .csv file"),
+        ("prompts.parquet", "unknown prompt source; it should be a file (.csv, .jsonl, .txt), or begin with hf:, "),
+        ("shape:train", "unknown prompt source; did you mean 'shapes:'? it should be a file"),
         ("shapes:held_out", "did you mean 'shapes:heldout'?"),
     ],
 )
@@ -85,6 +86,10 @@ def test_an_unknown_source_is_refused(source, words):
     with pytest.raises(ConfigError) as caught:
         load_prompts(source)
     assert words in str(caught.value)
+
+
+def test_sources_are_listed():
+    assert available() == [".csv", ".jsonl", ".txt", "hf:", "moving:", "set:", "shapes:"]
 
 
 def test_a_misspelt_file_gets_its_nearest_match(write):

@@ -15,6 +15,7 @@ from fastgrpo.commands.export import save_lora
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.world import World
 from fastgrpo.models import Conditioning, ModelFamily, load_family
+from fastgrpo.models.trainable import make_trainable
 from fastgrpo.shapes import world
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.update import Updater
@@ -113,7 +114,7 @@ def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind
     result = run_update(updater, plan, trajectory, conditioning, A)
     assert result.statistics.max_deviation.item() == 0
 
-    exact = copy.deepcopy(family.transformer).double().requires_grad_(False)
+    exact = copy.deepcopy(family.denoiser).double().requires_grad_(False)
     family.dtype = torch.float64
     [ours] = updater.optimizer.seen
     largest = max(float(g.abs().max()) for g in ours if g is not None)
@@ -151,7 +152,7 @@ def test_a_lora_loads_into_the_pipeline(saved, tmp_path, kind):
     path, pipeline = saved(kind)
     config = image_config(path, kind, model={"lora": {"rank": 2, "alpha": 4.0}})
     family = load_family(config.model, CPU)
-    family.make_trainable()
+    make_trainable(family)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in family.policy.parameters():

@@ -20,6 +20,7 @@ from fastgrpo.data.prompts import Prompt, load_prompts, open_image
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import ModelFamily, load_family
+from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import initial_noise, rollout
 from fastgrpo.training.optimizer import OptimizerState
@@ -206,11 +207,11 @@ def test_the_gradient_is_a_finite_difference(saved, kind):
     config = video_config(saved(kind)[0], kind)
     family = load_family(config.model, CPU)
     family.dtype = torch.float64
-    family.transformer.double().requires_grad_(True)
+    family.denoiser.double().requires_grad_(True)
     conditioning = family.encode(PROMPTS)
     x, time = initial(family, range(2)).double(), torch.tensor([0.7, 0.4])
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    block = family.blocks(family.transformer)[-1]
+    block = family.blocks(family.denoiser)[-1]
     weights = [p for p in block.parameters() if p.ndim > 1][:3]
 
     def loss() -> torch.Tensor:
@@ -247,11 +248,11 @@ def test_checkpointed_attention_reads_its_own_lengths(saved):
     for checkpointed in ("none", "all"):
         config = video_config(saved("hunyuan_video")[0], "hunyuan_video")
         family = load_family(config.model, CPU)
-        family.transformer.requires_grad_(True)
-        checkpoint_activations(family.blocks(family.transformer), checkpointed)
+        family.denoiser.requires_grad_(True)
+        checkpoint_activations(family.blocks(family.denoiser), checkpointed)
         x, time = initial(family, range(2)), torch.tensor([0.7, 0.4])
         family.predict(x, time, family.encode(PROMPTS)).square().mean().backward()
-        grads.append([p.grad for p in family.transformer.parameters() if p.grad is not None])
+        grads.append([p.grad for p in family.denoiser.parameters() if p.grad is not None])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -288,7 +289,7 @@ def test_each_transformer_of_two_serves_its_side_of_the_boundary(families):
 )
 def test_what_the_vae_cannot_take_is_refused_before_weights_load(saved, kind, model, message, monkeypatch):
     config = video_config(saved(kind)[0], kind, model={**MODELS[kind], **model})
-    monkeypatch.setattr(ModelFamily, "_load", None)
+    monkeypatch.setattr("fastgrpo.models.loading.load_pipeline", None)
     with pytest.raises(ConfigError, match=message) as caught:
         load_family(config.model, CPU)
     assert "\n" not in str(caught.value)
@@ -368,7 +369,7 @@ def test_trained_weights_load_into_the_pipeline(saved, tmp_path, dtype):
     config = video_config(saved("hunyuan_video")[0], "hunyuan_video")
     family = load_family(config.model, CPU)
     with torch.no_grad():
-        for p in family.transformer.parameters():
+        for p in family.denoiser.parameters():
             p.mul_(1.05)
     family.pipeline.save_pretrained(tmp_path)
     loaded = HunyuanVideoPipeline.from_pretrained(tmp_path, torch_dtype=getattr(torch, dtype))
@@ -383,7 +384,7 @@ def test_a_lora_loads_into_the_pipeline(saved, tmp_path, kind, monkeypatch):
     path, pipeline = saved(kind)
     config = video_config(path, kind, model={**MODELS[kind], "lora": {"rank": 2, "alpha": 4.0}})
     family = load_family(config.model, CPU)
-    family.make_trainable()
+    make_trainable(family)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in family.policy.parameters():
@@ -404,12 +405,12 @@ def test_a_lora_loads_into_the_pipeline(saved, tmp_path, kind, monkeypatch):
 def test_a_frozen_copy_attends_to_its_own_text(families):
     """The KL's reference model is a deep copy, evaluated between a forward and its backward."""
     family = families("hunyuan_video")
-    frozen = copy.deepcopy(family.transformer)
+    frozen = copy.deepcopy(family.denoiser)
     x, time = initial(family, range(2)), torch.full((2,), 0.5)
     with torch.no_grad():
         one = family.predict(x, time, family.encode(PROMPTS))
         swapped = family.predict(x, time, family.encode(PROMPTS[::-1]), frozen)
-        assert family.transformer.text_trim.lengths == frozen.text_trim.lengths[::-1]  # pyright: ignore
+        assert family.denoiser.text_trim.lengths == frozen.text_trim.lengths[::-1]  # pyright: ignore
         assert torch.equal(family.predict(x, time, family.encode(PROMPTS), frozen), one)
     assert not torch.allclose(swapped, one)
 

@@ -161,7 +161,7 @@ def test_a_plan_runs_few_blocks(deep_flux, monkeypatch):
     prepare = dry.prepare_weights
 
     def watched(family, *rest):
-        seen.append([len(family.transformer.transformer_blocks), len(family.transformer.single_transformer_blocks)])
+        seen.append([len(family.denoiser.transformer_blocks), len(family.denoiser.single_transformer_blocks)])
         return prepare(family, *rest)
 
     def decided(*_):

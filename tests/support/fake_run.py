@@ -15,6 +15,7 @@ from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.distributed.world import World
 from fastgrpo.models import Conditioning, family_class
+from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.training.optimizer import OptimizerState
@@ -56,7 +57,7 @@ def run_iteration(
     pipeline: its trained components and VAE on the meta device. encoded: what a prompt is encoded to, by shape.
     """
     family = family_class(config.model.family)(pipeline, config.model, torch.device("meta"))
-    family.make_trainable()
+    make_trainable(family)
     family.device = device = torch.device("cpu")
     prompts, samples = (
         config.rollout.prompts_per_iteration,

@@ -61,7 +61,7 @@ def finished(path: Path, folder: Path, settings: dict) -> None:
         tiny_config(path, folder, train={"iterations": 2}, eval={"every": 1, "images": 5}, **settings)
     )
     trainer.run()
-    named = trainer.family.transformer.named_parameters()
+    named = trainer.family.denoiser.named_parameters()
     full = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().contiguous() for n, p in named}
     if trainer.world.main:
         save_file(full, folder / "weights.safetensors")

@@ -36,13 +36,13 @@ def prepare(config, move=0.0, optimizer=Recorder):
     """A rollout, then weights moved by `move` standard deviations, and an updater."""
     family, plan, layout, conditioning, _ = tiny_rollout_inputs(config)
     trajectory = rollout(family, plan, layout, conditioning, config.rollout, config.run.seed, 0)
-    family.transformer.requires_grad_(True)
+    family.denoiser.requires_grad_(True)
     if move:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for p in family.transformer.parameters():
+            for p in family.denoiser.parameters():
                 p.add_(torch.randn(p.shape, generator=generator) * p.std(correction=0), alpha=move)
-    updater = Updater(family, config, ALONE, optimizer(family.transformer, config.update))
+    updater = Updater(family, config, ALONE, optimizer(family.denoiser, config.update))
     return family, plan, trajectory, conditioning, updater
 
 

@@ -188,7 +188,7 @@ def test_a_nan_skips_the_step_or_the_samples_and_is_counted(tiny_flux, tmp_path,
     if where == "gradient":
         trainer.optimizer.parameters[3].register_hook(poison)
     else:
-        trainer.family.transformer.register_forward_hook(
+        trainer.family.denoiser.register_forward_hook(
             lambda module, _, out: (out[0] * torch.nan,) if torch.is_grad_enabled() and trainer.iteration == 0 else None
         )
     before = weights(trainer)

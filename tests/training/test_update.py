@@ -35,7 +35,7 @@ def test_gradient_is_that_of_the_textbook_loss(tiny_flux, trained, move):
     result = run_update(updater, plan, trajectory, conditioning, A)
     assert (result.statistics.max_deviation.item() > 1e-5) is bool(move)
 
-    exact = copy.deepcopy(family.transformer).double()
+    exact = copy.deepcopy(family.denoiser).double()
     family.dtype = torch.float64
     loss = textbook_loss(exact, family, plan, trajectory, conditioning, A, config)
     expected = torch.autograd.grad(loss, list(exact.parameters()), allow_unused=True)
