@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 ARGS ?=
+STAGES ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -12,7 +13,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup compiler demo train-all lint test test-full bench bench-gpu check clean
+.PHONY: help setup compiler demo train-all lint test test-full bench bench-gpu gpu-check gpu-wheels check clean
 
 help:
 	@echo "make setup      .venv with everything the demo and the tests need"
@@ -21,7 +22,9 @@ help:
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-full  the minutes-long ones too"
 	@echo "make bench      time every model family's tiny recipe on this machine"
-	@echo "make bench-gpu  the tests that need a GPU, then the benchmarks, on this machine's (75 minutes at most)"
+	@echo "make gpu-check  numbers, hazards and times on this machine's GPU in five minutes, offline (STAGES='host device')"
+	@echo "make gpu-wheels what gpu-check needs on a machine without a registry, into .wheels"
+	@echo "make bench-gpu  every stage of gpu-check, then the benchmarks (90 minutes at most)"
 	@echo "make check      linters, types, tests: what CI runs"
 
 setup: $(STAMP)
@@ -67,13 +70,21 @@ test-full: setup compiler
 bench: setup compiler
 	$(BIN)/fastgrpo bench train --compare sequential $(ARGS)
 
-# Tests of the kernels on the device, those that only a GPU can answer, and the kernels' benchmarks, ten minutes at most;
-# then whole iterations of every family, tiny and real, each run with a limit of its own.
+# One call on a GPU: see bench/gpu_check.sh. It installs nothing: PYTHON is the machine's, or $(BIN)/python after setup.
+gpu-check:
+	@PYTHON=$(PYTHON) bench/gpu_check.sh $(STAGES)
+
+gpu-wheels:
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d .wheels -r bench/gpu_wheels.txt
+
+# Every stage of gpu-check; then the kernels' benchmarks, and whole iterations of every family, tiny and real. Each has a
+# limit of its own, and writes its rows as they are measured.
 bench-gpu: setup compiler
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
 	  echo "make bench-gpu: needs a CUDA GPU, and torch sees none" >&2; exit 1; }
 	$(PIP_INSTALL) -e ./kernels -e '.[dev,gpu]'
-	timeout 600 sh -c '$(BIN)/python -m pytest tests/gpu tests/kernels -m "not full" && $(BIN)/fastgrpo bench kernels $(ARGS)'
+	PYTHON=$(abspath $(BIN)/python) BUDGET=1800 bench/gpu_check.sh
+	timeout 600 $(BIN)/fastgrpo bench kernels $(ARGS)
 	timeout 900 $(BIN)/fastgrpo bench train --compare sequential
 	timeout 3600 $(BIN)/fastgrpo bench train --size real
 

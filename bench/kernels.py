@@ -1,5 +1,8 @@
 """Speed and peak memory of the operations on this device, beside PyTorch as trainers write it.
 
+On a GPU times are the device's, by replays of captured graphs over inputs that exceed the L2 cache, with the host's
+time of a call beside them; a copy in the same process is what they are a share of. Each row is written at once.
+
 fastgrpo bench kernels [--shape flux] [--op loss] [--provider ours] [--mode full] [--repeats 20]
 fastgrpo bench compare --base main
 """
@@ -11,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import torch
 from fastgrpo.errors import UserError, require
 from fastgrpo.observe.nvml import Board
 
-from . import tables
+from . import device_time, tables
 from .providers import OPERATIONS, PROVIDERS, SHAPES, Inputs, least_bytes, prepare
 from .tables import DATA, ROOT, Row, chosen, device_slug, read
 
@@ -30,8 +33,8 @@ MARKS = ("<!-- kernels table -->\n", "<!-- end of kernels table -->\n")
 SHOWN = DATA / "kernels-cpu-x86-64-1-threads.csv"
 KEY = ("op", "mode", "provider", "shape", "dtype")
 COLUMNS = (
-    *KEY, "p20_ms", "p50_ms", "p80_ms", "cpu_ms", "gb_per_s", "of_copy", "peak_mib", "launches", "repeats", "threads",
-    "clock_mhz", "power_w", "throttle", "torch", "commit",
+    *KEY, "p20_ms", "p50_ms", "p80_ms", "cpu_ms", "host_us", "gb_per_s", "of_copy", "peak_mib", "launches", "repeats",
+    "threads", "clock_mhz", "power_w", "throttle", "torch", "commit",
 )  # fmt: skip
 COPY_BYTES = 1 << 28
 
@@ -42,26 +45,56 @@ Times = tuple[float, float]
 def run(
     ops: list[str] | None, shapes: list[str] | None, providers: list[str] | None, modes: list[str] | None, repeats: int
 ) -> None:
-    """Measure, print, and put rows and plot of this device into bench/data, and the rows shown into docs/results.md."""
-    rows = measure(ops, shapes, providers, modes, repeats)
+    """Measure, print, and put rows and plot of this device into bench/data, and the rows shown into docs/results.md.
+
+    Raises UserError where a row could not be measured, after the others.
+    """
     table = DATA / f"kernels-{device_slug()}.csv"
-    tables.upsert(table, rows, KEY, COLUMNS)
-    plot(read(table), table.with_suffix(".png"))
-    if table == SHOWN:
-        DOCUMENT.write_text(document(), encoding="utf-8")
-    tables.show(f"{device_slug()}, torch {torch.__version__}", rows, COLUMNS[: COLUMNS.index("repeats")], KEY)
+    rows, failed = [], []
+    for row in measure(ops, shapes, providers, modes, repeats, failed):
+        # At once: what ends the measurement keeps the rows before it.
+        tables.upsert(table, [row], KEY, COLUMNS)
+        print(" ".join(f"{row[name]}" for name in KEY), f"{row['p50_ms']} ms, {row['of_copy']} of a copy", flush=True)
+        rows.append(row)
+    if rows:
+        plot(read(table), table.with_suffix(".png"))
+        if table == SHOWN:
+            DOCUMENT.write_text(document(), encoding="utf-8")
+        tables.show(f"{device_slug()}, torch {torch.__version__}", rows, COLUMNS[: COLUMNS.index("repeats")], KEY)
+    if failed:
+        raise UserError("bench kernels: not measured: " + "; ".join(failed))
 
 
 def measure(
-    ops: list[str] | None, shapes: list[str] | None, providers: list[str] | None, modes: list[str] | None, repeats: int
-) -> list[Row]:
-    """One row for each chosen operation, mode, provider and shape, model outputs in bfloat16."""
+    ops: list[str] | None,
+    shapes: list[str] | None,
+    providers: list[str] | None,
+    modes: list[str] | None,
+    repeats: int,
+    failed: list[str] | None = None,
+) -> Iterator[Row]:
+    """One row for each chosen operation, mode, provider and shape, model outputs in bfloat16, as it is measured.
+
+    On a GPU what fails is told in `failed`, where that is given, and the others are measured still.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops, shapes = chosen("bench kernels", "op", ops, OPERATIONS), chosen("bench kernels", "shape", shapes, SHAPES)
     providers = chosen("bench kernels", "provider", providers, PROVIDERS)
+    on = _on_gpu if device.type == "cuda" else _on_cpu
+    return on(device, ops, shapes, providers, modes, repeats, failed)
+
+
+def _on_cpu(
+    device: torch.device,
+    ops: list[str],
+    shapes: list[str],
+    providers: list[str],
+    modes: list[str] | None,
+    repeats: int,
+    failed: list[str] | None,
+) -> Iterator[Row]:
+    """Rows by the clock, the providers by turns: what disturbs the machine disturbs them alike."""
     copy = copy_bandwidth(device, repeats)
-    commit = tables.revision()
-    rows = []
     for shape in shapes:
         # Else what was compiled for the shapes before counts against a limit.
         torch.compiler.reset()
@@ -69,57 +102,94 @@ def measure(
         for op in ops:
             for mode in [m for m in OPERATIONS[op].modes if not modes or m in modes]:
                 works = {provider: prepare(op, provider, mode, inputs) for provider in providers}
-                times = timed(list(works.values()), device, repeats)
+                times = timed(list(works.values()), repeats)
                 for (provider, work), seconds in zip(works.items(), times, strict=True):
-                    row: Row = dict(zip(KEY, (op, mode, provider, shape, "bfloat16"), strict=True))
-                    row |= _measured(work, seconds, provider, device)
-                    rate = least_bytes(op, mode, inputs) / row["p50_ms"] * 1e3
-                    row |= {"gb_per_s": round(rate / 1e9, 4), "of_copy": round(rate / copy, 3)}
-                    rows.append(row | {"torch": torch.__version__, "commit": commit})
-    return rows
+                    wall, busy = zip(*seconds, strict=True)
+                    row = _row((op, mode, provider, shape), work, wall, device, copy, least_bytes(op, mode, inputs))
+                    yield row | {"cpu_ms": round(1e3 * _quantile(busy, 0.5), 4), "host_us": ""}
 
 
-def _measured(work: Callable[[], object], times: list[Times], provider: str, device: torch.device) -> Row:
-    wall, busy = zip(*times, strict=True)
-    row: Row = {f"p{q}_ms": round(1e3 * _quantile(wall, q / 100), 4) for q in (20, 50, 80)}
-    row["cpu_ms"] = round(1e3 * _quantile(busy, 0.5), 4) if device.type == "cpu" else ""
-    row |= {"peak_mib": round(peak_bytes(work, device) / 2**20, 4), "launches": launches(work, device, provider)}
-    return row | {"repeats": len(times), "threads": torch.get_num_threads(), **_nvml(device)}
+def _on_gpu(
+    device: torch.device,
+    ops: list[str],
+    shapes: list[str],
+    providers: list[str],
+    modes: list[str] | None,
+    repeats: int,
+    failed: list[str] | None,
+) -> Iterator[Row]:
+    """Rows by replays of captured graphs, of one provider after the other."""
+    with device_time.side_stream(device):
+        copy = copy_bandwidth(device, repeats)
+        for shape in shapes:
+            torch.compiler.reset()
+            sets = [Inputs(SHAPES[shape], torch.bfloat16, device)]
+            for op in ops:
+                for mode in [m for m in OPERATIONS[op].modes if not modes or m in modes]:
+                    least = least_bytes(op, mode, sets[0])
+                    while len(sets) < device_time.sets_for(least, device):
+                        sets.append(Inputs(SHAPES[shape], torch.bfloat16, device))
+                    for provider in providers:
+                        names = op, mode, provider, shape
+                        try:
+                            works = [prepare(op, provider, mode, inputs) for inputs in sets]
+                            seconds = device_time.device_times(works, repeats)
+                            host = device_time.host_times(works[0])
+                            row = _row(names, works[0], seconds, device, copy, least)
+                        except Exception as error:
+                            if failed is None:
+                                raise
+                            failed.append(f"{' '.join(names)} ({type(error).__name__}: {str(error).splitlines()[0]})")
+                            continue
+                        yield row | {"cpu_ms": "", "host_us": round(1e6 * _quantile(host, 0.5), 1)}
+            del sets
 
 
-def timed(works: list[Callable[[], object]], device: torch.device, repeats: int) -> list[list[Times]]:
-    """Times of each run of each work, after two to warm up, by turns: what disturbs the machine disturbs them alike.
+def _row(
+    names: tuple[str, ...],
+    work: Callable[[], object],
+    seconds: Sequence[float],
+    device: torch.device,
+    copy: float,
+    least: int,
+) -> Row:
+    """A row from the times of a work that moves `least` bytes at least, beside a copy's bytes a second."""
+    row: Row = dict(zip(KEY, (*names, "bfloat16"), strict=True))
+    row |= {f"p{q}_ms": round(1e3 * _quantile(seconds, q / 100), 4) for q in (20, 50, 80)}
+    rate = least / _quantile(seconds, 0.5)
+    row |= {"gb_per_s": round(rate / 1e9, 4), "of_copy": round(rate / copy, 3)}
+    row |= {"peak_mib": round(peak_bytes(work, device) / 2**20, 4), "launches": launches(work, device, names[2])}
+    row |= {"repeats": len(seconds), "threads": torch.get_num_threads(), **_nvml(device)}
+    return row | {"torch": torch.__version__, "commit": tables.revision()}
 
-    On a GPU by events, with the L2 cache flushed before each.
-    """
+
+def timed(works: list[Callable[[], object]], repeats: int) -> list[list[Times]]:
+    """Times on a CPU of each run of each work, after two to warm up, by turns."""
     for work in works * 2:
         work()
     times: list[list[Times]] = [[] for _ in works]
-    if device.type == "cpu":
-        for _ in range(repeats):
-            for work, seconds in zip(works, times, strict=True):
-                begin, busy = time.perf_counter(), time.process_time()
-                work()
-                seconds.append((time.perf_counter() - begin, time.process_time() - busy))
-        return times
-    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in works] for _ in range(repeats)]
-    for turn in events:
-        for work, (begin, end) in zip(works, turn, strict=True):
-            cache.zero_()
-            begin.record()
+    for _ in range(repeats):
+        for work, seconds in zip(works, times, strict=True):
+            begin, busy = time.perf_counter(), time.process_time()
             work()
-            end.record()
-    torch.cuda.synchronize(device)
-    return [[(1e-3 * turn[i][0].elapsed_time(turn[i][1]), 0.0) for turn in events] for i in range(len(works))]
+            seconds.append((time.perf_counter() - begin, time.process_time() - busy))
+    return times
 
 
 def copy_bandwidth(device: torch.device, repeats: int) -> float:
     """Bytes read and written a second by a copy of 256 MiB, median."""
     source = torch.ones(COPY_BYTES, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    (times,) = timed([lambda: target.copy_(source)], device, repeats)
-    return 2 * COPY_BYTES / _quantile([wall for wall, _ in times], 0.5)
+
+    def copy() -> object:
+        return target.copy_(source)
+
+    if device.type == "cuda":
+        seconds = device_time.device_times([copy], repeats)
+    else:
+        (times,) = timed([copy], repeats)
+        seconds = [wall for wall, _ in times]
+    return 2 * COPY_BYTES / _quantile(seconds, 0.5)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -264,7 +334,7 @@ def _measure_tree(kernels: Path, ops: list[str] | None, shapes: list[str] | None
         "import fastgrpo_kernels; assert fastgrpo_kernels.__file__.startswith(path), fastgrpo_kernels.__file__\n"
         "from fastgrpo.commands.bench import load\n"
         "ops, shapes, repeats = chosen\n"
-        "print(json.dumps(load('kernels').measure(ops, shapes, ['ours'], None, repeats)))"
+        "print(json.dumps(list(load('kernels').measure(ops, shapes, ['ours'], None, repeats))))"
     )
     command = [sys.executable, "-c", code, json.dumps([str(kernels), ops, shapes, repeats])]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -46,7 +46,8 @@ def upsert(table: Path, rows: list[Row], key: Sequence[str], columns: Sequence[s
     with table.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([kept[k][column] for column in columns] for k in sorted(kept))
+        # Rows from before a column was there lack it.
+        writer.writerows([kept[k].get(column, "") for column in columns] for k in sorted(kept))
 
 
 def between(document: Path, marks: tuple[str, str], text: str) -> str:
@@ -88,8 +89,8 @@ def git(*arguments: str) -> str:
 
 
 def revision() -> str:
-    """The commit that is checked out, short."""
-    return git("rev-parse", "--short", "HEAD").strip()
+    """The commit that is checked out, short; "none" in a copy without a git repository."""
+    return git("rev-parse", "--short", "HEAD").strip() if (ROOT / ".git").exists() else "none"
 
 
 def unpack(where: str, base: str, paths: Sequence[str], folder: Path) -> None:

@@ -1,12 +1,14 @@
 """The benchmark's harness on tiny latents: rows, upsert by key, memory, launches; and that its providers agree."""
 
+import time
+
 import pytest
 import torch
 
 from fastgrpo.commands.bench import load
 from fastgrpo.errors import UserError
 
-kernels, providers = load("kernels"), load("providers")
+kernels, providers, device_time = load("kernels"), load("providers"), load("device_time")
 CPU = torch.device("cpu")
 
 
@@ -35,7 +37,7 @@ def test_ours_and_eager_agree_in_float32():
 
 @pytest.mark.parametrize("operation", list(providers.OPERATIONS))
 def test_a_row_for_each_mode_and_provider(operation, tiny):
-    rows = kernels.measure([operation], ["flux"], ["ours", "eager"], None, 3)
+    rows = list(kernels.measure([operation], ["flux"], ["ours", "eager"], None, 3))
     modes = providers.OPERATIONS[operation].modes
     assert [(r["mode"], r["provider"]) for r in rows] == [(m, p) for m in modes for p in ("ours", "eager")]
     for row in rows:
@@ -59,7 +61,7 @@ def test_peak_memory_counts_what_lives_at_once():
 
 def test_rows_are_upserted_by_key_and_plotted(tmp_path, tiny):
     table = tmp_path / "device.csv"
-    rows = kernels.measure(["log_prob"], ["flux"], ["ours", "eager"], ["forward"], 3)
+    rows = list(kernels.measure(["log_prob"], ["flux"], ["ours", "eager"], ["forward"], 3))
     for given in (rows, [rows[0] | {"p50_ms": 1.5}]):
         kernels.tables.upsert(table, given, kernels.KEY, kernels.COLUMNS)
     stored = kernels.read(table)
@@ -81,6 +83,43 @@ def test_the_document_shows_the_committed_table(tmp_path, tiny, monkeypatch):
     (row,) = [line for line in document.read_text().splitlines() if line.startswith("| flux | log prob, forward |")]
     assert row.count("/") == 6
     assert row.count("×") == 3
+
+
+def test_rows_are_written_when_they_are_measured(tmp_path, tiny, monkeypatch):
+    """What ends the measurement leaves the rows before it, in a copy without a git repository too."""
+    prepare = kernels.prepare
+
+    def ends_at_eager(operation, provider, mode, inputs):
+        work = prepare(operation, provider, mode, inputs)
+        if mode == "full":
+            raise KeyboardInterrupt
+        return work
+
+    monkeypatch.setattr(kernels, "prepare", ends_at_eager)
+    monkeypatch.setattr(kernels, "DATA", tmp_path)
+    monkeypatch.setattr(kernels.tables, "ROOT", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.run(["log_prob"], ["flux"], ["ours", "eager"], ["forward", "full"], 3)
+    (table,) = tmp_path.glob("*.csv")
+    assert [(r["mode"], r["provider"], r["commit"]) for r in kernels.read(table)] == [
+        ("forward", "eager", "none"),
+        ("forward", "ours", "none"),
+    ]
+
+
+def test_a_table_from_before_a_column_was_there_is_kept(tmp_path):
+    table = tmp_path / "device.csv"
+    table.write_text("op,p50_ms\nloss,1.5\n")
+    kernels.tables.upsert(table, [{"op": "step", "p50_ms": 2.0, "host_us": 3.0}], ["op"], ["op", "p50_ms", "host_us"])
+    assert table.read_text() == "op,p50_ms,host_us\nloss,1.5,\nstep,2.0,3.0\n"
+
+
+def test_host_time_is_that_of_one_call():
+    calls = []
+    times = device_time.host_times(lambda: (calls.append(0), time.sleep(1e-3)), calls=4, rounds=3)
+    assert len(calls) == 3 + 3 * 4
+    assert len(times) == 3
+    assert 1e-3 <= sorted(times)[1] < 4e-3
 
 
 def test_unknown_names_and_refs_are_one_line():

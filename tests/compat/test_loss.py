@@ -1,7 +1,5 @@
 """GRPOLoss against the objective written out over float64 log-densities."""
 
-import math
-
 import pytest
 import torch
 
@@ -78,8 +76,8 @@ def test_floats_are_coefficients_too():
     "settings, ref, advantages, message",
     [
         ({"beta": 0.1}, False, ADVANTAGES, r"ref_model_output: beta = 0.1 needs"),
-        ({}, True, ADVANTAGES, r"ref_model_output: beta = 0.0 ignores it"),
-        ({}, False, ADVANTAGES[:2], r"advantages: expected shape \[3\], got \[2\]"),
+        ({}, True, ADVANTAGES, r"ref_model_output: kl_weight = 0.0 ignores it"),
+        ({}, False, ADVANTAGES[:2], r"^advantages: expected .*\[3\], got \[2\]"),
     ],
 )
 def test_bad_calls(settings, ref, advantages, message):
@@ -105,13 +103,49 @@ def test_a_wrong_tensor_is_named_as_the_module_names_it():
             call()
 
 
-@pytest.mark.parametrize("settings", [{"epsilon_low": -1.0}, {"delta": 0.5}, {"ratio": "other"}, {"beta": -1.0}])
-def test_bad_settings(settings):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"epsilon_low": -1.0}, ValueError, "^epsilon_low: must be at least 0, got -1.0"),
+        ({"clip_range": -1.0}, ValueError, "^clip_range: must be at least 0"),
+        ({"clip_high": "wide"}, TypeError, "^clip_high: expected a number, got str"),
+        ({"delta": 0.5}, ValueError, "^delta: must be greater than 1"),
+        ({"dual_clip": 0.5}, ValueError, "^dual_clip: must be greater than 1"),
+        ({"beta": -1.0}, ValueError, "^beta: must be at least 0"),
+        ({"adv_clip_max": 0.0}, ValueError, "^adv_clip_max: must be positive, or None"),
+        ({"ratio": "other"}, ValueError, "^ratio: unknown form 'other'"),
+        ({"epsilon_lo": 0.1}, TypeError, "^GRPOLoss: unknown setting 'epsilon_lo'; did you mean 'epsilon_low'"),
+        ({"temperature": 0.1}, TypeError, "^GRPOLoss: unknown setting 'temperature'; one of: clip_low"),
+        ({"beta": 0.1, "kl_weight": 0.2}, TypeError, "^beta: sets kl_weight, which 'kl_weight' sets too"),
+        ({"epsilon": 0.1, "clip_range": 0.2}, TypeError, "^clip_range: sets clip_low, which 'epsilon' sets too"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_named_as_they_were_given(settings, error, message):
+    with pytest.raises(error, match=message):
         GRPOLoss(**settings)
 
 
-def test_it_is_a_module():
-    module = GRPOLoss()
+def test_other_trainers_names_set_the_same_settings():
+    ours = GRPOLoss(clip_low=0.1, clip_high=0.2, kl_weight=0.3, dual_clip=2.0, advantage_clip=4.0)
+    theirs = GRPOLoss(epsilon_low=0.1, epsilon_high=0.2, beta=0.3, delta=2.0, adv_clip_max=4.0)
+    assert ours.settings == theirs.settings
+    assert GRPOLoss(clip_range=0.1).settings == GRPOLoss(epsilon=0.1).settings
+    assert GRPOLoss(epsilon=0.1).settings == GRPOLoss(clip_low=0.1, clip_high=0.1).settings
+
+
+def test_it_is_a_module_that_shows_its_settings():
+    module = GRPOLoss(beta=0.04)
     assert list(module.parameters()) == []
-    assert math.isclose(module.objective.clip_low, 1e-4)
+    assert repr(module) == (
+        "GRPOLoss(clip_low=0.0001, clip_high=0.0001, kl_weight=0.04, dual_clip=None, dppo_threshold=None, "
+        "advantage_clip=5.0, ratio='gaussian')"
+    )
+
+
+def test_advantages_may_stay_unclipped():
+    v, v_old, _, key = inputs()
+    loss, _ = GRPOLoss(advantage_clip=None)(v, v_old, B, S, key, ADVANTAGES)
+    clipped, _ = GRPOLoss()(v, v_old, B, S, key, ADVANTAGES)
+    # The third advantage is -9, and the ratios are 1 to 1e-3.
+    assert float((loss - clipped).detach()) == pytest.approx(4.0 / 3, rel=1e-2)

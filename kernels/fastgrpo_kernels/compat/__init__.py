@@ -4,7 +4,7 @@ Written from the papers' formulas; schedulers are used through their attributes,
 Nothing here copies from a device to the host.
 """
 
-from . import dance_grpo, ddpo, flow_grpo
+from . import dance_grpo, ddpo, flow_factory, flow_grpo
 from .loss import GRPOLoss
 
-__all__ = ["GRPOLoss", "dance_grpo", "ddpo", "flow_grpo"]
+__all__ = ["GRPOLoss", "dance_grpo", "ddpo", "flow_factory", "flow_grpo"]

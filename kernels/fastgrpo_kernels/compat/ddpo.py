@@ -14,12 +14,13 @@ from .. import transitions
 from .._checks import is_host_readable
 from ..transitions import Transition
 from . import gaussian
+from ._tables import Step, cached, gather, table_of
 
 
 def ddim_step_with_logprob(
     self: Any,
     model_output: Tensor,
-    timestep: int | Tensor,
+    timestep: float | Tensor,
     sample: Tensor,
     eta: float = 0.0,
     use_clipped_model_output: bool = False,
@@ -30,7 +31,8 @@ def ddim_step_with_logprob(
 
     Of the scheduler: `alphas_cumprod` [N], `num_inference_steps` and of `config` num_train_timesteps, prediction_type
     (epsilon, v_prediction, sample), clip_sample and thresholding. `model_output`, `sample` and `prev_sample` are
-    [B, ...]; `timestep` is an int, a scalar, [1] or [B]. The level after the last step is ᾱ of timestep 0.
+    [B, ...]; `timestep` is a whole number (an int or a float), a scalar tensor of one, [1] or [B]. The level after the
+    last step is ᾱ of timestep 0.
     `use_clipped_model_output` changes nothing, for nothing is clipped.
 
     Returns (prev_sample in sample's dtype, log-probability [B] in float32 of prev_sample as returned, mean over
@@ -39,16 +41,20 @@ def ddim_step_with_logprob(
     gradient, both a generator and a prev_sample, before set_timesteps, for clip_sample or thresholding, which are not
     affine in the model output, and for an unknown prediction_type.
     """
-    gaussian.check(model_output, prev_sample, sample=sample)
+    gaussian.check(sample=sample, model_output=model_output, prev_sample=prev_sample)
     eta = gaussian.number("eta", eta)
+    if isinstance(timestep, float):
+        if not timestep.is_integer():
+            raise ValueError(f"timestep: must be a whole number, got {timestep}")
+        timestep = int(timestep)
     gaussian.integers("timestep", timestep, self.config.num_train_timesteps)
     if self.num_inference_steps is None:
         raise ValueError("num_inference_steps: is None; call the scheduler's set_timesteps first")
     if prev_sample is not None and generator is not None:
         raise ValueError("generator: a given prev_sample needs none; pass one of the two")
-    step = _transition(self, timestep, eta)
-    if isinstance(step.a, Tensor) and step.a.ndim and step.a.shape[0] != sample.shape[0]:
-        raise ValueError(f"timestep: expected 1 or {sample.shape[0]} values, one a sample, got {step.a.shape[0]}")
+    if isinstance(timestep, Tensor) and timestep.numel() not in (1, sample.shape[0]):
+        raise ValueError(f"timestep: expected 1 or {sample.shape[0]} values, one a sample, got {timestep.numel()}")
+    step = _coefficients(self, timestep, eta, sample)
     if prev_sample is None:
         noise = gaussian.randn_like(model_output.detach(), generator)
         prev_sample = gaussian.sample(sample, model_output, step, noise, sample.dtype)
@@ -56,29 +62,29 @@ def ddim_step_with_logprob(
     return prev_sample.to(sample.dtype), log_prob
 
 
-def _transition(scheduler: Any, timestep: int | Tensor, eta: float) -> Transition:
-    config = scheduler.config
-    steps = config.num_train_timesteps
-    alphas = scheduler.alphas_cumprod
-    if not isinstance(timestep, Tensor):
-        timestep = torch.full((), timestep, dtype=torch.int64, device=alphas.device)
-    timestep = timestep.reshape(()) if timestep.numel() == 1 else timestep
-    alphas = alphas.to(timestep.device, non_blocking=True).double()
-    following = (timestep - steps // scheduler.num_inference_steps).clamp(0, steps - 1)
-    # Indexing by a scalar on a device would wait for it.
-    now, after = alphas.take(timestep.long()), alphas.take(following.long())
-    # Timestep 0 goes nowhere: its sample stays as it is.
-    moves = after > now
-    a, b, s = transitions.ddim(
-        now,
-        torch.where(moves, after, 1.0),
-        eta,
-        config.prediction_type,
-        clip_sample=getattr(config, "clip_sample", False),
-        thresholding=getattr(config, "thresholding", False),
-    )
-    step = Transition(torch.where(moves, a, 1.0), torch.where(moves, b, 0.0), torch.where(moves, s, 0.0))
-    if now.ndim == 0 and is_host_readable(now):
-        # Numbers reach a kernel without a copy to the device.
-        return Transition(*(float(c) for c in step))
-    return step
+def _coefficients(scheduler: Any, timestep: int | Tensor, eta: float, sample: Tensor) -> Step:
+    """The step's coefficients: floats where timestep and schedule are read without a copy, else rows of a table."""
+    config, alphas = scheduler.config, scheduler.alphas_cumprod
+    unaffine = {name: getattr(config, name, False) for name in ("clip_sample", "thresholding")}
+    leap = config.num_train_timesteps // scheduler.num_inference_steps
+    is_one = not isinstance(timestep, Tensor) or (is_host_readable(timestep) and timestep.numel() == 1)
+    device = alphas.device if is_one and is_host_readable(alphas) else sample.device
+
+    def build() -> tuple[Tensor]:
+        now = alphas.double()
+        # The level after the last step is that of timestep 0, which goes nowhere: its sample stays as it is.
+        after = now[(torch.arange(len(now), device=now.device) - leap).clamp_min(0)]
+        moves = after > now
+        a, b, s = transitions.ddim(now, torch.where(moves, after, 1.0), eta, config.prediction_type, **unaffine)
+        moved = Transition(torch.where(moves, a, 1.0), torch.where(moves, b, 0.0), torch.where(moves, s, 0.0))
+        return (table_of(moved, device=device),)
+
+    settings = "ddim", leap, eta, config.prediction_type, *unaffine.values(), device
+    (table,) = cached((alphas,), settings, build)
+    if is_one and is_host_readable(alphas):
+        return Step(*table[:, int(timestep)].tolist())
+    if isinstance(timestep, Tensor):
+        index = timestep.to(device, non_blocking=True)
+    else:
+        index = torch.full((1,), timestep, dtype=torch.int64, device=device)
+    return gather(table, index, sample.shape[0])

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_latents, check_no_grad, check_number, is_host_readable
+from .._checks import check_integer, check_latents, check_no_grad, check_number, is_eager, is_host_readable
 from ..gaussian_step import gaussian_step
-from ..log_prob import log_prob as gaussian_log_prob
-from ..transitions import Transition
+from ..log_prob.op import checked_log_prob
+from ._tables import Step
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -38,46 +38,50 @@ def integers(name: str, value: object, steps: int) -> None:
         raise ValueError(f"{name}: must be in [0, {steps}), got {value}")
 
 
-def check(model_output: object, prev_sample: object, *, density: bool = True, **latents: object) -> None:
-    """Refuse tensors that do not fit, under the names they have in the step function; `latents` is the one before it.
+def check(*, density: bool = True, **latents: object) -> None:
+    """Refuse tensors that do not fit, under the names they have in the step function.
 
-    A log-density has a gradient in the model output alone.
+    `latents` are, in this order, those before the step, the model output, and those after it or None. A log-density has
+    a gradient in the model output alone.
     """
-    ((name, sample),) = latents.items()
-    check_latents(name, sample)
-    assert isinstance(sample, Tensor)
-    check_latents("model_output", model_output, like=sample)
-    if prev_sample is not None:
-        check_latents("prev_sample", prev_sample, like=sample)
+    (name, before), (output, v), (after, y) = latents.items()
+    check_latents(name, before)
+    assert isinstance(before, Tensor)
+    check_latents(output, v, like=before)
+    if y is not None:
+        check_latents(after, y, like=before)
     if density:
-        check_no_grad(**{name: sample})
+        check_no_grad(**{name: before})
 
 
-def mean(x: Tensor, v: Tensor, step: Transition, dtype: torch.dtype) -> Tensor:
+def mean(x: Tensor, v: Tensor, a: float | Tensor, b: float | Tensor, dtype: torch.dtype) -> Tensor:
     """a·x + b·v, differentiable in both."""
-    return gaussian_step(x, v, step.a, step.b, 0.0, None, out_dtype=dtype)
+    return gaussian_step(x, v, a, b, 0.0, None, out_dtype=dtype)
 
 
-def sample(x: Tensor, v: Tensor, step: Transition, noise: Tensor, dtype: torch.dtype) -> Tensor:
+def sample(x: Tensor, v: Tensor, step: Step, noise: Tensor, dtype: torch.dtype) -> Tensor:
     """a·x + b·v + s·noise, differentiable in x and v."""
     return gaussian_step(x, v, step.a, step.b, step.s, noise, out_dtype=dtype)
 
 
-def log_prob(x: Tensor, v: Tensor, y: Tensor, step: Transition) -> Tensor:
+def log_prob(x: Tensor, v: Tensor, y: Tensor, step: Step) -> Tensor:
     """log N(y; a·x + b·v, s²), mean over elements [B], differentiable in v; NaN for a sample whose s is 0."""
-    s = step.s
+    s = step.density
     if not isinstance(s, Tensor):
-        if s > 0.0:
-            return gaussian_log_prob(x, v, y, step.a, step.b, s)
-        return torch.full((x.shape[0],), math.nan, device=x.device)
-    has_density = s > 0.0
-    value = gaussian_log_prob(x, v, y, step.a, step.b, torch.where(has_density, s, 1.0))
-    return torch.where(has_density.to(value.device), value, math.nan)
+        if math.isnan(s):
+            return torch.full((x.shape[0],), math.nan, device=x.device)
+        return checked_log_prob(x, v, y, step.less_one, step.b, s)
+    if is_eager(x, v, y):
+        return checked_log_prob(x, v, y, step.less_one, step.b, s)
+    # The custom operator refuses a standard deviation that is not a number.
+    missing = s.isnan()
+    value = checked_log_prob(x, v, y, step.less_one, step.b, torch.where(missing, 1.0, s))
+    return value * torch.where(missing, math.nan, 1.0).to(value.dtype)
 
 
-def negative_squared_error(x: Tensor, v: Tensor, y: Tensor, step: Transition) -> Tensor:
+def negative_squared_error(x: Tensor, v: Tensor, y: Tensor, step: Step) -> Tensor:
     """-(y - a·x - b·v)², mean over elements [B], differentiable in v."""
-    return gaussian_log_prob(x, v, y, step.a, step.b, _UNIT) / math.pi
+    return checked_log_prob(x, v, y, step.less_one, step.b, _UNIT) / math.pi
 
 
 def randn_like(tensor: Tensor, generator: Generator) -> Tensor:

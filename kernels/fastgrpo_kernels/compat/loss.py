@@ -2,38 +2,106 @@
 
 from __future__ import annotations
 
+import difflib
+
 from torch import Tensor, nn
 
-from .._checks import check_latents, check_no_grad
+from .._checks import check_number
 from .._noise_args import StoredStep
 from ..clipped_loss import grpo_loss
 from ..clipped_loss.op import check_objective
 from ..noise import NoiseKey
 
+# Other trainers' names of a setting: Liger-Kernel's and TRL's, then DanceGRPO's and Flow-GRPO's.
+ALIASES = {
+    "epsilon": ("clip_low", "clip_high"),
+    "epsilon_low": ("clip_low",),
+    "epsilon_high": ("clip_high",),
+    "beta": ("kl_weight",),
+    "delta": ("dual_clip",),
+    "clip_range": ("clip_low", "clip_high"),
+    "adv_clip_max": ("advantage_clip",),
+}
+# What the arguments of forward are called in grpo_loss.
+ARGUMENTS = {
+    "v": "model_output",
+    "v_old": "old_model_output",
+    "v_reference": "ref_model_output",
+    "advantage": "advantages",
+}
+
 
 class GRPOLoss(nn.Module):
     """The clipped objective of visual GRPO, from model outputs instead of log-probabilities.
 
-    `epsilon_low` and `epsilon_high` bound the ratio (1e-4 suits means over elements), `beta` weighs the Gaussian KL to
-    a reference model, `delta` > 1 bounds the loss of negative advantages (dual clip), `dppo_threshold` masks by
-    KL (Flow-DPPO), `advantage_clip` bounds |A|. `ratio`: gaussian, unit (Flow-CPS) or ratio_norm (GRPO-Guard).
-    Raises ValueError for a value out of range. fastgrpo_kernels.grpo_loss holds the formulas.
+    Args:
+        clip_low: The ratio is clipped below 1 - clip_low; 1e-4 suits means over elements. Also `epsilon_low`.
+        clip_high: The ratio is clipped above 1 + clip_high. Also `epsilon_high`; `epsilon` or `clip_range` sets both.
+        kl_weight: Weight of the Gaussian KL to a reference model. Also `beta`.
+        dual_clip: Bounds the loss where the advantage is negative by -A·dual_clip; greater than 1. Also `delta`.
+        dppo_threshold: Drops samples by their KL (Flow-DPPO).
+        advantage_clip: Advantages are clipped to ±advantage_clip; None leaves them. Also `adv_clip_max`.
+        ratio: "gaussian", "unit" (Flow-CPS) or "ratio_norm" (GRPO-Guard).
+
+    Raises:
+        ValueError: A value is out of range. The message has the name that was given.
+        TypeError: A name is unknown, or a setting is given by two names.
+
+    `fastgrpo_kernels.grpo_loss` holds the formulas.
     """
 
     def __init__(
         self,
         *,
-        epsilon_low: float = 1e-4,
-        epsilon_high: float = 1e-4,
-        beta: float = 0.0,
-        delta: float | None = None,
+        clip_low: float = 1e-4,
+        clip_high: float = 1e-4,
+        kl_weight: float = 0.0,
+        dual_clip: float | None = None,
         dppo_threshold: float | None = None,
-        advantage_clip: float = 5.0,
+        advantage_clip: float | None = 5.0,
         ratio: str = "gaussian",
+        **aliases: float | None,
     ) -> None:
         super().__init__()
-        self.objective = check_objective(epsilon_low, epsilon_high, ratio, delta, dppo_threshold, beta, "mean", None)
-        self.advantage_clip = advantage_clip
+        settings: dict = {
+            "clip_low": clip_low,
+            "clip_high": clip_high,
+            "kl_weight": kl_weight,
+            "dual_clip": dual_clip,
+            "dppo_threshold": dppo_threshold,
+            "advantage_clip": advantage_clip,
+            "ratio": ratio,
+        }
+        # The name by which each setting was given, for messages.
+        self.names = {name: name for name in settings}
+        for alias, value in aliases.items():
+            self._set(alias, value, settings)
+        self.settings = settings
+        clip = settings["advantage_clip"]
+        if clip is not None:
+            check_number(self.names["advantage_clip"], clip)
+            if not clip > 0:
+                raise ValueError(f"{self.names['advantage_clip']}: must be positive, or None, got {clip}")
+        objective = {name: value for name, value in settings.items() if name != "advantage_clip"}
+        try:
+            check_objective(**objective, reduction="mean", elements=None)
+        except (TypeError, ValueError) as error:
+            raise _renamed(error, self.names) from None
+
+    def _set(self, alias: str, value: float | None, settings: dict) -> None:
+        if alias not in ALIASES:
+            close = difflib.get_close_matches(alias, [*settings, *ALIASES], 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"one of: {', '.join([*settings, *ALIASES])}"
+            raise TypeError(f"GRPOLoss: unknown setting '{alias}'; {hint}")
+        for name in ALIASES[alias]:
+            default = (GRPOLoss.__init__.__kwdefaults__ or {})[name]
+            if self.names[name] != name or settings[name] != default:
+                raise TypeError(f"{alias}: sets {name}, which '{self.names[name]}' sets too; give one of them")
+            settings[name], self.names[name] = value, alias
+
+    def extra_repr(self) -> str:
+        """The settings, by their own names."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
     def forward(
         self,
@@ -45,43 +113,51 @@ class GRPOLoss(nn.Module):
         advantages: Tensor,
         ref_model_output: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over samples, a scalar differentiable in `model_output`, and metrics, left on the device.
+        """The mean loss over samples, and metrics.
 
-        Model outputs are [B, ...] of one dtype; `b` and `s` are the step's coefficients (fastgrpo_kernels.transitions),
-        floats or [B]; `noise` is the step's key, its ε, or the StoredStep (x, y, a) it was; `advantages` are [B].
-        `ref_model_output` is needed for beta > 0 and refused for beta = 0, which would ignore it. Metrics: ratio,
-        clip_ratio, kl, dropped (means over samples) and max_deviation of the ratio from 1, float32.
+        Args:
+            model_output: The policy's output [B, ...]; the loss is differentiable in it.
+            old_model_output: The rollout's output, of the same shape and dtype.
+            b: The step's coefficient of the model output (`fastgrpo_kernels.transitions`), a float or [B].
+            s: The step's standard deviation, a float or [B].
+            noise: The step's noise key, its noise [B, ...], or the StoredStep (x, y, a) it was.
+            advantages: One for each sample, [B].
+            ref_model_output: The reference model's output; needed for kl_weight > 0, refused for 0.
+
+        Returns:
+            The loss, a float32 scalar, and float32 scalars that stay on the device: the means over samples `ratio`,
+            `clip_ratio`, `kl` and `dropped`, and `max_deviation` of the ratio from 1.
+
+        Raises:
+            ValueError, TypeError: An argument does not fit; the message has its name.
         """
-        check_latents("model_output", model_output)
-        for name, other in (("old_model_output", old_model_output), ("ref_model_output", ref_model_output)):
-            if other is not None or name == "old_model_output":
-                check_latents(name, other, like=model_output, same_dtype=True)
-        check_no_grad(old_model_output=old_model_output, ref_model_output=ref_model_output, advantages=advantages)
-        if (ref_model_output is None) != (self.objective.kl_weight == 0):
+        settings = self.settings
+        if (ref_model_output is None) != (settings["kl_weight"] == 0):
             needed = "needs the reference model's output" if ref_model_output is None else "ignores it; pass None"
-            raise ValueError(f"ref_model_output: beta = {self.objective.kl_weight} {needed}")
-        batch = model_output.shape[0]
+            raise ValueError(f"ref_model_output: {self.names['kl_weight']} = {settings['kl_weight']} {needed}")
         if not isinstance(advantages, Tensor):
-            raise TypeError(f"advantages: expected a [{batch}] tensor, got {type(advantages).__name__}")
-        if advantages.shape != (batch,):
-            raise ValueError(f"advantages: expected shape [{batch}], got {list(advantages.shape)}")
-        objective = self.objective
-        loss, statistics = grpo_loss(
-            model_output,
-            old_model_output,
-            b,
-            s,
-            noise,
-            advantages.float().clamp(-self.advantage_clip, self.advantage_clip),
-            1.0 / batch,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            ratio=objective.ratio,  # pyright: ignore[reportArgumentType]
-            dual_clip=objective.dual_clip,
-            dppo_threshold=objective.dppo_threshold,
-            kl_weight=objective.kl_weight,
-            v_reference=ref_model_output,
-        )
+            raise TypeError(f"advantages: expected a [B] tensor, got {type(advantages).__name__}")
+        clip = settings["advantage_clip"]
+        advantages = advantages.float()
+        try:
+            loss, statistics = grpo_loss(
+                model_output,
+                old_model_output,
+                b,
+                s,
+                noise,
+                advantages if clip is None else advantages.clamp(-clip, clip),
+                1.0 / max(len(advantages), 1),
+                clip_low=settings["clip_low"],
+                clip_high=settings["clip_high"],
+                ratio=settings["ratio"],
+                dual_clip=settings["dual_clip"],
+                dppo_threshold=settings["dppo_threshold"],
+                kl_weight=settings["kl_weight"],
+                v_reference=ref_model_output,
+            )
+        except (TypeError, ValueError) as error:
+            raise _renamed(error, ARGUMENTS) from None
         return loss, {
             "ratio": statistics.ratio,
             "clip_ratio": statistics.clipped,
@@ -89,3 +165,10 @@ class GRPOLoss(nn.Module):
             "dropped": statistics.dropped,
             "max_deviation": statistics.max_deviation,
         }
+
+
+def _renamed(error: TypeError | ValueError, names: dict[str, str]) -> TypeError | ValueError:
+    """An operation's error, `argument: what is wrong`, under the name that the argument has here."""
+    name, colon, rest = str(error).partition(":")
+    here = names.get(name, name)
+    return type(error)(f"{here}{colon}{rest}".replace(f"{name}.detach()", f"{here}.detach()"))

@@ -1,0 +1,136 @@
+"""Coefficients of a flow-matching scheduler by timestep, for the step functions of Flow-GRPO and Flow-Factory."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import transitions
+from .._checks import is_host_readable
+from ..transitions import Transition
+from ._tables import Step, cached, gather, table_of
+
+Timestep = float | Tensor | Sequence[float]
+Sampler = Literal["flow_sde", "dance_sde", "cps", "ode"]
+
+
+class Extras(NamedTuple):
+    """What step functions return besides latents, [1] or [B] as timesteps were asked.
+
+    `std_dev_t` is what the projects call so: η_t of an SDE, the standard deviation itself of CPS. `dt` is σ' - σ, and
+    `following` the next timestep, 0 after the last.
+    """
+
+    std_dev_t: Tensor
+    sqrt_dt: Tensor
+    dt: Tensor
+    following: Tensor
+
+
+def coefficients(
+    scheduler: Any,
+    timestep: Timestep,
+    noise_level: float,
+    sampler: Sampler,
+    sample: Tensor,
+    sigma_max: float | None = None,
+) -> tuple[Step, Extras]:
+    """The coefficients of the steps from these timesteps, for the samples of `sample` [B, ...].
+
+    A scheduler has `sigmas` [T + 1], and `timesteps` [T] or `index_for_timestep`. `sigma_max` stands for σ = 1 in the
+    denominator of Flow-SDE; the second level does by default.
+    """
+    sigmas, device, batch = scheduler.sigmas, sample.device, sample.shape[0]
+    asked = _as_tensor(timestep, getattr(scheduler, "timesteps", sigmas).dtype, device)
+
+    def build() -> tuple[Tensor]:
+        return (_table(sigmas, getattr(scheduler, "timesteps", None), noise_level, sampler, sigma_max, device),)
+
+    def build_sorted() -> tuple[Tensor, Tensor]:
+        (table,) = build()
+        return _by_value(timesteps.to(device=device, dtype=dtype, non_blocking=True), table)
+
+    settings = "flow", sampler, noise_level, sigma_max, device
+    if hasattr(scheduler, "timesteps"):
+        timesteps = scheduler.timesteps
+        # What is asked of a schedule of floats came from it; of integers a half may be asked, and is refused.
+        dtype = timesteps.dtype if timesteps.is_floating_point() else torch.promote_types(timesteps.dtype, asked.dtype)
+        bounds, table = cached((timesteps, sigmas), (*settings, dtype), build_sorted)
+        # A column of a batch's timesteps is copied here, which searchsorted would do with a warning.
+        asked = asked.to(device=device, dtype=dtype, non_blocking=True).contiguous()
+        index = torch.searchsorted(bounds, asked, right=True)
+    else:
+        (table,) = cached((sigmas,), settings, build)
+        index = torch.tensor([int(scheduler.index_for_timestep(t)) for t in asked]).to(device, non_blocking=True)
+    if index.numel() not in (1, batch):
+        raise ValueError(f"timestep: expected 1 or {batch} values, one a sample, got {index.numel()}")
+    step = gather(table, index, batch)
+    if is_host_readable(table) and bool(torch.as_tensor(step.a).isnan().any()):
+        raise ValueError(f"timestep: {timestep} is not in the scheduler's timesteps; call set_timesteps first")
+    return step, Extras(*(torch.as_tensor(extra)[: index.numel()] for extra in step.extras))
+
+
+def _table(
+    sigmas: Tensor,
+    timesteps: Tensor | None,
+    noise_level: float,
+    sampler: Sampler,
+    sigma_max: float | None,
+    device: torch.device,
+) -> Tensor:
+    """Coefficients of every step of a schedule, and the extras, [9, T]."""
+    levels = sigmas.to(device, non_blocking=True).double()
+    sigma, sigma_next = levels[:-1], levels[1:]
+    dt = sigma_next - sigma
+    sqrt_dt = (-dt).sqrt()
+    if sampler == "cps":
+        step = transitions.cps(sigma, sigma_next, noise_level)
+        std_dev_t = torch.as_tensor(step.s)
+    elif sampler == "flow_sde":
+        step = transitions.flow_sde(sigma, sigma_next, noise_level, levels[1] if sigma_max is None else sigma_max)
+        std_dev_t = step.s / sqrt_dt
+    elif sampler == "dance_sde":
+        step = transitions.dance_sde(sigma, sigma_next, noise_level)
+        std_dev_t = torch.full_like(sigma, noise_level)
+    else:
+        step = transitions.ode(sigma, sigma_next)
+        std_dev_t = torch.zeros_like(sigma)
+    following = torch.zeros_like(sigma)
+    if timesteps is not None:
+        following[:-1] = timesteps[1:].to(device, non_blocking=True)
+    return table_of(Transition(*step), std_dev_t, sqrt_dt, dt, following, device=device)
+
+
+def _by_value(timesteps: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """(bounds [2T], table [rows, 2T + 1]): column searchsorted(bounds, t, right=True) is that of timestep t.
+
+    Bounds are the timesteps and the numbers next above them, in rising order, so that a number which is no timestep has
+    a column of NaN. Of a timestep that occurs twice the second counts, as in diffusers.
+    """
+    above = timesteps.nextafter(timesteps.new_tensor(math.inf)) if timesteps.is_floating_point() else timesteps + 1
+    bounds = torch.cat([timesteps, above]).sort().values
+    found = timesteps == bounds[:, None]
+    occurrence = found.cumsum(1)
+    index = (found & (occurrence == occurrence[:, -1:].clamp(max=2))).to(torch.uint8).argmax(1)
+    columns = torch.where(found.any(1), table[:, index], math.nan)
+    return bounds, torch.cat([torch.full_like(table[:, :1], math.nan), columns], 1)
+
+
+def _as_tensor(timestep: Timestep, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Timesteps in one dimension; numbers in the schedule's dtype, where that is one of floats."""
+    if isinstance(timestep, Tensor):
+        return timestep.reshape(-1)
+    dtype = dtype if dtype.is_floating_point else torch.float64
+    if isinstance(timestep, Sequence) and not isinstance(timestep, str):
+        if all(isinstance(t, numbers.Real) for t in timestep):
+            return torch.tensor([float(t) for t in timestep], dtype=dtype)
+        return torch.stack([torch.as_tensor(t).reshape(()) for t in timestep])
+    if isinstance(timestep, numbers.Real) and not isinstance(timestep, bool):
+        # A fill, not a host-to-device copy.
+        return torch.full((1,), float(timestep), dtype=dtype, device=device)
+    raise TypeError(f"timestep: expected a number, or [B] or [1] timesteps, got {type(timestep).__name__}")

@@ -1,0 +1,81 @@
+"""Coefficients of a schedule, computed once: a training step then gathers its columns in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .._checks import is_eager
+from ..transitions import Transition
+
+# Of a tensor of a schedule: the tensors' state when its tables were made, and the tables by settings.
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class Step(NamedTuple):
+    """A step's coefficients: floats, or rows [B].
+
+    `less_one` is a - 1, which float32 would not keep if it were computed there. `density` is the standard deviation s
+    where it is positive, else NaN: then there is no density. `extras` are what a step function needs besides.
+    """
+
+    a: float | Tensor
+    b: float | Tensor
+    s: float | Tensor
+    less_one: float | Tensor
+    density: float | Tensor
+    extras: tuple[float | Tensor, ...] = ()
+
+
+def step_of(transition: Transition, *extras: float | Tensor) -> Step:
+    """The coefficients of a transition: of floats, or of float64 tensors of one shape."""
+    a, b, s = transition
+    density = torch.where(s > 0.0, s, float("nan")) if isinstance(s, Tensor) else s if s > 0.0 else float("nan")
+    return Step(a, b, s, a - 1.0, density, extras)
+
+
+def table_of(transition: Transition, *extras: Tensor, device: torch.device) -> Tensor:
+    """The coefficients of every step of a schedule, [rows, T] on `device`: float32, as kernels read them.
+
+    On the CPU they stay float64.
+    """
+    step = step_of(transition, *extras)
+    rows = torch.stack([torch.as_tensor(row) for row in (*step[:-1], *step.extras)])
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    return rows.to(device=device, dtype=dtype, non_blocking=True)
+
+
+def gather(table: Tensor, index: Tensor, batch: int) -> Step:
+    """Columns of a table for B samples, in one launch; `index` has one element, or B."""
+    index = index.reshape(-1)
+    # Rows have to be contiguous for the kernels, so one index is repeated before, not one column after.
+    index = index.expand(batch) if index.numel() == 1 else index
+    a, b, s, less_one, density, *extras = table.index_select(1, index).unbind(0)
+    return Step(a, b, s, less_one, density, tuple(extras))
+
+
+def cached(schedule: tuple[Tensor, ...], settings: Hashable, build: Callable[[], tuple[Tensor, ...]]) -> tuple:
+    """What `build` makes of a schedule's tensors, made once for them as they are and for these settings.
+
+    Tables are dropped with the first of the tensors, and when one of them is changed or replaced.
+    """
+    if not is_eager(*schedule) or any(tensor.is_inference() for tensor in schedule):
+        # Traced code holds the computation itself; tensors of the inference mode do not tell whether they changed.
+        return build()
+    first, *others = schedule
+    state = [(id(tensor), tensor._version) for tensor in schedule]
+    kept = _tables.get(first)
+    if kept is None or kept[0] != state:
+        # Others are kept with their tables, so that their ids remain theirs.
+        kept = _tables[first] = (state, others, {})
+    tables = kept[2]
+    if settings not in tables:
+        built = build()
+        if not is_eager(*built):
+            return built
+        tables[settings] = built
+    return tables[settings]
