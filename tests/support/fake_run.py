@@ -57,6 +57,8 @@ def run_iteration(
     pipeline: its trained components and VAE on the meta device. encoded: what a prompt is encoded to, by shape.
     """
     family = family_class(config.model.family)(pipeline, config.model, torch.device("meta"))
+    # What the family says that prompts are encoded to, as plans have it.
+    assert family.encoded_shapes() == {name: s for name, s in encoded.items() if not name.startswith("negative_")}
     make_trainable(family)
     family.device = device = torch.device("cpu")
     prompts, samples = (
