@@ -14,9 +14,6 @@ from typing import Any
 import torch
 
 from fastgrpo.config import load_config
-from fastgrpo.observe.progress import Progress
-from fastgrpo.observe.run_log import Telemetry
-from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.training.trainer import Trainer
 
 # Enough for most prompts to have been encoded: each is encoded once in a run.
@@ -26,9 +23,7 @@ WARM_UP, COUNTED = 20, 20
 def main(path: str, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as run_dir:
         quiet = ["telemetry.progress=false", "eval.every=0", f"run.dir={run_dir}/run"]
-        trainer = Trainer(load_config(path, [*overrides, *quiet]))
-        trainer.telemetry = Telemetry(trainer.dir, trainer.config)
-        trainer.timer, trainer.progress = PhaseTimer(trainer.world.device), Progress(1, enabled=False)
+        trainer = Trainer.from_config(load_config(path, [*overrides, *quiet]))
         spent: dict[str, float] = {}
         family = trainer.family
         # Frozen evaluations and those with gradients; the backward of a loss is the transformer's, but for the loss.
@@ -39,11 +34,11 @@ def main(path: str, overrides: list[str]) -> None:
         for reward in trainer.rewards.values():
             timed(reward, "score", "reward", spent)
         for _ in range(WARM_UP):
-            trainer.iterate()
+            trainer.step()
         spent.clear()
         begin = time.perf_counter()
         for _ in range(COUNTED):
-            trainer.iterate()
+            trainer.step()
         total = time.perf_counter() - begin
     for name, seconds in [*spent.items(), ("everything else", total - sum(spent.values()))]:
         print(f"{name:<20} {seconds / COUNTED:8.4f} s  {seconds / total:6.1%}")

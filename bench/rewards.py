@@ -29,9 +29,7 @@ from torch import Tensor
 from fastgrpo.config import RewardSpec, load_config
 from fastgrpo.config.sections import validate_settings
 from fastgrpo.data.prompts import Prompt, load_prompts
-from fastgrpo.observe.progress import Progress
-from fastgrpo.observe.run_log import Telemetry, read_metrics
-from fastgrpo.observe.timers import PhaseTimer
+from fastgrpo.observe.run_log import read_metrics
 from fastgrpo.rewards import Scores, load_reward
 from fastgrpo.rewards.served.service import ServiceConfig, create_app
 from fastgrpo.rewards.served.wire import encode_request
@@ -105,22 +103,19 @@ def overlap(iterations: int = 8) -> dict[str, Any]:
 
 
 def _prepared(folder: Path, *settings: str) -> Trainer:
-    trainer = Trainer(load_config(CONFIG, [*QUIET, *STEADY, f"run.dir={folder}", *settings]))
-    trainer.telemetry = Telemetry(trainer.dir, trainer.config)
-    trainer.timer, trainer.progress = PhaseTimer(trainer.world.device), Progress(1, enabled=False)
-    return trainer
+    return Trainer.from_config(load_config(CONFIG, [*QUIET, *STEADY, f"run.dir={folder}", *settings]))
 
 
 def _timed(trainer: Trainer) -> float:
     begin = time.perf_counter()
-    trainer.iterate()
+    trainer.step()
     return time.perf_counter() - begin
 
 
 SERVE = """
 import os, sys
-from fastgrpo.rewards.service import ServiceConfig, serve
-from fastgrpo.settings import load_settings
+from fastgrpo.rewards.served.service import ServiceConfig, serve
+from fastgrpo.config.sections import load_settings
 import torch
 torch.set_num_threads(1)
 serve(load_settings(ServiceConfig, sys.argv[1]))
@@ -230,13 +225,13 @@ def faults(iterations: int = 60, share: float = 0.3) -> dict[str, Any]:
             with serving(app) as url:
                 reward = remote(url, "shapes", batch=32, timeout=1.0, backoff=0.05, retries=retries, connections=8)
                 settings = [f"run.dir={run}", f"train.iterations={iterations}", "scoring.max_failure_rate=0.8", reward]
-                trainer = Trainer(load_config(CONFIG, [*QUIET, *settings]))
+                trainer = Trainer.from_config(load_config(CONFIG, [*QUIET, *settings]))
                 trainer.run()
             lines = read_metrics(run)
             last = [line["reward/mean"] for line in lines[-iterations // 5 :]]
             results[name] = {
                 "calls": dict(app.counts), "samples_failed": sum(line["samples/failed"] for line in lines),
-                "samples": len(lines) * trainer.samples,
+                "samples": len(lines) * trainer.rollouts.samples,
                 "reward_last_fifth": float(np.mean(last)), "deviation_last_fifth": float(np.std(last)),
             }  # fmt: skip
     return results

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import Config, load_config
-from fastgrpo.observe.progress import Progress
-from fastgrpo.observe.run_log import Telemetry, read_metrics
-from fastgrpo.observe.timers import PhaseTimer
+from fastgrpo.observe.run_log import read_metrics
 from fastgrpo.training.trainer import Trainer
 
 BASELINE = (
@@ -36,21 +34,19 @@ class Bench:
     """A trainer that iterates when asked, in a run directory of its own."""
 
     def __init__(self, config: Config, *load: Any, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.trainer = Trainer(config, *load)
-        self.trainer.telemetry = Telemetry(self.trainer.dir, config)
-        self.trainer.timer = PhaseTimer(self.trainer.world.device, clock)
-        self.trainer.progress = Progress(1, enabled=False)
+        self.trainer = Trainer.from_config(config, *load)
+        self.trainer.timer.clock = clock
         self.seconds: list[float] = []
 
     def iterate(self) -> None:
         begin = time.perf_counter()
-        self.trainer.iterate()
+        self.trainer.step()
         self.seconds.append(time.perf_counter() - begin)
 
     def metrics(self, warm_up: int) -> list[dict[str, float]]:
         """Those of each iteration after the warm-up."""
-        self.trainer._flush()
-        return read_metrics(self.trainer.dir)[warm_up:]
+        self.trainer.flush()
+        return read_metrics(self.trainer.log.directory)[warm_up:]
 
     def result(self, warm_up: int) -> dict[str, Any]:
         """Medians over the iterations after the warm-up."""

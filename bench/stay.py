@@ -27,8 +27,11 @@ import numpy as np
 import torch
 
 from fastgrpo.config import load_config
-from fastgrpo.observe.run_log import Telemetry
+from fastgrpo.errors import UserError
+from fastgrpo.observe.run_log import RunLog
 from fastgrpo.observe.timers import PhaseTimer, peak_memory_bytes
+from fastgrpo.training.callbacks import Callback
+from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.checkpoint import CheckpointStore, DamagedError, training_tensors
 from fastgrpo.training.trainer import Trainer
 
@@ -46,7 +49,9 @@ SMALL = (
 
 
 def trainer_of(folder: Path, iterations: int, *settings: str) -> Trainer:
-    return Trainer(load_config(CONFIG, [*SMALL, f"run.dir={folder}", f"train.iterations={iterations}", *settings]))
+    return Trainer.from_config(
+        load_config(CONFIG, [*SMALL, f"run.dir={folder}", f"train.iterations={iterations}", *settings])
+    )
 
 
 def fork(work: Callable[[], None], rank: int = 0, ranks: int = 1, port: int = 0) -> int:
@@ -221,10 +226,10 @@ def costs(count: int = 5) -> dict[str, Any]:
         for turn in range(count + 1):
             for background in (False, True):
                 begin = time.perf_counter()
-                trainer.store.save(2 * turn + background, tensors, {}, 2, None, background)
+                trainer.callback(CheckpointCallback).store.save(2 * turn + background, tensors, {}, 2, None, background)
                 if turn:
                     seconds[background].append(time.perf_counter() - begin)
-                trainer.store.wait()
+                trainer.callback(CheckpointCallback).store.wait()
         at_once, behind = statistics.median(seconds[False]), statistics.median(seconds[True])
         return {
             "MB": size / 1e6,
@@ -236,7 +241,7 @@ def costs(count: int = 5) -> dict[str, Any]:
 
 
 def _telemetry_seconds(trainer: Trainer, count: int = 200) -> float:
-    telemetry, timer = Telemetry(trainer.dir, trainer.config), PhaseTimer("cpu")
+    telemetry, timer = RunLog(trainer.log.directory, trainer.config), PhaseTimer("cpu")
     metrics = {f"metric/{i}": float(i) for i in range(30)}
     begin = time.process_time()
     for iteration in range(count):
@@ -254,16 +259,16 @@ def soak(seconds: float = 3600) -> dict[str, Any]:
     """Resident memory of a run after its tenth iteration, by tenths and at its end, checkpoints written every ten."""
     with tempfile.TemporaryDirectory() as temporary:
         trainer = trainer_of(Path(temporary) / "run", 10**6, "checkpoint.every=10")
-        original, begin, memory = trainer.iterate, time.perf_counter(), []
+        begin, memory = time.perf_counter(), []
 
-        def iterate() -> None:
-            original()
-            memory.append(_resident())
-            if time.perf_counter() - begin > seconds:
-                trainer.stopping = 1
+        class Watch(Callback):
+            def after_iteration(self, trainer: Trainer) -> None:
+                memory.append(_resident())
+                if time.perf_counter() - begin > seconds:
+                    trainer.halted = "long enough"
 
-        trainer.iterate = iterate
-        with contextlib.suppress(KeyboardInterrupt):
+        trainer.callbacks.insert(0, Watch())
+        with contextlib.suppress(UserError):
             trainer.run()
         after, last = memory[10:21], memory[-10:]
         return {

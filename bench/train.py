@@ -32,7 +32,7 @@ from fastgrpo.planning.plan import overridden
 from . import tables
 from .sequential import BASELINE, Bench
 from .tables import ROOT, Row
-from .train_cases import MODELS, SHIPPED, SIZES, SWEEPS, Point, build_tiny, case_config, points, shape_of
+from .train_cases import BUILT, MODELS, SIZES, SWEEPS, Point, build_tiny, case_config, points, shape_of
 
 PHASES = ("conditioning", "rollout", "decode", "reward", "sync", "update", "other")
 KEY = ("model", "size", "point", "shape", "torch", "diffusers", "commit")
@@ -145,7 +145,7 @@ def measure(model: str, size: str, point: dict[str, Any], iterations: int, seque
         load = (random_family,)
     with tempfile.TemporaryDirectory() as folder:
         config = case_config(model, size, at.settings, Path(folder))
-        if size == "tiny" and model not in SHIPPED:
+        if size == "tiny" and model in BUILT:
             build_tiny(model).save_pretrained(config.model.path)
         clock = clock_of_this_device()
         bench = Bench(config, *load, clock=clock)
@@ -156,7 +156,7 @@ def measure(model: str, size: str, point: dict[str, Any], iterations: int, seque
         lines = bench.metrics(WARM_UP)
         device = bench.trainer.world.device
         peak, peak_by = peak_flops(device, DTYPES[config.model.dtype], clock)
-        row = _row(lines, bench.trainer.samples, counted.flops, peak)
+        row = _row(lines, bench.trainer.rollouts.samples, counted.flops, peak)
         if sequential:
             del bench
             settings = dict(item.split("=", 1) for item in BASELINE) | {"run.dir": f"{folder}/sequential"}

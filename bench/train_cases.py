@@ -6,12 +6,14 @@ on one GPU. Every sample is trained in every iteration and the window stays, so 
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import Config, load_config, validate
 from fastgrpo.errors import UserError
+from fastgrpo.models import family_class
 from fastgrpo.models.attention import check_backend
 from fastgrpo.planning.plan import overridden
 
@@ -43,8 +45,12 @@ MODELS = {
     "skyreels": Case("moving", {"guidance": 3.0, "max_sequence_length": 8}, "skyreels-fast-8xh100"),
     "wan": Case("moving", {"guidance": 3.0, "max_sequence_length": 14}, "wan-2.1-1.3b-fast-8xh100"),
 }
-# Pipelines with shipped weights; the others are built with random ones.
-SHIPPED = ("flux", "stable_diffusion", "hunyuan_video", "skyreels")
+# Tiny pipelines without shipped weights, which are built with random ones: a module of fastgrpo.shapes, and its sizes.
+BUILT = {
+    "sd3": ("tiny_sd3", "TinySD3Sizes"),
+    "qwen_image": ("tiny_qwen_image", "TinyQwenImageSizes"),
+    "wan": ("tiny_wan", None),
+}
 # What every real recipe has on one GPU: few samples, encoders on the host between their visits, nothing read.
 ONE_GPU = {
     "rewards": [REWARD], "rollout.prompts_per_iteration": 2, "rollout.group_size": 4, "prompts.select": "epochs",
@@ -108,7 +114,7 @@ def case_config(model: str, size: str, settings: dict[str, Any], folder: Path) -
         window = config.rollout.trained.model_dump() | {"move": "fixed", "start": 1}
         config = overridden(config, ONE_GPU | {"prompts.train": f"{case.world}:train", "rollout.trained": window})
         return overridden(config, case.real | settings | {"run.dir": str(folder / "run")})
-    diffusion = {"sampler": "ddim", "eta": 1.0} if model == "stable_diffusion" else {"shift": 3.0}
+    diffusion = {"sampler": "ddim", "eta": 1.0} if family_class(model).paradigm == "diffusion" else {"shift": 3.0}
     verifier = {"name": "moving_shapes" if case.world == "moving" else "shapes", "weight": 0.0}
     data: dict[str, Any] = {
         "run": {"dir": str(folder / "run"), "seed": 0},
@@ -121,7 +127,7 @@ def case_config(model: str, size: str, settings: dict[str, Any], folder: Path) -
         "update": {"optimizer": {"lr": 1e-5}},
         "eval": {"every": 0}, "checkpoint": {"every": 0}, "telemetry": {"progress": False},
     }  # fmt: skip
-    if model not in SHIPPED:
+    if model in BUILT:
         data["model"]["path"] = str(folder / "pipeline")
     return overridden(validate(data), settings)
 
@@ -130,17 +136,10 @@ def build_tiny(model: str) -> Any:
     """A tiny pipeline of random weights."""
     from fastgrpo.shapes import moving_world, world
 
-    if model == "wan":
-        from fastgrpo.shapes.tiny_wan import build_pipeline
-
-        return build_pipeline(moving_world.vocabulary(), seed=0)
-    if model == "sd3":
-        from fastgrpo.shapes.tiny_sd3 import TinySD3Sizes as Sizes
-        from fastgrpo.shapes.tiny_sd3 import build_pipeline
-    else:
-        from fastgrpo.shapes.tiny_qwen_image import TinyQwenImageSizes as Sizes
-        from fastgrpo.shapes.tiny_qwen_image import build_pipeline
-    return build_pipeline(world.vocabulary(), Sizes(), seed=0)  # pyright: ignore[reportArgumentType]
+    name, sizes = BUILT[model]
+    module = importlib.import_module(f"fastgrpo.shapes.{name}")
+    words = (moving_world if MODELS[model].world == "moving" else world).vocabulary()
+    return module.build_pipeline(words, *([getattr(module, sizes)()] if sizes else []), seed=0)
 
 
 def shape_of(config: Config) -> str:

@@ -14,6 +14,10 @@ class ConfigError(UserError, ValueError):
     """A setting, or a file that a setting names, that cannot be used."""
 
 
+class RunPausedError(UserError):
+    """A run that goes on from its checkpoint once the user has mended what stopped it."""
+
+
 class PreemptedError(Exception):
     """A signal ended the run, whose checkpoint is written; the CLI exits with REQUEUE."""
 

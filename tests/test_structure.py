@@ -13,6 +13,7 @@ PACKAGE, KERNELS = ROOT / "fastgrpo", ROOT / "kernels" / "fastgrpo_kernels"
 # Each room is a folder (or one file), and imports from itself and from those before it in this list.
 ROOMS = (
     "errors",
+    "registry",
     "config",
     "shapes",
     "data",

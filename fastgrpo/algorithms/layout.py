@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastgrpo.algorithms.schedule import RolloutPlan
+from fastgrpo.algorithms.schedule import StepSchedule
 from fastgrpo.config import Rollout
 
 
@@ -56,14 +56,14 @@ def share_out(samples: np.ndarray, processes: int, number: int) -> np.ndarray:
     return samples[np.minimum(np.arange(number * share, (number + 1) * share), len(samples) - 1)]
 
 
-def lay_out(plan: RolloutPlan, rollout: Rollout, samples: np.ndarray) -> Layout:
+def lay_out(schedule: StepSchedule, rollout: Rollout, samples: np.ndarray) -> Layout:
     """The layout of the rank that rolls out `samples` (global, [n])."""
     prompts, sample_prompt = np.unique(samples // rollout.candidates, return_inverse=True)
-    shared = rollout.shared_noise and rollout.share_prefix and bool(plan.trained.any())
+    shared = rollout.shared_noise and rollout.share_prefix and bool(schedule.trained.any())
     row_step, row_source, row_prompt, pair_row, pair_sample = [], [], [], [], []
-    for step in range(plan.steps):
-        chosen = np.flatnonzero(plan.trained[step, samples])
-        common = shared and step == plan.first_stochastic
+    for step in range(schedule.steps):
+        chosen = np.flatnonzero(schedule.trained[step, samples])
+        common = shared and step == schedule.first_stochastic
         source, reads = (
             np.unique(sample_prompt[chosen], return_inverse=True) if common else (chosen, np.arange(len(chosen)))
         )

@@ -1,4 +1,4 @@
-"""Noise levels, shift, and which steps are stochastic and trained: the plan of one iteration's rollouts.
+"""Noise levels, shift, and which steps are stochastic and trained: the schedule of one iteration's rollouts.
 
 Everything here is Python floats and numpy on the host; nothing depends on a tensor's value.
 """
@@ -56,7 +56,7 @@ def flow_levels(sigmas: Sequence[float], modules: str | Sequence[str]) -> NoiseL
 
 
 @dataclass(frozen=True)
-class RolloutPlan:
+class StepSchedule:
     """What each of the T steps does in one iteration.
 
     times: [T], what the model is told at each step. modules: [T], which component acts. gaps: [T], NoiseLevels.gap.
@@ -144,10 +144,10 @@ def thinned(levels: NoiseLevels, end: int, steps: int) -> NoiseLevels:
     )
 
 
-def plan_rollout(
+def schedule_steps(
     rollout: Rollout, levels: NoiseLevels, samples: int, iteration: int, seed: int, deterministic: bool = False
-) -> RolloutPlan:
-    """The plan of one iteration for `samples` global samples, at the family's noise levels.
+) -> StepSchedule:
+    """The schedule of one iteration for `samples` global samples, at the family's noise levels.
 
     With `deterministic` no step is stochastic and nothing is trained (evaluation).
     """
@@ -179,7 +179,7 @@ def plan_rollout(
     if not deterministic and rollout.suffix_solver == "dpmpp_2m":
         weights = second_order_weights(levels, max(t for t in range(steps) if stochastic[t]) + 1)
     clean = tuple(clean_sample(levels, t) for t in range(steps)) if any(weights) else ((0.0, 0.0),) * steps
-    return RolloutPlan(times, levels.modules, gaps, moves, trained, first, weights, clean)
+    return StepSchedule(times, levels.modules, gaps, moves, trained, first, weights, clean)
 
 
 def second_order_weights(levels: NoiseLevels, begin: int) -> tuple[float, ...]:
@@ -241,9 +241,9 @@ def check_sampler(sampler: str, paradigm: str, family: str) -> None:
         )
 
 
-def loss_scale(objective: ObjectiveConfig, plan: RolloutPlan) -> float:
+def loss_scale(objective: ObjectiveConfig, schedule: StepSchedule) -> float:
     """The constant a loss is multiplied by: GRPO-Guard divides it by mean(gap)² over the trained steps."""
     if objective.ratio != "ratio_norm":
         return 1.0
-    used = np.flatnonzero(plan.trained.any(axis=1))
-    return float(1.0 / np.mean([plan.gaps[t] for t in used]) ** 2)
+    used = np.flatnonzero(schedule.trained.any(axis=1))
+    return float(1.0 / np.mean([schedule.gaps[t] for t in used]) ** 2)

@@ -22,11 +22,15 @@ from rich.table import Table
 from torch import Tensor
 
 from fastgrpo import __version__
+from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.layout import lay_out
-from fastgrpo.algorithms.schedule import RolloutPlan, plan_rollout
+from fastgrpo.algorithms.schedule import StepSchedule, schedule_steps
 from fastgrpo.config import Config, load_config
+from fastgrpo.distributed.world import this_machine
 from fastgrpo.errors import EXTRAS
 from fastgrpo.observe.timers import peak_memory_bytes
+from fastgrpo.planning.plan import resolved
+from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.training.trainer import Trainer
 
@@ -86,34 +90,38 @@ def examine(config_path: Path | None = None, overrides: Sequence[str] = ()) -> b
 
 def self_test(config: Config) -> SelfTest:
     """The on-policy self-test of a config, through the trainer's own rollout and update. Writes nothing that stays."""
+    config = _shortened(config)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(_shortened(config, scratch))
-    config, seed = trainer.config, trainer.config.run.seed
-    plan = plan_rollout(config.rollout, trainer.levels, trainer.samples, 0, seed)
-    layout = lay_out(plan, config.rollout, trainer.mine)
-    conditioning = trainer.family.encode([trainer.prompts[i] for i in trainer.sampler.at(0)])
+        run = config.run.model_copy(update={"dir": str(Path(scratch, "run")), "resume": False})
+        trainer = Trainer.from_config(resolved(config.model_copy(update={"run": run}), *this_machine()))
+    rollouts = trainer.rollouts
+    schedule = schedule_steps(config.rollout, rollouts.levels, rollouts.samples, 0, config.run.seed)
+    layout = lay_out(schedule, config.rollout, rollouts.mine)
+    drawn = rollouts.sampler.at(0)
+    conditioning = trainer.family.encode([rollouts.prompts[i] for i in drawn])
     _wait()
     begin = time.perf_counter()
-    trajectory = rollout(trainer.family, plan, layout, conditioning, config.rollout, seed, 0)
+    trajectory = rollout(trainer.family, schedule, layout, conditioning, config.rollout, config.run.seed, 0)
     _wait()
     middle = time.perf_counter()
     # Any advantages do: the ratio of the first optimizer step does not depend on them.
-    advantages = np.resize([1.0, -1.0], trainer.samples)
-    everyone = np.ones(trainer.samples, dtype=bool)
-    result = trainer.updater.run(plan, trajectory, conditioning, advantages, everyone, 0)
+    terms = np.resize([1.0, -1.0], rollouts.samples)
+    everyone = np.ones(rollouts.samples, dtype=bool)
+    advantages = Advantages(terms, terms[:, None], everyone, np.zeros(len(drawn), dtype=bool))
+    result = trainer.updater.run(Batch(0, drawn, schedule, trajectory, conditioning), advantages, trainer.kl_weight)
     _wait()
     end = time.perf_counter()
     deviation = float(result.first.max_deviation)
     return SelfTest(
         log_ratio=float(-np.log1p(-min(deviation, 1.0 - 1e-12))),
-        q_floor=q_floor(trajectory.v_old, layout.row_step, plan, trainer.family.dtype),
+        q_floor=q_floor(trajectory.v_old, layout.row_step, schedule, trainer.family.dtype),
         rollout_seconds=middle - begin,
         update_seconds=end - middle,
         peak_bytes=peak_memory_bytes(),
     )
 
 
-def q_floor(v: Tensor, steps: np.ndarray, plan: RolloutPlan, dtype: torch.dtype) -> float:
+def q_floor(v: Tensor, steps: np.ndarray, plan: StepSchedule, dtype: torch.dtype) -> float:
     """The largest, over trained steps, of (b/s)²·M[ulp(v)²]/6: what two independent roundings of v to `dtype` add to Q.
 
     v: model outputs [R, …] of `steps` [R]. A rounding error is uniform within ulp/2, its variance ulp²/12.
@@ -199,11 +207,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _shortened(config: Config, scratch: str) -> Config:
-    """One prompt's group and one optimizer step, in a directory of its own; the forward shape stays."""
+def _shortened(config: Config) -> Config:
+    """One prompt's group and one optimizer step; the forward shape stays."""
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"dir": str(Path(scratch, "run")), "resume": False}),
             "rollout": config.rollout.model_copy(update={"prompts_per_iteration": 1}),
             "update": config.update.model_copy(update={"optimizer_steps": 1}),
             "eval": config.eval.model_copy(update={"every": 0}),

@@ -50,7 +50,7 @@ def train(
     if check:
         _check(resolved, ranks)
         return
-    from fastgrpo.training.trainer import train as run
+    from fastgrpo.commands.train import train as run
 
     run(resolved)
 

@@ -9,6 +9,7 @@ from fastgrpo.config import Config, RewardSpec, flatten_rewards, load_config
 from fastgrpo.config.sections import Section, load_settings
 from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily
+from fastgrpo.models.trainable import make_trainable
 from fastgrpo.training.checkpoint import CheckpointStore, load_weights
 
 
@@ -67,6 +68,6 @@ def open_run(run_dir: Path, checkpoint: str = "latest") -> tuple[Config, Checkpo
 def apply_checkpoint(family: ModelFamily, config: Config, store: CheckpointStore, iteration: int) -> None:
     """Puts a checkpoint's weights (its EMA where eval.ema and there is one) into a freshly loaded family."""
     store.state(iteration)
-    family.make_trainable()
+    make_trainable(family)
     load_weights(family.policy, store, iteration, config.eval.ema and config.update.ema_decay is not None)
     family.policy.requires_grad_(False)

@@ -45,7 +45,7 @@ class Lora(Section):
 
 
 class Model(Section):
-    family: NonEmpty = Field(description="Which file of fastgrpo/models serves it, such as flux or stable_diffusion.")
+    family: NonEmpty = Field(description="Which model family serves it, such as flux or stable_diffusion.")
     path: NonEmpty = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of the forward pass; masters are float32."
@@ -106,8 +106,8 @@ class Model(Section):
 
 class Prompts(Section):
     train: NonEmpty = Field(
-        description="A .txt, .jsonl or .csv file, shapes:train, moving:train, or hf:<dataset>[:split[:column]] on the "
-        "hub."
+        description="A .txt, .jsonl or .csv file, shapes:train, moving:train, hf:<dataset>[:split[:column]] on the "
+        "hub, or a source of an installed package."
     )
     select: Literal["epochs", "spread"] = Field(
         default="epochs",
@@ -452,6 +452,9 @@ class Config(Section):
     telemetry: Telemetry = Field(default_factory=Telemetry)
     guard: Guard = Field(default_factory=Guard)
     parallel: Parallel = Field(default_factory=Parallel)
+    callbacks: list[NonEmpty] = Field(
+        default_factory=list, description="Your own, as module:Class (docs/training.md): called around each iteration."
+    )
 
     @property
     def scored(self) -> list[RewardSpec]:

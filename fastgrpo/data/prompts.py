@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrpo.errors import ConfigError, nearest, require
+from fastgrpo.registry import Registry
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,36 +28,73 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
+# What reads a source: by what stands before its colon, called with what follows it; or by a file's suffix, called with
+# the path.
+SOURCES = Registry(
+    "prompt source",
+    "fastgrpo.prompts",
+    {
+        ".csv": "fastgrpo.data.prompts:_csv",
+        ".jsonl": "fastgrpo.data.prompts:_jsonl",
+        ".txt": "fastgrpo.data.prompts:_txt",
+        "hf": "fastgrpo.data.prompts:_hub",
+        "moving": "fastgrpo.data.prompts:_moving",
+        "set": "fastgrpo.data.prompts:_ready_made",
+        "shapes": "fastgrpo.data.prompts:_shapes",
+    },
+)
+
+
+def available() -> list[str]:
+    """What a prompt source may begin with, and the suffixes of files that are read; of installed packages too."""
+    return [name if name.startswith(".") else f"{name}:" for name in SOURCES.available()]
+
+
 def load_prompts(source: str) -> list[Prompt]:
-    """The prompts of a source, in its order.
+    """Loads the prompts of a source, in its order.
 
-    `x.txt`: one prompt a line, blank lines skipped. `x.jsonl`, `x.csv`: `prompt`, and where given `negative_prompt`
-    and `image` (relative to the file); every other column goes to the metadata. `shapes:train`, `shapes:heldout`: the
-    embedded world (`shapes:train:position,counting`: of these categories alone); `moving:train`, `moving:heldout`: its
-    videos, likewise, each prompt with a first frame of its own. `hf:<dataset>[:split[:column]]`: a Hugging Face
-    dataset, `train` and `prompt` unless said otherwise. `set:geneval`, `set:hps`, `set:videoalign`: those of
-    fastgrpo/data/sets.py.
+    Args:
+        source: `x.txt`: one prompt a line, blank lines skipped. `x.jsonl`, `x.csv`: `prompt`, and where given
+            `negative_prompt` and `image` (relative to the file); every other column goes to the metadata.
+            `shapes:train`, `shapes:heldout`: the embedded world (`shapes:train:position,counting`: of these categories
+            alone); `moving:train`, `moving:heldout`: its videos, likewise, each prompt with a first frame of its own.
+            `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
+            `set:geneval`, `set:hps`, `set:videoalign`: those of fastgrpo/data/sets.py. `<name>:…`: a source that a
+            package offers by the entry point group `fastgrpo.prompts`.
 
-    Raises ConfigError, naming file and line where there is one, and UserError where an extra is missing.
+    Raises:
+        ConfigError: Naming file and line where there is one.
+        UserError: Where an extra is missing.
     """
-    kind, _, rest = source.partition(":")
-    if kind == "shapes":
-        from fastgrpo.shapes import world
-
-        prompts = _embedded(kind, rest, world)
-    elif kind == "moving":
-        from fastgrpo.shapes import moving_world
-
-        prompts = _embedded(kind, rest, moving_world)
-    elif kind == "hf":
-        prompts = _hub(rest)
-    elif kind == "set":
-        prompts = _ready_made(rest)
-    else:
-        prompts = list(_file(Path(source)))
+    kind, colon, rest = source.partition(":")
+    if not colon or kind not in SOURCES:
+        kind, rest = Path(source).suffix.lower(), source
+    if kind not in SOURCES:
+        files = [name for name in available() if name.startswith(".")]
+        begins = [name for name in available() if name.endswith(":")]
+        hint = nearest(f"{source.partition(':')[0]}:", begins) if colon else ""
+        raise ConfigError(
+            f"{source}: unknown prompt source; {hint}it should be a file ({', '.join(files)}), or begin with "
+            f"{', '.join(begins)}; such as shapes:train, set:geneval, hf:<dataset>[:split[:column]]"
+        )
+    prompts = list(SOURCES.load(kind, source)(rest))
     if not prompts:
         raise ConfigError(f"{source}: holds no prompts")
+    if stranger := next((p for p in prompts if not isinstance(p, Prompt)), None):
+        raise ConfigError(f"{source}: gives {type(stranger).__name__}, not fastgrpo.data.prompts.Prompt")
     return prompts
+
+
+def _shapes(spec: str) -> list[Prompt]:
+    from fastgrpo.shapes import world
+
+    return _embedded("shapes", spec, world)
+
+
+def _moving(spec: str) -> list[Prompt]:
+    from fastgrpo.shapes import moving_world
+
+    return _embedded("moving", spec, moving_world)
 
 
 def _embedded(kind: str, spec: str, world: Any) -> list[Prompt]:
@@ -146,14 +184,19 @@ def _hub(spec: str) -> list[Prompt]:
     return prompts
 
 
-def _file(path: Path) -> Iterator[Prompt]:
-    readers = {".txt": _text_records, ".jsonl": _json_records, ".csv": _csv_records}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise ConfigError(
-            f"{path}: unknown prompt source; it should be a .txt, .jsonl or .csv file, shapes:train, shapes:heldout, "
-            "moving:train, moving:heldout, set:geneval, set:hps, set:videoalign or hf:<dataset>[:split[:column]]"
-        )
+def _txt(path: str) -> Iterator[Prompt]:
+    return _file(Path(path), _text_records)
+
+
+def _jsonl(path: str) -> Iterator[Prompt]:
+    return _file(Path(path), _json_records)
+
+
+def _csv(path: str) -> Iterator[Prompt]:
+    return _file(Path(path), _csv_records)
+
+
+def _file(path: Path, reader: Callable[[str, Path], Iterator[tuple[int, dict]]]) -> Iterator[Prompt]:
     try:
         raw = path.read_bytes()
     except OSError as error:

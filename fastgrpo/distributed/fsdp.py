@@ -18,7 +18,7 @@ def shard(transformer: nn.Module, blocks: list[nn.Module], world: World, config:
     """Shards the transformer block by block (FSDP2), in place; computes in model.dtype, keeps and reduces in float32.
 
     Inputs are not cast by FSDP: timesteps and guidance must reach the embedder unrounded. With parallel.frozen
-    replicate, what is not trained stays whole on every rank, and is never gathered.
+    replicate, what is not trained stays whole on every rank, and is never unsharded.
     """
     if world.mesh is None:
         return
@@ -37,8 +37,8 @@ def shard(transformer: nn.Module, blocks: list[nn.Module], world: World, config:
 
 
 @contextmanager
-def gathered(modules: Iterable[nn.Module], on: bool) -> Iterator[None]:
-    """Within it, if `on`, weights stay gathered from their first use; without gradients alone. Changes no bit."""
+def unsharded(modules: Iterable[nn.Module], on: bool) -> Iterator[None]:
+    """Within it, if `on`, weights stay unsharded from their first use; without gradients alone. Changes no bit."""
     roots = list(modules) if on else []
     parts = _sharded_parts(roots)
     for part in parts:
@@ -53,7 +53,7 @@ def gathered(modules: Iterable[nn.Module], on: bool) -> Iterator[None]:
 
 
 def hold_weights(module: nn.Module, last: bool) -> None:
-    """Weights stay gathered after the next forward, and after its backward but for the `last` of an optimizer step."""
+    """Weights stay unsharded after the next forward, and after its backward but for the `last` of an optimizer step."""
     for part in _sharded_parts([module]):
         part.set_reshard_after_forward(False, recurse=False)
         part.set_reshard_after_backward(last, recurse=False)

@@ -1,14 +1,13 @@
 """Context parallelism: the tokens of a sample split over ranks in every block (Ulysses, arXiv 2309.14509).
 
 Every rank of a group gets the whole model output, and its gradients are those of its own tokens: they add up to the
-whole. FLUX and Wan follow diffusers' own plans; HunyuanVideo, which has none, splits its video tokens, keeps its text
-on every rank and exchanges heads in `joint_attention`.
+whole. A plan, which the family gives, says where a model's tokens are split and joined; most are diffusers' own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,21 +19,26 @@ from fastgrpo.errors import ConfigError
 
 
 def split_tokens(
-    module: nn.Module, tokens: Sequence[int], ranks: int, size: int, device: str, method: str = "ulysses"
+    module: nn.Module,
+    plan: Mapping[str, Any] | None,
+    tokens: Sequence[int],
+    ranks: int,
+    size: int,
+    device: str,
+    method: str = "ulysses",
 ) -> None:
     """Splits the tokens of a diffusers transformer over every `size` consecutive ones of `ranks` processes, in place.
 
-    tokens: the lengths of the sequences that are split; method: ulysses or ring. Raises ConfigError for a model without
-    a plan, and for heads or tokens that do not divide.
+    plan: where, in diffusers' form (`_cp_plan`); tokens: the lengths of the sequences that are split; method: ulysses
+    or ring. Raises ConfigError for a model without a plan, and for heads or tokens that do not divide.
     """
     from diffusers.hooks.context_parallel import apply_context_parallel
     from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 
-    kind = type(module).__name__
-    plan = _video_plan() if kind == "HunyuanVideoTransformer3DModel" else getattr(module, "_cp_plan", None)
     if plan is None:
+        kind = type(module).__name__
         raise ConfigError(f"parallel.context: {size}, but {kind} has no plan to split its tokens; leave it at 1")
-    check_split(size, cast(Any, module).config.num_attention_heads, tokens, method)
+    check_split(size, getattr(module.config, "num_attention_heads", None), tokens, method)
     ring, ulysses = (size, 1) if method == "ring" else (1, size)
     mesh = init_device_mesh(device, (ranks // size, ring, ulysses), mesh_dim_names=("data", "ring", "ulysses"))
     config = ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses)
@@ -44,32 +48,20 @@ def split_tokens(
         processor = getattr(part, "processor", None)
         if processor is not None and hasattr(processor, "_parallel_config"):
             processor._parallel_config = ParallelConfig(context_parallel_config=config)
-    apply_context_parallel(module, config, plan)
+    apply_context_parallel(module, config, dict(plan))
 
 
-def check_split(size: int, heads: int, tokens: Sequence[int], method: str) -> None:
+def check_split(size: int, heads: int | None, tokens: Sequence[int], method: str) -> None:
     """Raises ConfigError for tokens, and with Ulysses heads, that `size` does not divide."""
-    if method == "ulysses" and heads % size:
+    if method == "ulysses" and heads is None:
+        raise ConfigError(f"parallel.context: {size}, but the model's config has no num_attention_heads; leave it at 1")
+    if method == "ulysses" and heads is not None and heads % size:
         raise ConfigError(f"parallel.context: {size} does not divide the model's {heads} attention heads")
     if odd := next((n for n in tokens if n % size), None):
         raise ConfigError(
             f"parallel.context: {size} does not divide the {odd} tokens of a sample; change model.height, width, "
             "frames or max_sequence_length, or split over fewer ranks"
         )
-
-
-def _video_plan() -> dict[str, Any]:
-    """HunyuanVideo's: video tokens and their positions are split once they are embedded, and gathered at the end."""
-    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-
-    def after(dim: int, dims: int) -> Any:
-        return ContextParallelInput(split_dim=dim, expected_dims=dims, split_output=True)
-
-    return {
-        "x_embedder": {0: after(1, 3)},
-        "rope": {0: after(0, 2), 1: after(0, 2)},
-        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-    }
 
 
 def group_of(parallel: Any) -> tuple[Any, int, int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithms.layout import lay_out
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.data.samplers import PromptSampler
@@ -25,7 +25,7 @@ from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily
 from fastgrpo.observe.media import animate, write_frames, write_grid, write_mp4, write_webp
 from fastgrpo.rewards import Reward, release
-from fastgrpo.rewards.scoring import gather, score_samples
+from fastgrpo.rewards.scoring import gather_scores, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
 from fastgrpo.rollout.sampler import rollout
 
@@ -90,11 +90,11 @@ def draw(family: ModelFamily, prompts: Sequence[Prompt], config: Config, world: 
     mine = np.minimum(np.arange(world.rank * share, (world.rank + 1) * share), len(prompts) - 1)
     single = config.rollout.model_copy(update={"group_size": 1, "best_of": None, "shared_noise": False})
     levels = family.noise_levels(config.eval.steps or config.rollout.steps, config.rollout.shift)
-    plan = plan_rollout(single, levels, first + len(prompts), EVAL_ITERATION, config.run.seed, deterministic=True)
+    schedule = schedule_steps(single, levels, first + len(prompts), EVAL_ITERATION, config.run.seed, deterministic=True)
     unique, back = np.unique(mine, return_inverse=True)
-    layout = lay_out(plan, single, first + unique)
+    layout = lay_out(schedule, single, first + unique)
     conditioning = family.encode([prompts[i] for i in unique])
-    final = rollout(family, plan, layout, conditioning, single, config.run.seed, EVAL_ITERATION).latents
+    final = rollout(family, schedule, layout, conditioning, single, config.run.seed, EVAL_ITERATION).latents
     images = decode(family, final, config.rollout.decode_batch)
     synchronize(family.device)
     return images[torch.from_numpy(back)]
@@ -122,7 +122,7 @@ def evaluate(
     mine = [prompts[i] for i in owned(world.process)]
     scores = score_samples(rewards, images, mine, config.model.fps if images.ndim == 5 else None, note)
     release(rewards.values())
-    scored = gather(scores, owned, world, 0)
+    scored = gather_scores(scores, owned, world)
     counted = np.where(scored.valid & scored.asked, scored.values, np.nan)
     columns = dict(zip(rewards, counted, strict=True)) | scored.components
     ordered = sorted(columns, key=lambda name: (list(rewards).index(_reward_of(name, rewards)), name))

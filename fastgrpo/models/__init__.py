@@ -1,45 +1,66 @@
-"""The model families: one file each, found by name."""
+"""The model families: one file each, found by name; a package adds its own by the entry point group
+`fastgrpo.families`."""
 
 from __future__ import annotations
-
-import importlib
 
 import torch
 
 from fastgrpo.algorithms.schedule import check_sampler
 from fastgrpo.config import Config, Model
-from fastgrpo.errors import ConfigError, nearest
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
+from fastgrpo.models.loading import from_config, read_configs
 from fastgrpo.models.nf4 import check_quantization
-from fastgrpo.models.protocol import Conditioning, ModelFamily, resolve_path
+from fastgrpo.models.protocol import Conditioning, ModelFamily
+from fastgrpo.registry import Registry
 
-FAMILIES = {
-    "flux": "fastgrpo.models.families.flux:Flux",
-    "hunyuan_video": "fastgrpo.models.families.hunyuan_video:HunyuanVideo",
-    "qwen_image": "fastgrpo.models.families.qwen_image:QwenImage",
-    "sd3": "fastgrpo.models.families.sd3:StableDiffusion3",
-    "skyreels": "fastgrpo.models.families.skyreels:SkyReels",
-    "stable_diffusion": "fastgrpo.models.families.stable_diffusion:StableDiffusion",
-    "wan": "fastgrpo.models.families.wan:Wan",
-}
+FAMILIES = Registry(
+    "family",
+    "fastgrpo.families",
+    {
+        "flux": "fastgrpo.models.families.flux:Flux",
+        "hunyuan_video": "fastgrpo.models.families.hunyuan_video:HunyuanVideo",
+        "qwen_image": "fastgrpo.models.families.qwen_image:QwenImage",
+        "sd3": "fastgrpo.models.families.sd3:StableDiffusion3",
+        "skyreels": "fastgrpo.models.families.skyreels:SkyReels",
+        "stable_diffusion": "fastgrpo.models.families.stable_diffusion:StableDiffusion",
+        "wan": "fastgrpo.models.families.wan:Wan",
+    },
+)
+# What a family must declare: the rest of `ModelFamily`'s settings have defaults.
+DECLARED = ("name", "pipeline_classes", "guidance_style", "encoders")
 
-__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "check_family", "check_parts", "family_class", "load_family"]
+__all__ = [
+    "FAMILIES",
+    "Conditioning",
+    "ModelFamily",
+    "available",
+    "check_family",
+    "check_parts",
+    "family_class",
+    "load_family",
+]
+
+
+def available() -> list[str]:
+    """The families that a config can name, of installed packages too."""
+    return FAMILIES.available()
 
 
 def family_class(name: str) -> type[ModelFamily]:
-    """The class of a family. Raises ConfigError, with the nearest match."""
-    if name not in FAMILIES:
-        raise ConfigError(
-            f"model.family: unknown family '{name}'; {nearest(name, FAMILIES)}(one of: {', '.join(sorted(FAMILIES))})"
-        )
-    module, _, attribute = FAMILIES[name].partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"model.family: '{name}' needs {error.name}, which is not installed; pip install 'fastgrpo[train]'"
-        ) from None
+    """The class of a family.
+
+    Raises:
+        ConfigError: For an unknown name, with the nearest match, and for what is not a family or lacks a part of one.
+    """
+    cls = FAMILIES.load(name, "model.family")
+    if not (isinstance(cls, type) and issubclass(cls, ModelFamily)):
+        raise ConfigError(f"model.family: '{name}' is not a subclass of fastgrpo.models.ModelFamily")
+    silent = [part for part in DECLARED if not hasattr(cls, part)]
+    if lacks := sorted((*cls.__abstractmethods__, *silent)):
+        raise ConfigError(f"model.family: '{name}' does not define {', '.join(lacks)}, as every family must")
+    return cls
 
 
 def check_family(config: Config) -> None:
@@ -58,13 +79,18 @@ def check_parts(config: Config, device: str) -> None:
     check_backend(config.model.attention_backend, config.parallel.context)
     if config.parallel.context > 1:
         cls = family_class(config.model.family)
-        parts = cls.read_configs(config.model, resolve_path(config.model.path))
-        check_context(config, cls.context_kinds, parts, device)
+        check_context(config, cls, read_configs(cls, config.model), device)
 
 
 def load_family(config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:
-    """A family with its weights on `device`; with `sharded` those of its trained components are still to be loaded.
+    """Loads a family with its weights.
 
-    Raises ConfigError for a path that holds no such pipeline.
+    Args:
+        config: The model section of a run.
+        device: Where the components go.
+        sharded: Leaves the trained components without weights, which are loaded shard by shard later.
+
+    Raises:
+        ConfigError: For a path that holds no such pipeline, before any weight is loaded where it can be told by then.
     """
-    return family_class(config.family).from_config(config, device, sharded)
+    return from_config(family_class(config.family), config, device, sharded)

@@ -58,15 +58,14 @@ class Conditioning(Mapping[str, Tensor]):
 
 
 class PromptEncoding(abc.ABC):
-    """The part of a family (fastgrpo/models/base.py) that encodes prompts, by its `encode_prompts`."""
+    """The part of a family (fastgrpo/models/protocol.py) that encodes prompts, by its `encode_prompts`."""
 
     config: Model
     device: torch.device
     embeddings: EmbeddingCache
-    # embedded: the scale is an input of the model. cfg: two branches, the negative prompt's and the prompt's.
+    # What a family declares: see fastgrpo/models/protocol.py.
     guidance_style: ClassVar[Literal["embedded", "cfg"]]
-    # Encodings that stay on the host (`Conditioning.host`).
-    host_names: ClassVar[tuple[str, ...]] = ()
+    host_names: ClassVar[tuple[str, ...]]
 
     @property
     def guided(self) -> bool:
@@ -75,7 +74,7 @@ class PromptEncoding(abc.ABC):
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Embeddings of prompts' texts (and images) by `encoder`, [len(prompts), …] each; of negatives alike."""
+        """Encodes prompts, [len(prompts), …] each."""
 
     @abc.abstractmethod
     def encoding(self) -> AbstractContextManager[None]:

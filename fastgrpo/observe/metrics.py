@@ -1,17 +1,20 @@
-"""What every rank tells of an iteration: seconds and most memory by phase, its GPU's energy and clock.
+"""Every name in metrics.jsonl: what an iteration's rewards, its update and its ranks come to.
 
-One float64 vector a rank, gathered with the update's statistics: no collective and no wait of its own.
+What a rank reports (seconds and most memory by phase, its GPU's energy and clock) is one float64 vector, gathered with
+the update's statistics: no collective and no wait of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.algorithms.objectives.grpo import SUMMED
 from fastgrpo.observe.nvml import Reading, board_of
 
 PHASES = ("conditioning", "rollout", "decode", "reward", "sync", "update", "other", "total")
@@ -24,7 +27,7 @@ _DEVICE = ("joules", "clock_mhz", "limited", "peak")
 
 
 @dataclass(frozen=True)
-class Told:
+class RankReport:
     """A rank's iteration. seconds, memory: by phase; peak: bytes, the most so far; joules: of this iteration, NaN
     where nothing counts them; reading: at its end."""
 
@@ -43,19 +46,19 @@ class Told:
         return np.array([*by_phase[0], *by_phase[1], self.joules, clock, limited, self.peak])
 
 
-class Teller:
-    """What this rank tells of its iterations. Energy is what passed since the last `told` or `pass_over`."""
+class RankMonitor:
+    """What this rank tells of its iterations. Energy is what passed since the last `report` or `skip`."""
 
     def __init__(self, device: torch.device) -> None:
         self._board = board_of(device)
         self._before: Reading | None = None
 
-    def told(self, seconds: Mapping[str, float], memory: Mapping[str, int], peak: int) -> Told:
+    def report(self, seconds: Mapping[str, float], memory: Mapping[str, int], peak: int) -> RankReport:
         before, now = self._before, self._read()
         joules = now.joules - before.joules if now and before else math.nan
-        return Told(seconds, memory, peak, joules, now)
+        return RankReport(seconds, memory, peak, joules, now)
 
-    def pass_over(self) -> None:
+    def skip(self) -> None:
         """What passed since is not the next iteration's."""
         self._read()
 
@@ -64,7 +67,7 @@ class Teller:
         return self._before
 
 
-def told_metrics(rows: np.ndarray, samples: int) -> dict[str, float]:
+def rank_metrics(rows: np.ndarray, samples: int) -> dict[str, float]:
     """Metrics of every rank's vector [ranks, …], for an iteration of so many samples.
 
     time/…: of rank 0. memory/…: the most of any rank. gpu/power_w: of all together; gpu/clock_mhz: of the slowest;
@@ -91,3 +94,59 @@ def told_metrics(rows: np.ndarray, samples: int) -> dict[str, float]:
 def _largest(column: np.ndarray) -> float:
     """NaN where all are."""
     return float(np.nanmax(column)) if not np.isnan(column).all() else math.nan
+
+
+def reward_metrics(
+    values: np.ndarray, valid: np.ndarray, asked: np.ndarray, weights: np.ndarray, names: Sequence[str],
+    components: Mapping[str, np.ndarray], group: int,
+) -> dict[str, float]:  # fmt: skip
+    """Returns the metrics of an iteration's scores.
+
+    Args:
+        values: Scores, float64 [R, N], a row a reward, whole groups one after the other.
+        valid: Which scores are there, bool [R, N].
+        asked: Which samples a reward was asked about, bool [R, N].
+        weights: Weights of the rewards, float64 [R].
+        names: Names of the rewards.
+        components: Further columns [N] by name, NaN where there is no value.
+        group: Samples of a group.
+    """
+    ok = valid.all(axis=0)
+    total = (weights[:, None] * values)[:, ok].sum(axis=0)
+    groups = total.reshape(-1, group) if ok.all() else total[None]
+    counted = np.where(valid & asked, values, np.nan)
+    columns = {**dict(zip(names, counted, strict=True)), **components}
+    known = {name: column[~np.isnan(column)] for name, column in columns.items()}
+    return {
+        "reward/mean": float(total.mean()),
+        "reward/std": float(groups.std(axis=1).mean()),
+        **{f"reward/{name}": float(column.mean()) for name, column in known.items() if len(column)},
+        "samples/failed": float((~ok).sum()),
+    }
+
+
+def advantage_metrics(advantages: Advantages) -> dict[str, float]:
+    """Returns the metrics of an iteration's advantages."""
+    return {
+        "advantage/abs_mean": float(np.abs(advantages.values).mean()),
+        "groups/zero_spread": float(advantages.zero_spread.mean()),
+        "samples/trained": float((advantages.values != 0).sum()),
+    }
+
+
+def update_metrics(vectors: np.ndarray) -> dict[str, float]:
+    """Returns the metrics of an update, from every rank's packed statistics [ranks, …] (training/update.py)."""
+    sums = dict(zip(SUMMED, vectors[:, : len(SUMMED)].sum(axis=0), strict=True))
+    pairs = max(sums["weight"], 1.0)
+    deviation, first, norm, skipped = vectors[:, len(SUMMED) :].max(axis=0)
+    return {
+        "loss": sums["loss"] / pairs,
+        "ratio/mean": sums["ratio"] / pairs,
+        "ratio/max_deviation": deviation,
+        "ratio/first_max_deviation": first,
+        "clip_fraction": sums["clipped"] / pairs,
+        "dppo_dropped": sums["dropped"] / pairs,
+        "kl": sums["kl"] / pairs,
+        "grad_norm": norm,
+        "optimizer_steps/skipped": skipped,
+    }

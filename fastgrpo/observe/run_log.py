@@ -1,5 +1,4 @@
-"""What a run tells: metrics.jsonl and events.jsonl (always), TensorBoard and W&B (when asked), phase times, memory, a
-live line."""
+"""What a run writes of itself: metrics.jsonl and events.jsonl (always), TensorBoard and W&B (when asked)."""
 
 from __future__ import annotations
 
@@ -20,17 +19,26 @@ from fastgrpo.errors import UserError, require
 LOST = ("optimizer_steps/skipped", "samples/failed")
 
 
-class Telemetry:
-    """Metrics and images of a run, written by the main process; everywhere else every method does nothing.
+class RunLog:
+    """Metrics, events and images of a run, written by the main process; elsewhere every method does nothing.
 
-    Raises UserError, at once, where TensorBoard or W&B is asked for and not installed.
+    Args:
+        directory: The run directory, which is made where it is not there; None: nothing is written.
+        config: Of the run; its `telemetry` section says what is written beside the files.
+        main: Whether this is the process that writes.
+
+    Attributes:
+        directory: Where this process writes; None where it does not.
+
+    Raises:
+        UserError: At once, where TensorBoard or W&B is asked for and not installed.
     """
 
-    def __init__(self, run_dir: str | Path, config: Config, main: bool = True) -> None:
-        self._main = main
-        if not main:
+    def __init__(self, directory: str | Path | None, config: Config, main: bool = True) -> None:
+        self.directory = Path(directory) if directory is not None and main else None
+        if self.directory is None:
             return
-        self._dir = Path(run_dir)
+        self._dir = self.directory
         self._dir.mkdir(parents=True, exist_ok=True)
         self._config = config
         if config.telemetry.tensorboard:
@@ -46,7 +54,7 @@ class Telemetry:
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """One JSON line, `{"iteration": …, **metrics}`, flushed; a number that is not finite is written as null."""
-        if not self._main:
+        if self.directory is None:
             return
         line: dict[str, float | int | None] = {"iteration": iteration}
         line |= _finite({name: float(value) for name, value in metrics.items()})
@@ -65,13 +73,13 @@ class Telemetry:
 
         A resumed run goes on below: unlike metrics, what happened stays.
         """
-        if self._main:
+        if self.directory is not None:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
             self._append(self._events, {"time": now, "event": kind, "iteration": iteration, **_finite(what)})
 
     def images(self, iteration: int, tag: str, png_path: str | Path, captions: Sequence[str]) -> None:
         """The grid image at `png_path` with its captions, to TensorBoard and W&B; the file itself stays where it is."""
-        if not self._main:
+        if self.directory is None:
             return
         if board := self._board():
             import numpy as np
@@ -88,7 +96,7 @@ class Telemetry:
 
     def rewind(self, iteration: int) -> None:
         """Drops what was logged at or past `iteration`, from which a resumed run goes on. Called before `log`."""
-        if not self._main:
+        if self.directory is None:
             return
         self._file.close()
         kept = [line for line in read_metrics(self._dir) if line["iteration"] < iteration]
@@ -102,7 +110,7 @@ class Telemetry:
         self._purge_step = iteration
 
     def close(self) -> None:
-        if not self._main:
+        if self.directory is None:
             return
         self._file.close()
         self._events.close()
@@ -156,7 +164,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, `[]` without one; a last line that a kill cut short is left out.
 
-    Raises UserError, naming the line, where any other is not what `Telemetry.log` writes.
+    Raises UserError, naming the line, where any other is not what `RunLog.log` writes.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():

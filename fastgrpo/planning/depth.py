@@ -158,9 +158,9 @@ def _keys(name: Any) -> Iterator[Hashable]:
 
 
 def _lists(family: ModelFamily) -> Iterator[tuple[str, str, list[nn.Module]]]:
-    """(component, name, blocks) of every module list of repeated blocks; a UNet's family has none."""
+    """(component, name, blocks) of every module list of repeated blocks."""
     for component, module in family.modules.items():
-        for name in getattr(family, "block_lists", ()):
+        for name in family.block_lists:
             yield component, name, list(module.get_submodule(name).children())
 
 

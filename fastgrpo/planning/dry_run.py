@@ -6,8 +6,8 @@ Evaluations of the model that cost the same are run once and multiplied, and so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,26 +16,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import FSDPModule
 
-from fastgrpo.algorithms.layout import Layout, lay_out, rank_samples, share_out, sharers
-from fastgrpo.algorithms.schedule import RolloutPlan, plan_rollout
+from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.algorithms.layout import lay_out, rank_samples, share_out, sharers
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
-from fastgrpo.distributed.fsdp import gathered
+from fastgrpo.distributed.fsdp import unsharded
+from fastgrpo.distributed.shards import local_bytes
 from fastgrpo.distributed.world import World, check_world, make_world, sharded
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import Conditioning, ModelFamily
-from fastgrpo.models.architectures import build_family, encoded_shapes
+from fastgrpo.models.architectures import build_family
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
-from fastgrpo.models.offload import Visitor
+from fastgrpo.models.placement import OffloadedModule
+from fastgrpo.models.trainable import reference_of
 from fastgrpo.planning.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
 from fastgrpo.planning.meter import Cost, Meter, Peaks
+from fastgrpo.planning.repeated import CountedWalk, Repeated
 from fastgrpo.rollout.decode import decode
+from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.training.adamw_8bit import AdamW8bit
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import Residency, decide_residency, kept_bytes
-from fastgrpo.training.update import MicroBatch, Updater
+from fastgrpo.training.update import Updater
 from fastgrpo.training.weights import prepare_weights
 
 CPU = torch.device("cpu")
@@ -160,12 +164,12 @@ class _Iteration:
         config, family, world, meter, frozen = self.config, self.family, self.world, self.meter, self.frozen
         for layer in quantized_layers(family.policy):
             layer.dequantize = _unpacked
-        waiting = set(family.visitors)
-        family.visitors = {name: _PlannedVisitor(v.module, v.device, meter) for name, v in family.visitors.items()}
+        offloaded = set(family.offloaded)
+        family.offloaded = {name: _PlannedOffload(m.module, m.device, meter) for name, m in family.offloaded.items()}
         with meter.counting("parameters"):
             for name, part in family.pipeline.components.items():
                 # Text encoders stay on the device, as they do in a run that keeps them.
-                if isinstance(part, nn.Module) and name not in family.modules and name not in waiting:
+                if isinstance(part, nn.Module) and name not in family.modules and name not in offloaded:
                     materialize(part)
         if config.model.text_encoders == "drop":
             # Before weights are sharded, and there is an optimizer.
@@ -180,46 +184,43 @@ class _Iteration:
         meter.claim(optimizer.ema or (), "ema")
         roll = config.rollout
         samples = roll.prompts_per_iteration * roll.candidates
-        plan = plan_rollout(roll, self.levels, samples, 0, config.run.seed)
+        schedule = schedule_steps(roll, self.levels, samples, 0, config.run.seed)
         mine = np.sort(rank_samples(samples, config.update.optimizer_steps, world.size, world.rank).reshape(-1))
-        layout = lay_out(plan, roll, mine)
+        layout = lay_out(schedule, roll, mine)
         with meter.counting("caches"):
             conditioning = fake_conditioning(family, len(layout.prompts))
-        reference = None
-        if config.objective.kl_weight:
-            reference = _without_lora(family) if frozen is None else lambda: nullcontext(frozen)
-        updater = _Updater(family, config, world, optimizer, reference, kept)
-        updater.meter, updater.stretches, updater.whole = meter, self.stretches, self.whole
+        reference = reference_of(family.policy, frozen) if config.objective.kl_weight else None
+        counted = meter, self.stretches, self.whole
+        walk = CountedWalk(*counted, family.policy, kept)
+        updater = Updater(family, config, world, optimizer, reference, kept, walk)
 
         if config.model.text_encoders == "offload":
             with self.phase("encode", "activations"), family.encoding():
                 pass
-        predict = _Repeated(self, family.predict)
+        predict, decoding = Repeated(*counted, family.predict), Repeated(*counted, family.decode, runs=1, last=decoded)
         family.host_empty = self._host_empty
-        with (
-            self.phase("rollout", "trajectories"),
-            gathered(family.modules.values(), kept.rollout_gathered),
-            _replaced(family, "predict", predict),
-        ):
-            trajectory = rollout(family, plan, layout, conditioning, roll, config.run.seed, 0)
-        decoding = _Repeated(self, family.decode, runs=1, last=decoded)
-        with self.phase("decode", "decoded"), _replaced(family, "decode", decoding):
+        whole = unsharded(family.modules.values(), kept.rollout_unsharded)
+        with self.phase("rollout", "trajectories"), whole:
+            trajectory = rollout(family, schedule, layout, conditioning, roll, config.run.seed, 0, predict)
+        with self.phase("decode", "decoded"):
             share = share_out(np.arange(len(trajectory.latents)), sharers(roll, world.context), 0)
-            images = decode(family, trajectory.latents[: len(share)], roll.decode_batch)
+            images = decode(family, trajectory.latents[: len(share)], roll.decode_batch, decoding)
         del images
         with self.phase("update", "activations"):
-            advantages = np.where(np.arange(samples) % 2 == 0, 1.0, -1.0)
+            terms = np.where(np.arange(samples) % 2 == 0, 1.0, -1.0)
             # Of best-of-N's candidates a group is trained, whichever it is.
             trained = np.arange(samples) % roll.candidates < roll.group_size
-            updater.run(plan, trajectory, conditioning, advantages, trained, 0)
+            flat = np.zeros(roll.prompts_per_iteration, dtype=bool)
+            advantages = Advantages(terms, terms[:, None], trained, flat)
+            updater.run(Batch(0, mine, schedule, trajectory, conditioning), advantages, config.objective.kl_weight)
         trainable = [p for p in family.policy.parameters() if p.requires_grad]
         return DryRun(
             self.phases,
             predict.rows,
-            updater.rows,
+            walk.rows,
             parameter_count(family.policy),
             sum(p.numel() for p in trainable),
-            meter.live["optimizer"] + meter.live["ema"] + sum(_held(p) for p in trainable),
+            meter.live["optimizer"] + meter.live["ema"] + sum(local_bytes(p) for p in trainable),
             meter.host,
             kept,
         )
@@ -238,15 +239,15 @@ class _Iteration:
         self.phases.append(Phase(name, self.meter.cost - before, self.meter.at_peak, dict(self.meter.peaks)))
 
 
-class _PlannedVisitor(Visitor):
+class _PlannedOffload(OffloadedModule):
     """Makes the weights of a module on the meta device, and takes them away again."""
 
     def __init__(self, module: nn.Module, device: torch.device, meter: Meter) -> None:
         super().__init__(module, device)
         self.meter = meter
 
-    def _arrive(self) -> None:
-        self.host = {number: holder[name] for number, holder, name in self._places()}
+    def _copy_to_device(self) -> None:
+        self.host = {number: holder[name] for number, holder, name in self._tensors()}
         with self.meter.counting("parameters"):
             materialize(self.module)
 
@@ -264,138 +265,6 @@ class _PlannedAdamW8bit(AdamW8bit):
 def _unpacked(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """What bitsandbytes dequantizes to, without bitsandbytes."""
     return torch.empty(shape, dtype=dtype, device=packed.device)
-
-
-class _Repeated:
-    """Stands for a method of the family whose calls cost the same: it is run `runs` times for each component, and the
-    last of these calls' cost counts for those that follow. rows: of all calls. last: of a call that has been run."""
-
-    def __init__(
-        self, iteration: _Iteration, method: Callable[..., Tensor], runs: int = 2, last: dict[int, Any] | None = None
-    ) -> None:
-        self.meter, self.stretches, self.whole = iteration.meter, iteration.stretches, iteration.whole
-        self.method, self.runs = method, runs
-        self.calls: dict[int, int] = {}
-        self.last: dict[int, tuple[Cost, Peaks, tuple[int, ...], torch.dtype]] = {} if last is None else last
-        self.shared = last is not None
-        self.rows = 0
-
-    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
-        self.rows += len(x)
-        key = id(rest[2]) if len(rest) > 2 else 0
-        call = self.calls[key] = self.calls.get(key, 0) + 1
-        known = key in self.last and (self.shared or call > self.runs)
-        if known and not self.whole:
-            cost, more, shape, dtype = self.last[key]
-            self.meter.cost.add(cost)
-            self.meter.swell(more)
-            return torch.empty(shape, dtype=dtype)
-        before, outside = self.meter.cost.copy(), self.stretches.call
-        category = self.meter.category
-        self.stretches.enter(self.method.__name__, list(self.calls).index(key), min(call, self.runs))
-        with self.meter.counting("activations"), self.meter.transient() as more:
-            output = self.method(x, *rest)
-        self.stretches.enter(*outside)
-        self.meter.claim([output], category)
-        self.last[key] = self.meter.cost - before, more, tuple(output.shape), output.dtype
-        return output
-
-
-class _Updater(Updater):
-    """The trainer's update, where micro-batches that cost the same are run once, and so are optimizer steps."""
-
-    meter: Meter
-    stretches: Stretches
-    whole: bool
-    rows = 0
-    # What a step is made of, and its cost.
-    _made_of: list[Any] | None = None
-    _begin: Cost
-    _cost: Cost | None = None
-
-    def _choose(self, plan: RolloutPlan, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
-        chosen = super()._choose(plan, layout, worth, k)
-        self.rows += sum(len(micro.rows) for micro in chosen)
-        if self.whole:
-            return _Thinned(chosen, self)
-        if self._made_of is not None and self._cost is None:
-            # The step before has ended, its optimizer included.
-            self._cost = self.meter.cost - self._begin
-        made_of = [self.kind(micro) for micro in chosen]
-        if made_of == self._made_of and self._cost is not None:
-            self.meter.cost.add(self._cost)
-            return []
-        self._made_of, self._begin, self._cost = made_of, self.meter.cost.copy(), None
-        return _Thinned(chosen, self)
-
-    def kind(self, micro: MicroBatch) -> tuple[str, int, bool]:
-        """Micro-batches of one kind cost the same, but for a step's first."""
-        matters = self.residency.sync_once or self.residency.update_gathered
-        return micro.module, micro.pairs.shape[1], micro.syncs and matters
-
-
-class _Thinned(list):
-    """Micro-batches of an optimizer step, iterated over with what is left out counted: of each component the first one,
-    and then one of each kind, are run, or all of a whole run."""
-
-    def __init__(self, chosen: list[MicroBatch], updater: _Updater) -> None:
-        super().__init__(chosen)
-        self.updater = updater
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        meter, updater, stretches = self.updater.meter, self.updater, self.updater.stretches
-        begun: set[str] = set()
-        known: dict[Any, Cost] = {}
-        for micro in super().__iter__():
-            kind = updater.kind(micro)
-            if kind in known and not updater.whole:
-                meter.cost.add(known[kind])
-                continue
-            before, first = meter.cost.copy(), micro.module not in begun
-            stretches.enter("micro-batch", kind, first)
-            yield micro
-            meter.claim(_gradients(updater.family.policy), "gradients")
-            if not first:
-                known[kind] = meter.cost - before
-            begun.add(micro.module)
-        stretches.enter("optimizer")
-
-
-def _gradients(policy: nn.Module) -> Iterator[Tensor]:
-    for parameter in policy.parameters():
-        if parameter.grad is not None:
-            yield parameter.grad
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for parameter in group.fsdp_params:
-                    if parameter.unsharded_accumulated_grad is not None:
-                        yield parameter.unsharded_accumulated_grad
-
-
-def _held(parameter: Tensor) -> int:
-    from fastgrpo.distributed.shards import local
-
-    shard = local(parameter)
-    return shard.numel() * shard.element_size()
-
-
-@contextmanager
-def _replaced(family: ModelFamily, method: str, by: Any) -> Iterator[None]:
-    setattr(family, method, by)
-    try:
-        yield
-    finally:
-        delattr(family, method)
-
-
-def _without_lora(family: ModelFamily) -> Any:
-    @contextmanager
-    def reference() -> Iterator[None]:
-        with family.lora_disabled():
-            yield
-
-    return reference
 
 
 def materialize(module: nn.Module) -> None:
@@ -417,7 +286,7 @@ def materialize(module: nn.Module) -> None:
 def fake_conditioning(family: ModelFamily, prompts: int) -> Conditioning:
     """Encoded prompts of the longest text that the config allows."""
     tensors: dict[str, Tensor] = {}
-    for name, shape in encoded_shapes(family).items():
+    for name, shape in family.encoded_shapes().items():
         dtype = torch.bool if name == "mask" else family.dtype
         tensors[name] = torch.empty(prompts, *shape, dtype=dtype)
         if family.guided:

@@ -67,7 +67,7 @@ def plan(config: Config, gpu: Gpu, world: int, local: int | None = None) -> Plan
 LEAST_FIRST = ("none", "selective", "all")
 
 
-def settled(config: Config, memory: int, ranks: int, local: int) -> Config:
+def resolved(config: Config, memory: int, ranks: int, local: int) -> Config:
     """A config with model.activation_checkpointing auto replaced by what fits devices of `memory` bytes; called before
     a process group is made, since a plan makes one of its own."""
     if config.model.activation_checkpointing != "auto":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import ValidationError
 
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import ConfigError, nearest
+from fastgrpo.errors import ConfigError
+from fastgrpo.registry import Registry
 from fastgrpo.rewards.base import Reward, Scores, release
 
 REGISTERED = {
@@ -36,14 +36,12 @@ REGISTERED = {
 __all__ = ["REGISTERED", "Reward", "Scores", "available", "load_reward", "release"]
 
 
-def _named() -> dict[str, str]:
-    """module:Class by name: ours, and those of installed packages, which do not replace ours."""
-    return {point.name: point.value for point in entry_points(group="fastgrpo.rewards")} | REGISTERED
+REWARDS = Registry("reward", "fastgrpo.rewards", REGISTERED, also="module:Class")
 
 
 def available() -> list[str]:
-    """The names that a config can use."""
-    return sorted(_named())
+    """The names that a config can use, of installed packages too."""
+    return REWARDS.available()
 
 
 def load_reward(spec: RewardSpec) -> Reward:
@@ -69,13 +67,9 @@ def load_reward(spec: RewardSpec) -> Reward:
 
 
 def _factory(spec: RewardSpec) -> Any:
-    target = _named().get(spec.name, spec.name)
-    module, colon, attribute = target.partition(":")
+    module, colon, attribute = spec.name.partition(":")
     if not colon:
-        hint = nearest(spec.name, available())
-        raise ConfigError(
-            f"rewards: unknown reward '{spec.name}'; {hint}(one of: {', '.join(available())}, or module:Class)"
-        )
+        return REWARDS.load(spec.name, "rewards")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -19,18 +19,18 @@ from fastgrpo.rewards import Reward, Scores
 
 
 @dataclass(frozen=True)
-class Gathered:
+class AllScores:
     """Scores of all N global samples, the same on every rank.
 
     values, valid, asked: float64 and bool [R, N], a row a reward; components: float64 [N] by `<reward>.<component>`,
-    NaN on samples whose reward failed or was not asked; flagged: the largest flag of any rank.
+    NaN on samples whose reward failed or was not asked; stop: the largest wish to stop of any rank.
     """
 
     values: np.ndarray
     valid: np.ndarray
     asked: np.ndarray
     components: dict[str, np.ndarray]
-    flagged: int
+    stop: int
 
     def failure_rate(self, weights: np.ndarray) -> float:
         """The share of samples for which a reward that has a weight gave no valid score."""
@@ -77,15 +77,24 @@ def joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
     return {name: Scores.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def gather(scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], world: World, flag: int) -> Gathered:
-    """Every process's scores; `owned(process)` gives the global samples that one scored, in its order."""
+def gather_scores(
+    scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], world: World, stop: int = 0
+) -> AllScores:
+    """Returns the scores of every process, the same on all of them.
+
+    Args:
+        scores: This process's scores, by reward.
+        owned: Gives the global samples that a process scored, in the order of its scores.
+        world: The processes.
+        stop: This process's wish to stop; the largest of all is in the result.
+    """
     mine = sorted((name, component) for name in scores for component in scores[name].components)
     names = _agreed(mine, world)
     count = len(next(iter(scores.values())).values)
     missing = np.full(count, np.nan)
     rows = [getattr(s, column) for column in ("values", "valid", "asked") for s in scores.values()]
     rows += [scores[name].components.get(component, missing) for name, component in names]
-    vector = np.concatenate([np.stack(rows).astype(np.float64).reshape(-1), [float(flag)]])
+    vector = np.concatenate([np.stack(rows).astype(np.float64).reshape(-1), [float(stop)]])
     everyone = world.gather_all(vector)
     samples = [owned(process) for process in range(world.ranks)]
     table = np.empty((len(rows), len(np.unique(np.concatenate(samples)))))
@@ -93,7 +102,7 @@ def gather(scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], wor
         table[:, places] = vector[:-1].reshape(len(rows), -1)
     R = len(scores)
     components = {f"{name}.{component}": table[3 * R + i] for i, (name, component) in enumerate(names)}
-    return Gathered(table[:R], table[R : 2 * R] > 0, table[2 * R : 3 * R] > 0, components, int(everyone[:, -1].max()))
+    return AllScores(table[:R], table[R : 2 * R] > 0, table[2 * R : 3 * R] > 0, components, int(everyone[:, -1].max()))
 
 
 def _agreed(names: list[tuple[str, str]], world: World) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,16 +13,20 @@ from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.rollout.sampler import forward_batches
 
 
-def decode(family: ModelFamily, latents: Tensor, batch: int) -> Tensor:
+def decode(
+    family: ModelFamily, latents: Tensor, batch: int, decode_batch: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Images of latents [n, *shape], decoded in batches of exactly `batch`: [n, 3, H, W] in [0, 1], in host memory.
 
-    On a GPU their copies may still be under way: the host synchronizes before it reads them.
+    decode_batch: decodes a batch in place of `family.decode`; the memory plan counts with it. On a GPU their copies may
+    still be under way: the host synchronizes before it reads them.
     """
+    decode_batch = decode_batch or family.decode
     images: Tensor | None = None
     done = 0
     with family.on_device("vae"):
         for index, real in forward_batches(np.arange(len(latents)), batch):
-            part = family.decode(latents.index_select(0, to_device(index, latents.device)))[:real]
+            part = decode_batch(latents.index_select(0, to_device(index, latents.device)))[:real]
             if images is None:
                 images = family.host_empty((len(latents), *part.shape[1:]), part.dtype)
             images[done : done + real].copy_(part, non_blocking=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgrpo.algorithms.advantages import extremes
 from fastgrpo.algorithms.layout import Layout, lay_out, share_out, sharers
-from fastgrpo.algorithms.schedule import NoiseLevels, RolloutPlan, plan_rollout
+from fastgrpo.algorithms.schedule import NoiseLevels, StepSchedule, schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
@@ -27,7 +27,7 @@ from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Reward, Scores, release
-from fastgrpo.rewards.scoring import Gathered, joined, score_samples
+from fastgrpo.rewards.scoring import AllScores, joined, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.rollout.trajectory import Trajectory, _nothing, kept_empty, select
@@ -44,24 +44,24 @@ class Batch:
 
     iteration: int
     drawn: np.ndarray
-    plan: RolloutPlan
+    schedule: StepSchedule
     trajectory: Trajectory
     conditioning: Conditioning
     scores: dict[str, Scores] = field(default_factory=dict)
     jobs: list[tuple[Trajectory, Job]] = field(default_factory=list)
-    scored: Gathered | None = None
+    scored: AllScores | None = None
     spent: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredChunk:
     """Scores of a chunk; and where they were found beside the rollout, the seconds it took, by metric."""
 
     scores: dict[str, Scores]
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-Job = Future[Judged]
+Job = Future[ScoredChunk]
 
 
 class Generator:
@@ -88,27 +88,27 @@ class Generator:
         # The most rows that were ever in memory.
         self.held_rows = 0
 
-    def plan(self, iteration: int) -> RolloutPlan:
-        return plan_rollout(self.config.rollout, self.levels, self.samples, iteration, self.config.run.seed)
+    def schedule(self, iteration: int) -> StepSchedule:
+        return schedule_steps(self.config.rollout, self.levels, self.samples, iteration, self.config.run.seed)
 
     def start(
         self, iteration: int, drawn: np.ndarray, prompts: Sequence[Prompt], timer: PhaseTimer,
-        gathered: Callable[[], AbstractContextManager[object]] = nullcontext,
+        unsharded: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Batch:  # fmt: skip
-        """Rolls out an iteration and gives its chunks to scoring; `gathered` is entered around each rollout."""
-        roll, plan = self.config.rollout, self.plan(iteration)
-        whole = lay_out(plan, roll, self.mine)
+        """Rolls out an iteration and gives its chunks to scoring; `unsharded` is entered around each rollout."""
+        roll, schedule = self.config.rollout, self.schedule(iteration)
+        whole = lay_out(schedule, roll, self.mine)
         with timer.phase("conditioning"):
             conditioning = self.family.encode([prompts[i] for i in whole.prompts])
-        batch = Batch(iteration, drawn, plan, _nothing(self.family, whole), conditioning)
+        batch = Batch(iteration, drawn, schedule, _nothing(self.family, whole), conditioning)
         chunks = self._chunks(self.mine)
         for samples in chunks:
-            layout = whole if len(chunks) == 1 else lay_out(plan, roll, samples)
+            layout = whole if len(chunks) == 1 else lay_out(schedule, roll, samples)
             rows = conditioning
             if len(layout.prompts) < len(whole.prompts):
                 rows = conditioning.rows(np.searchsorted(whole.prompts, layout.prompts))
-            with timer.phase("rollout"), gathered():
-                trajectory = rollout(self.family, plan, layout, rows, roll, self.config.run.seed, iteration)
+            with timer.phase("rollout"), unsharded():
+                trajectory = rollout(self.family, schedule, layout, rows, roll, self.config.run.seed, iteration)
             texts = [prompts[i] for i in layout.prompts[layout.sample_prompt].tolist()]
             latents = trajectory.latents
             if self.sharers > 1:
@@ -141,17 +141,19 @@ class Generator:
                 rolled = torch.cuda.Event()
                 rolled.record()
                 latents.record_stream(self._stream)
-            return self._thread.submit(self._judge, latents, texts, iteration, rolled)
+            return self._thread.submit(self._score_chunk, latents, texts, iteration, rolled)
         with timer.phase("decode"):
             images = decode(self.family, latents, self.config.rollout.decode_batch)
         with timer.phase("sync"):
             synchronize(latents.device)
         with timer.phase("reward"):
             job: Job = Future()
-            job.set_result(Judged(self._score(images, texts, iteration)))
+            job.set_result(ScoredChunk(self._score(images, texts, iteration)))
         return job
 
-    def _judge(self, latents: Tensor, texts: list[Prompt], iteration: int, rolled: torch.cuda.Event | None) -> Judged:
+    def _score_chunk(
+        self, latents: Tensor, texts: list[Prompt], iteration: int, rolled: torch.cuda.Event | None
+    ) -> ScoredChunk:
         """In the scoring thread, on a stream of its own: beside what the device rolls out meanwhile."""
         begin = perf_counter()
         beside = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -166,7 +168,7 @@ class Generator:
             "scoring/decode_seconds": decoded - begin,
             "scoring/reward_seconds": perf_counter() - decoded,
         }
-        return Judged(scores, seconds)
+        return ScoredChunk(scores, seconds)
 
     def _score(self, images: Tensor, texts: list[Prompt], iteration: int) -> dict[str, Scores]:
         """Held-out rewards with `every` are asked in some iterations only."""
@@ -196,7 +198,7 @@ class Generator:
         elif len(parts) == 1:
             batch.trajectory = parts[0]
             return
-        batch.trajectory = select(batch.plan, self.config, parts, samples)
+        batch.trajectory = select(batch.schedule, self.config, parts, samples)
 
     def _extreme(self, batch: Batch, samples: np.ndarray) -> np.ndarray:
         """Which of these samples (all scored) are among the best and worst of their prompts so far."""
@@ -211,8 +213,8 @@ class Generator:
     def restore(self, iteration: int, drawn: np.ndarray, prompts: Sequence[Prompt], samples: np.ndarray) -> Batch:
         """A batch of these trained samples as `start` and `finish` left it, but for `tensors`, which a checkpoint
         fills, and its noise, which is drawn again from its key."""
-        roll, plan, family = self.config.rollout, self.plan(iteration), self.family
-        layout = lay_out(plan, roll, samples)
+        roll, schedule, family = self.config.rollout, self.schedule(iteration), self.family
+        layout = lay_out(schedule, roll, samples)
         conditioning = family.encode([prompts[i] for i in layout.prompts])
         trajectory = _nothing(family, layout)
         rows, pairs, shape = len(layout.row_step), len(layout.pair_row), family.latent_shape
@@ -223,7 +225,7 @@ class Generator:
             trajectory.log_prob = torch.empty(pairs, device=family.device)
         elif roll.keeps_noise(family.device.type):
             trajectory.noise = kept_empty(family, roll, (pairs, *shape), torch.float32)
-            for step in range(plan.steps):
+            for step in range(schedule.steps):
                 part = layout.pairs_of(step)
                 if part.stop > part.start:
                     owners = to_device(layout.samples[layout.pair_sample[part]], family.device)
@@ -231,7 +233,7 @@ class Generator:
                         self.config.run.seed, owners, step, iteration, noise.STREAM_SDE, family.device
                     )
                     trajectory.noise[part] = noise.normal(key, shape)
-        return Batch(iteration, drawn, plan, trajectory, conditioning)
+        return Batch(iteration, drawn, schedule, trajectory, conditioning)
 
 
 def flight_state(batch: Batch, ranks: int) -> dict[str, Any]:
@@ -245,7 +247,7 @@ def flight_state(batch: Batch, ranks: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def flight_scores(state: Mapping[str, Any], ranks: int) -> Gathered:
+def flight_scores(state: Mapping[str, Any], ranks: int) -> AllScores:
     """The scores of `flight_state`. Raises UserError where other ranks rolled it out."""
     if state["ranks"] != ranks:
         raise UserError(
@@ -254,7 +256,7 @@ def flight_scores(state: Mapping[str, Any], ranks: int) -> Gathered:
         )
     values, valid, asked = (np.array(state[name]) for name in ("values", "valid", "asked"))
     components = {name: np.array(column, np.float64) for name, column in state["components"].items()}
-    return Gathered(values, valid, asked, components, 0)
+    return AllScores(values, valid, asked, components, 0)
 
 
 def keep_extremes(

@@ -6,14 +6,14 @@ same whatever rank, batch or order draws it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastgrpo.algorithms.layout import Layout
-from fastgrpo.algorithms.schedule import RolloutPlan
+from fastgrpo.algorithms.schedule import StepSchedule
 from fastgrpo.config import Rollout
 from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.models.protocol import ModelFamily
@@ -30,9 +30,13 @@ def forward_batches(index: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, 
 
 def predict_rows(
     family: ModelFamily, x: Tensor, time: float, module: str, conditioning: Conditioning, row_prompt: np.ndarray,
-    batch: int,
+    batch: int, predict: Callable[..., Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The output of a component for every row of x [R, *shape], evaluated in batches of exactly `batch` rows."""
+    """The output of a component for every row of x [R, *shape], evaluated in batches of exactly `batch` rows.
+
+    predict: evaluates a batch in place of `family.predict`; the memory plan counts with it.
+    """
+    predict = predict or family.predict
     output = torch.empty(x.shape, dtype=family.dtype, device=x.device)
     times = torch.full((batch,), time, dtype=torch.float32, device=x.device)
     model = family.modules[module]
@@ -40,7 +44,7 @@ def predict_rows(
     for index, real in forward_batches(np.arange(len(x)), batch):
         inputs = x[done : done + batch] if real == batch else x.index_select(0, to_device(index, x.device))
         rows = conditioning.rows(row_prompt[index])
-        output[done : done + real] = family.predict(inputs, times, rows, model)[:real]
+        output[done : done + real] = predict(inputs, times, rows, model)[:real]
         done += real
     return output
 
@@ -48,16 +52,18 @@ def predict_rows(
 @torch.no_grad()
 def rollout(
     family: ModelFamily,
-    plan: RolloutPlan,
+    schedule: StepSchedule,
     layout: Layout,
     conditioning: Conditioning,
     config: Rollout,
     seed: int,
     iteration: int,
+    predict: Callable[..., Tensor] | None = None,
 ) -> Trajectory:
     """Samples every local sample of `layout` from noise to its final latents, keeping what its trained steps need.
 
-    conditioning: rows of the local prompts, [u]. Reads nothing back to the host.
+    conditioning: rows of the local prompts, [u]. predict: evaluates the model in place of `family.predict`. Reads
+    nothing back to the host.
     """
     device, shape, batch = family.device, family.latent_shape, config.forward_batch
     subtract = config.old_values == "log_prob"
@@ -74,18 +80,20 @@ def rollout(
     row_prompt = layout.sample_prompt if parted else np.arange(len(layout.prompts))
     x = initial_noise(layout, config, shape, seed, iteration, device, parted)
     clean: Tensor | None = None
-    for step, (a, b, s) in enumerate(plan.transitions):
-        v = predict_rows(family, x, plan.times[step], plan.modules[step], conditioning, row_prompt, batch)
+    for step, (a, b, s) in enumerate(schedule.transitions):
+        v = predict_rows(
+            family, x, schedule.times[step], schedule.modules[step], conditioning, row_prompt, batch, predict
+        )
         rows = layout.rows_of(step)
         if rows.stop > rows.start:
             source = to_device(layout.row_source[rows], device)
             keep_rows(x_kept[rows], x, source)
             keep_rows(v_kept[rows], v, source)
-        if not parted and step == plan.first_stochastic:
+        if not parted and step == schedule.first_stochastic:
             spread = to_device(layout.sample_prompt, device)
             x, v, row_prompt, parted = x.index_select(0, spread), v.index_select(0, spread), layout.sample_prompt, True
         if s == 0:
-            x, clean = deterministic_step(x, v, plan, step, clean)
+            x, clean = deterministic_step(x, v, schedule, step, clean)
             continue
         key = noise.noise_key(seed, to_device(layout.samples, device), step, iteration, noise.STREAM_SDE, device)
         pairs = layout.pairs_of(step)
@@ -105,17 +113,17 @@ def rollout(
 
 
 def deterministic_step(
-    x: Tensor, v: Tensor, plan: RolloutPlan, step: int, previous: Tensor | None
+    x: Tensor, v: Tensor, schedule: StepSchedule, step: int, previous: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Latents after a step without noise, and the clean sample predicted at it, where the next step is of second order.
 
     previous: the clean sample predicted at the step before, where this one is of second order.
     """
-    a, b, _ = plan.transitions[step]
-    weight, needed = plan.second_order[step], step + 1 < plan.steps and plan.second_order[step + 1] != 0
+    a, b, _ = schedule.transitions[step]
+    weight, needed = schedule.second_order[step], step + 1 < schedule.steps and schedule.second_order[step + 1] != 0
     if not (weight or needed):
         return gaussian_step(x, v, a, b, 0.0, None), None
-    taken = gaussian_step(x, v, a, b, 0.0, None, return_all=True, clean=plan.clean[step])
+    taken = gaussian_step(x, v, a, b, 0.0, None, return_all=True, clean=schedule.clean[step])
     y, clean = taken.latents, taken.clean
     assert clean is not None
     if weight:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithms.layout import Layout, lay_out
-from fastgrpo.algorithms.schedule import RolloutPlan
+from fastgrpo.algorithms.schedule import StepSchedule
 from fastgrpo.config import Config, Rollout
 from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.protocol import ModelFamily
@@ -67,10 +67,10 @@ def tensors(trajectory: Trajectory) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def select(plan: RolloutPlan, config: Config, parts: Sequence[Trajectory], samples: np.ndarray) -> Trajectory:
+def select(schedule: StepSchedule, config: Config, parts: Sequence[Trajectory], samples: np.ndarray) -> Trajectory:
     """The trajectory of `samples` (global, ascending), each of which is in one of the parts."""
-    layout = lay_out(plan, config.rollout, samples)
-    rows = _places(_row_keys(layout, plan), [_row_keys(p.layout, plan) for p in parts])
+    layout = lay_out(schedule, config.rollout, samples)
+    rows = _places(_row_keys(layout, schedule), [_row_keys(p.layout, schedule) for p in parts])
     pairs = _places(_pair_keys(layout), [_pair_keys(p.layout) for p in parts])
 
     def of(name: str, places: tuple[np.ndarray, np.ndarray]) -> Tensor | None:
@@ -84,9 +84,9 @@ def select(plan: RolloutPlan, config: Config, parts: Sequence[Trajectory], sampl
     return Trajectory(layout, latents, x, v_old, of("noise", pairs), of("y", pairs), of("log_prob", pairs))
 
 
-def _row_keys(layout: Layout, plan: RolloutPlan) -> np.ndarray:
+def _row_keys(layout: Layout, schedule: StepSchedule) -> np.ndarray:
     """A number [R] for each row: its step, and the prompt or the sample that it is of."""
-    common = layout.shared & (layout.row_step == plan.first_stochastic)
+    common = layout.shared & (layout.row_step == schedule.first_stochastic)
     owner = np.where(common, layout.prompts[layout.row_prompt], -1)
     owner[~common] = layout.samples[layout.row_source[~common]]
     return layout.row_step * 2**40 + owner

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import Optimizer
+from fastgrpo.distributed.shards import local
 from fastgrpo.errors import require
 
 BLOCK = 256
@@ -41,7 +42,7 @@ class AdamW8bit:
         self.named, self.config = dict(named), config
         # Of each parameter, the steps that it had a gradient in.
         self.steps = np.zeros(len(self.named), dtype=np.int64)
-        self.moments = {name: _moments(_shard(p)) for name, p in self.named.items()}
+        self.moments = {name: _moments(local(p)) for name, p in self.named.items()}
         self.first = next(iter(self.named.values()))
         self.maps = self._maps(self.first.device)
 
@@ -53,7 +54,7 @@ class AdamW8bit:
             if parameter.grad is None:
                 continue
             self.steps[i] += 1
-            weight, grad = _shard(parameter), _shard(parameter.grad)
+            weight, grad = local(parameter), local(parameter.grad)
             parameter.grad = None
             if weight.numel() == 0:
                 continue
@@ -94,10 +95,6 @@ def _moments(shard: Tensor) -> dict[str, Tensor]:
         name: torch.zeros(shard.shape, dtype=torch.uint8, device=shard.device) for name in ("exp_avg", "exp_avg_sq")
     }
     return made | {name: torch.zeros(blocks, device=shard.device) for name in ("scale", "scale_sq")}
-
-
-def _shard(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _place(parameter: Tensor) -> str:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import Update
+from fastgrpo.distributed.shards import locals_of
 from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
 
 
@@ -70,7 +71,7 @@ class OptimizerState:
         norm = torch.nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         skipped = (~torch.isfinite(norm)).float()
-        torch._foreach_mul_(_local(grads), (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(locals_of(grads), (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate(self.steps)
         # The fused kernel leaves weights, moments and step counts as they are where found_inf is 1.
@@ -81,7 +82,7 @@ class OptimizerState:
             self.eight_bit.step(self.learning_rate(self.steps), skipped)
         self.steps += 1
         if self.ema is not None:
-            torch._foreach_lerp_(_local(self.ema), _local(self.parameters), 1 - self._ema_decay())
+            torch._foreach_lerp_(locals_of(self.ema), locals_of(self.parameters), 1 - self._ema_decay())
         return norm, skipped
 
     def _ema_decay(self) -> float:
@@ -109,12 +110,7 @@ class OptimizerState:
             if isinstance(module, FSDPModule):
                 # FSDP2 leaves a root's parameters gathered after a forward pass: the next one would use the old values.
                 module.reshard()
-        for weight, average in zip(_local(self.parameters), _local(self.ema), strict=True):
+        for weight, average in zip(locals_of(self.parameters), locals_of(self.ema), strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
-
-
-def _local(tensors: list) -> list[Tensor]:
-    """The shards that this rank holds, without their history."""
-    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

@@ -20,8 +20,8 @@ class Residency:
     """What stays on every rank between uses: weights gathered for a whole rollout, for a whole optimizer step, and
     gradients unreduced until its last micro-batch."""
 
-    rollout_gathered: bool
-    update_gathered: bool
+    rollout_unsharded: bool
+    update_unsharded: bool
     sync_once: bool
 
 

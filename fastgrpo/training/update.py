@@ -1,45 +1,35 @@
-"""Trajectories + advantages -> optimizer steps, micro-batched over samples × steps at the rollout's forward shape.
+"""Trajectories and advantages to optimizer steps, micro-batched over samples × steps at the rollout's forward shape.
 
-Every micro-batch evaluates `forward_batch` rows; a row that a whole group shares is evaluated once and read by all
-of its pairs. Nothing is read back to the host.
+Nothing is read back to the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgrpo.algorithms.layout import Layout, lay_out, rank_samples
-from fastgrpo.algorithms.objectives.grpo import SUMMED, Statistics, policy_loss
-from fastgrpo.algorithms.schedule import RolloutPlan, loss_scale
+from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.algorithms.objectives.grpo import Statistics, policy_loss
+from fastgrpo.algorithms.schedule import loss_scale
 from fastgrpo.config import Config
 from fastgrpo.distributed.fsdp import hold_weights, set_gradient_sync
 from fastgrpo.distributed.world import World
-from fastgrpo.models.conditioning import Conditioning, to_device
+from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.protocol import ModelFamily
+from fastgrpo.models.trainable import Reference
+from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.trajectory import Trajectory, take_rows
+from fastgrpo.training.micro_batches import MicroBatch, micro_batches_of_step
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import KEPT, Residency
 from fastgrpo_kernels import log_prob, noise, shift_moments
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Host arrays: rows [F] to evaluate; pairs [F, W] that read each row; weight [F, W], 0 where there is none.
-
-    module: which component evaluates them. syncs: its gradients are complete after this one.
-    """
-
-    rows: np.ndarray
-    pairs: np.ndarray
-    weight: np.ndarray
-    module: str = ""
-    syncs: bool = False
+# Goes through the micro-batches of an optimizer step. The memory plan runs only those that differ.
+Walk = Callable[[Sequence[MicroBatch]], Iterable[MicroBatch]]
 
 
 @dataclass
@@ -52,89 +42,61 @@ class UpdateResult:
     skipped_steps: list[Tensor] = field(default_factory=list)
 
 
-def micro_batches(
-    layout: Layout, kept: np.ndarray, size: int, count: int, module: str = "", acts: np.ndarray | None = None
-) -> list[MicroBatch]:
-    """`count` micro-batches of `size` rows covering the pairs of the kept samples (bool [n], local).
-
-    acts: bool [T], the steps at which `module` acts; None: all. What is left over is padding of weight 0, so that every
-    rank runs equally many.
-    """
-    pairs = np.flatnonzero(_pairs_to_train(layout, kept, acts))
-    rows, first = np.unique(layout.pair_row[pairs], return_index=True)
-    width = np.diff(np.append(first, len(pairs)))
-    batches = []
-    for start in range(0, count * size, size):
-        part = slice(start, start + size)
-        real, wide = rows[part], width[part]
-        grid = np.zeros((size, wide.max(initial=1)), dtype=np.int64)
-        weight = np.zeros(grid.shape, dtype=np.float32)
-        for place, (begin, number) in enumerate(zip(first[part], wide, strict=True)):
-            grid[place, :number] = pairs[begin : begin + number]
-            weight[place, :number] = 1
-        last = start + size == count * size
-        batches.append(MicroBatch(np.pad(real, (0, size - len(real))), grid, weight, module, last))
-    return batches
-
-
-def rows_to_train(layout: Layout, kept: np.ndarray, acts: np.ndarray | None = None) -> int:
-    """How many rows the kept samples' pairs read, at the steps of `acts` (bool [T]; None: all)."""
-    return len(np.unique(layout.pair_row[_pairs_to_train(layout, kept, acts)]))
-
-
-def _pairs_to_train(layout: Layout, kept: np.ndarray, acts: np.ndarray | None) -> np.ndarray:
-    pairs = kept[layout.pair_sample]
-    return pairs if acts is None else pairs & acts[layout.row_step[layout.pair_row]]
-
-
 @dataclass
 class Updater:
-    """The update phase of a run: `reference` gives the KL's reference components by name (None: the family's own, its
-    LoRA being off); there is none without a KL term."""
+    """The update phase of a run.
+
+    Args:
+        family: The model, its weights ready.
+        config: Of the run.
+        world: This rank among its peers.
+        optimizer: Takes the steps.
+        reference: Gives the components that a KL term compares with; None without one.
+        residency: What stays unsharded between uses.
+        walk: Which micro-batches of an optimizer step are run, and in which order; all of them.
+    """
 
     family: ModelFamily
     config: Config
     world: World
     optimizer: OptimizerState
-    reference: Callable[[], AbstractContextManager[Mapping[str, nn.Module] | None]] | None = None
+    reference: Reference | None = None
     residency: Residency = KEPT
+    walk: Walk = iter
 
-    def run(
-        self, plan: RolloutPlan, trajectory: Trajectory, conditioning: Conditioning, advantages: np.ndarray,
-        trainable: np.ndarray, iteration: int,
-    ) -> UpdateResult:  # fmt: skip
-        """The optimizer steps of one iteration. advantages [N] or [N, T], trainable [N]: of all global samples."""
-        device = self.family.device
-        coefficients = np.array([plan.transitions[t] for t in trajectory.layout.row_step], dtype=np.float64).reshape(
-            -1, 3
-        )
-        batch = _Tensors(
-            time=to_device(np.array(plan.times, dtype=np.float32)[trajectory.layout.row_step], device),
-            a=to_device(coefficients[trajectory.layout.pair_row, 0], device),
-            b=to_device(coefficients[trajectory.layout.pair_row, 1], device),
-            s=to_device(coefficients[trajectory.layout.pair_row, 2], device),
-            advantage=to_device(advantages[trajectory.layout.samples[trajectory.layout.pair_sample]], device).float(),
-        )
+    def run(self, batch: Batch, advantages: Advantages, kl_weight: float) -> UpdateResult:
+        """Takes the optimizer steps of one iteration.
+
+        Args:
+            batch: Its samples, as the rollout left them.
+            advantages: Of all global samples.
+            kl_weight: What the Gaussian KL to the reference is multiplied by.
+
+        Returns:
+            Statistics on the device; nothing is read back to the host.
+        """
+        device, schedule = self.family.device, batch.schedule
+        inputs = _Inputs.of(batch, advantages, device)
         result = UpdateResult(Statistics.zeros(device), Statistics.zeros(device))
-        steps, samples = self.config.update.optimizer_steps, len(advantages)
-        moves = (advantages.reshape(samples, -1) != 0).any(axis=1)
-        worth = trainable & (moves | (self.config.objective.kl_weight > 0))
+        steps, samples = self.config.update.optimizer_steps, len(advantages.terms)
+        worth = advantages.valid & ((advantages.terms != 0).any(axis=1) | (kl_weight > 0))
         # Of the planned pairs: with the best of N, those of the samples that are kept.
-        planned = samples // self.config.rollout.candidates * self.config.rollout.group_size * plan.pairs_per_sample
-        scale = loss_scale(self.config.objective, plan) * self.world.ranks * steps / planned
+        planned = samples // self.config.rollout.candidates * self.config.rollout.group_size * schedule.pairs_per_sample
+        scale = loss_scale(self.config.objective, schedule) * self.world.ranks * steps / planned
         for k in range(steps):
-            chosen = self._choose(plan, trajectory.layout, worth, k)
-            if not chosen:
-                continue
-            statistics = Statistics.zeros(device)
-            for micro in chosen:
+            chosen = micro_batches_of_step(self.config, self.world, schedule, batch.trajectory.layout, worth, k)
+            statistics, ran = Statistics.zeros(device), False
+            for micro in self.walk(chosen):
+                ran = True
                 module = self.family.modules[micro.module]
                 set_gradient_sync(module, micro.syncs or not self.residency.sync_once)
-                if self.residency.update_gathered:
+                if self.residency.update_unsharded:
                     hold_weights(module, last=micro.syncs)
-                loss, counted = self._loss(micro, trajectory, conditioning, batch, iteration)
+                loss, counted = self._loss(micro, batch, inputs, kl_weight)
                 (loss * scale).backward()
                 statistics.add(counted)
+            if not ran:
+                continue
             result.statistics.add(statistics)
             if k == 0:
                 result.first.add(statistics)
@@ -143,43 +105,25 @@ class Updater:
             result.skipped_steps.append(skipped)
         return result
 
-    def _choose(self, plan: RolloutPlan, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
-        """The micro-batches of the k-th optimizer step, as many as the rank that needs the most."""
-        roll, steps, size = self.config.rollout, self.config.update.optimizer_steps, self.config.rollout.forward_batch
-        ranks = []
-        for rank in range(self.world.size):
-            samples = rank_samples(len(worth), steps, self.world.size, rank)
-            theirs = layout if rank == self.world.rank else lay_out(plan, roll, samples.reshape(-1))
-            ranks.append((theirs, worth[theirs.samples] & np.isin(theirs.samples, samples[k])))
-        chosen = []
-        # A component's rows stand together, so that every rank runs the same components in the same order.
-        for module in dict.fromkeys(plan.modules):
-            acts = np.array([name == module for name in plan.modules])
-            needed = max(rows_to_train(theirs, kept, acts) for theirs, kept in ranks)
-            _, mine = ranks[self.world.rank]
-            chosen += micro_batches(layout, mine, size, -(-needed // size), module, acts)
-        return chosen
-
-    def _loss(
-        self, micro: MicroBatch, trajectory: Trajectory, conditioning: Conditioning, batch: _Tensors, iteration: int
-    ) -> tuple[Tensor, Statistics]:
-        device, layout = self.family.device, trajectory.layout
+    def _loss(self, micro: MicroBatch, batch: Batch, inputs: _Inputs, kl_weight: float) -> tuple[Tensor, Statistics]:
+        device, trajectory, layout = self.family.device, batch.trajectory, batch.trajectory.layout
+        objective = self.config.objective
         rows, pairs = to_device(micro.rows, device), to_device(micro.pairs.reshape(-1), device)
         x = take_rows(trajectory.x, micro.rows, rows)
-        time = batch.time.index_select(0, rows)
+        time = inputs.time.index_select(0, rows)
         model = self.family.modules[micro.module]
-        condition = conditioning.rows(layout.row_prompt[micro.rows])
+        condition = batch.conditioning.rows(layout.row_prompt[micro.rows])
         v = _per_pair(self.family.predict(x, time, condition, model), micro)
-        b, s = batch.b.index_select(0, pairs), batch.s.index_select(0, pairs)
+        b, s = inputs.b.index_select(0, pairs), inputs.s.index_select(0, pairs)
         weight = to_device(micro.weight.reshape(-1), device)
-        advantage = batch.advantage.index_select(0, pairs)
+        advantage = inputs.advantage.index_select(0, pairs)
         if trajectory.log_prob is not None and trajectory.y is not None:
-            y, a = take_rows(trajectory.y, micro.pairs.reshape(-1), pairs), batch.a.index_select(0, pairs)
+            y, a = take_rows(trajectory.y, micro.pairs.reshape(-1), pairs), inputs.a.index_select(0, pairs)
             new = log_prob(_per_pair(x, micro), v, y, a, b, s)
             P = new - trajectory.log_prob.index_select(0, pairs)
-            return policy_loss(P, torch.zeros_like(P), s.float(), advantage, weight, self.config.objective)
+            return policy_loss(P, torch.zeros_like(P), s.float(), advantage, weight, objective, kl_weight)
         v_old = _per_pair(take_rows(trajectory.v_old, micro.rows, rows), micro)
-        eps = self._noise(micro, trajectory, iteration)
+        eps = self._noise(micro, trajectory, batch.iteration)
         P, Q = shift_moments(v, v_old, b, s, eps)
         Q_reference = None
         if self.reference is not None:
@@ -187,7 +131,7 @@ class Updater:
                 other = model if frozen is None else frozen[micro.module]
                 v_reference = _per_pair(self.family.predict(x, time, condition, other), micro)
             _, Q_reference = shift_moments(v, v_reference, b, s, eps)
-        return policy_loss(P, Q, s.float(), advantage, weight, self.config.objective, Q_reference)
+        return policy_loss(P, Q, s.float(), advantage, weight, objective, kl_weight, Q_reference)
 
     def _noise(self, micro: MicroBatch, trajectory: Trajectory, iteration: int) -> Tensor | noise.NoiseKey:
         device, layout, pairs = self.family.device, trajectory.layout, micro.pairs.reshape(-1)
@@ -199,12 +143,22 @@ class Updater:
 
 
 @dataclass(frozen=True)
-class _Tensors:
+class _Inputs:
+    """What the pairs of an iteration need beside its trajectory, on the device."""
+
     time: Tensor  # [R] float32
     a: Tensor  # [M] float64
     b: Tensor  # [M] float64
     s: Tensor  # [M] float64
-    advantage: Tensor  # [M] or [M, T] float32
+    advantage: Tensor  # [M, T] float32
+
+    @staticmethod
+    def of(batch: Batch, advantages: Advantages, device: torch.device) -> _Inputs:
+        layout, schedule = batch.trajectory.layout, batch.schedule
+        coefficients = np.array([schedule.transitions[t] for t in layout.row_step], dtype=np.float64).reshape(-1, 3)
+        a, b, s = (to_device(coefficients[layout.pair_row, column], device) for column in range(3))
+        terms = to_device(advantages.terms[layout.samples[layout.pair_sample]], device).float()
+        return _Inputs(to_device(np.array(schedule.times, dtype=np.float32)[layout.row_step], device), a, b, s, terms)
 
 
 def _per_pair(rows: Tensor, micro: MicroBatch) -> Tensor:
@@ -223,21 +177,3 @@ def packed(result: UpdateResult) -> Tensor:
     extremes = [result.statistics.max_deviation, result.first.max_deviation]
     tail = torch.stack([*extremes, torch.stack(norms).mean(), torch.stack(skipped).sum()])
     return torch.cat([result.statistics.sums, tail])
-
-
-def unpacked(vectors: np.ndarray) -> dict[str, float]:
-    """Metrics of every rank's packed vector [world, …]."""
-    sums = dict(zip(SUMMED, vectors[:, : len(SUMMED)].sum(axis=0), strict=True))
-    pairs = max(sums["weight"], 1.0)
-    deviation, first, norm, skipped = vectors[:, len(SUMMED) :].max(axis=0)
-    return {
-        "loss": sums["loss"] / pairs,
-        "ratio/mean": sums["ratio"] / pairs,
-        "ratio/max_deviation": deviation,
-        "ratio/first_max_deviation": first,
-        "clip_fraction": sums["clipped"] / pairs,
-        "dppo_dropped": sums["dropped"] / pairs,
-        "kl": sums["kl"] / pairs,
-        "grad_norm": norm,
-        "optimizer_steps/skipped": skipped,
-    }

@@ -17,6 +17,7 @@ from fastgrpo.models.attention import set_backend
 from fastgrpo.models.context import split_lengths
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.models.sharded_load import load_shards
+from fastgrpo.models.trainable import make_trainable
 
 
 def prepare_weights(
@@ -28,12 +29,13 @@ def prepare_weights(
     frozen: dict[str, nn.Module] = {}
     if config.objective.kl_weight and not config.model.lora:
         frozen = {name: copy.deepcopy(module).to(family.dtype) for name, module in family.modules.items()}
-    family.make_trainable()
+    make_trainable(family)
     for module in (*family.modules.values(), *frozen.values()):
         set_backend(module, config.model.attention_backend)
         if world.context > 1:
             kind = config.parallel.context_kind
-            split_tokens(module, split_lengths(family), world.ranks, world.context, world.device.type, kind)
+            plan, tokens = family.context_plan(module), split_lengths(family)
+            split_tokens(module, plan, tokens, world.ranks, world.context, world.device.type, kind)
     for module in (*family.modules.values(), *frozen.values()):
         if config.model.compile == "blocks":
             compile_blocks(family.blocks(module))

@@ -10,9 +10,18 @@ from torch import Tensor
 _arrivals: dict[tuple[torch.device, int], Tensor] = {}
 
 
+def launches(tensor: Tensor) -> bool:
+    """Whether operations on this tensor launch Triton kernels: on every device but the CPU."""
+    return tensor.device.type != "cpu"
+
+
 def rows(tensor: Tensor) -> Tensor:
-    """[B, D] view of latents whose samples are contiguous, at any batch stride; otherwise a contiguous copy."""
-    if tensor.ndim > 1 and tensor[0].is_contiguous():
+    """[B, D] view of latents whose samples are contiguous, at any batch stride; otherwise a contiguous copy.
+
+    Noise from a key belongs to an element's index, so kernels read elements in the order of their indices: a layout
+    such as channels-last is copied, once in each direction.
+    """
+    if tensor.is_contiguous() or (tensor.ndim > 1 and tensor[0].is_contiguous()):
         return tensor.flatten(1)
     return tensor.contiguous().flatten(1)
 
@@ -27,27 +36,36 @@ def kernel_scalar(value: float | Tensor) -> float | Tensor:
     return value.float().contiguous() if isinstance(value, Tensor) else value
 
 
-def arrivals(batch: int, device: torch.device) -> Tensor:
-    """Zeroed counters, int32, one a row at least, for `reduction.is_last_of_row`.
+def arrivals(count: int, device: torch.device, *, kept: bool) -> Tensor:
+    """Zeroed counters, int32, `count` at least, for `reduction.is_last_of_row`.
 
-    Launches on one stream follow each other and share them. A graph that is being captured gets its own, zeroed in it.
+    `kept` counters belong to a device and stream: launches on one stream follow each other and share them, so an eager
+    call costs no launch more. Counters that live as long as a call are needed in a CUDA graph, which zeroes its own
+    when it is replayed, and in custom operators: `torch.compile` may run these inside a graph's memory pool before it
+    captures them, and nothing of that pool may outlive the call.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(batch, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _arrivals or _arrivals[key].numel() < batch:
-        _arrivals[key] = torch.zeros(max(batch, 1024), dtype=torch.int32, device=device)
+    on_cuda = device.type == "cuda"
+    if not kept or (on_cuda and torch.cuda.is_current_stream_capturing()):
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream if on_cuda else 0
+    if key not in _arrivals or _arrivals[key].numel() < count:
+        _arrivals[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
     return _arrivals[key]
 
 
-def launch(kernel: Any, programs: int, *args: object, **constants: object) -> None:
-    """Run a Triton kernel over a one-dimensional grid (axis 0 alone is unbounded).
+def launch(kernel: Any, programs: int, device: torch.device, *args: object, **constants: object) -> None:
+    """Run a Triton kernel over a one-dimensional grid (axis 0 alone is unbounded) on the device of its tensors.
 
-    `num_warps` counts warps of 32 threads.
+    `num_warps` counts warps of 32 threads. Triton launches on the current device and stream, whatever its tensors are
+    on; changing the device costs microseconds, asking for it does not.
     """
     if torch.version.hip:
-        constants = hip_options(constants, torch.cuda.get_device_properties().warp_size)
-    kernel[(programs,)](*args, **constants)
+        constants = hip_options(constants, torch.cuda.get_device_properties(device).warp_size)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **constants)
+    else:
+        kernel[(programs,)](*args, **constants)
 
 
 def hip_options(options: dict[str, Any], warp: int) -> dict[str, Any]:

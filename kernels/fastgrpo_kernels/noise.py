@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_dtype, check_integer, check_sizes, is_eager, is_host_readable
-from ._launch import launch
+from ._launch import launch, launches
 
 NOISE_V1 = 1
 
@@ -118,9 +118,7 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 
 def _normal_body(words: Tensor, seed: int, elements: int) -> Tensor:
-    if words.device.type == "cpu":
-        return normal_cpu(words, seed, elements)
-    return launch_normal(words, seed, elements)
+    return (launch_normal if launches(words) else normal_cpu)(words, seed, elements)
 
 
 @torch.library.custom_op("fastgrpo_kernels::normal", mutates_args=())
@@ -162,7 +160,7 @@ def launch_normal(words: Tensor, seed: int, elements: int) -> Tensor:
     out = torch.empty((words.shape[0], elements), dtype=torch.float32, device=words.device)
     blocks = -(-elements // BLOCK)
     arguments = out, words, *split_seed(seed), elements, blocks
-    launch(_normal_kernel, words.shape[0] * blocks, *arguments, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    launch(_normal_kernel, words.shape[0] * blocks, words.device, *arguments, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return out
 
 

@@ -94,7 +94,7 @@ def normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK: tl.constexpr
     return tl.interleave(even, odd)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])
 def _normal_kernel(out_ptr, words_ptr, seed_low, seed_high, elements, blocks, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)

@@ -10,6 +10,7 @@ from fastgrpo.algorithms.guard import RewardGuard, moved
 from fastgrpo.config import Guard
 from fastgrpo.errors import UserError
 from fastgrpo.rewards import Scores
+from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.trainer import Trainer
 
 
@@ -81,10 +82,10 @@ def test_a_hacked_run_stops_with_a_checkpoint_and_goes_on_without_the_guard(tiny
         "guard": {"action": "stop", **QUICK},
     }
     config = tiny_config(tiny_flux, tmp_path / "run", **sections)
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     with pytest.raises(UserError, match="stopped at iteration 4 with a checkpoint: held-out held fell"):
         trainer.run()
-    assert trainer.store.iterations() == [4]
+    assert trainer.callback(CheckpointCallback).store.iterations() == [4]
     off = config.model_copy(
         update={
             "run": config.run.model_copy(update={"resume": True}),
@@ -104,7 +105,7 @@ def test_the_kl_is_raised_and_stays_raised_after_a_resume(tiny_flux, tmp_path):
     straight = finished(tiny_config(tiny_flux, tmp_path / "a", train={"iterations": 6}, **sections))
     kl = [line["guard/kl_weight"] for line in metrics(tmp_path / "a")]
     assert kl == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.2, 0.2])
-    assert straight.updater.config.objective.kl_weight == pytest.approx(0.2)
+    assert straight.kl_weight == pytest.approx(0.2)
     Rises.calls = Falls.calls = 0
     finished(tiny_config(tiny_flux, tmp_path / "b", train={"iterations": 5}, **sections))
     run = {"dir": str(tmp_path / "b"), "seed": 7, "resume": True}

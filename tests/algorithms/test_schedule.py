@@ -9,7 +9,7 @@ from fastgrpo.algorithms.schedule import (
     flow_levels,
     linear_levels,
     loss_scale,
-    plan_rollout,
+    schedule_steps,
     shifted,
     thinned,
     trained_steps,
@@ -58,13 +58,13 @@ def test_windows_move_and_stay_inside():
 
 def test_outside_a_window_steps_are_deterministic_and_in_a_subset_only_the_last_is():
     levels = flow_levels(shifted(linear_levels(8), 3.0), "transformer")
-    window = plan_rollout(Rollout(steps=8, trained=WindowSteps(size=2, start=3)), levels, 4, 0, 0)
+    window = schedule_steps(Rollout(steps=8, trained=WindowSteps(size=2, start=3)), levels, 4, 0, 0)
     assert [t.s > 0 for t in window.transitions] == [False] * 3 + [True] * 2 + [False] * 3
     assert window.first_stochastic == 3
     assert window.pairs_per_sample == 2
-    subset = plan_rollout(Rollout(steps=8, trained=SubsetSteps()), levels, 4, 0, 0)
+    subset = schedule_steps(Rollout(steps=8, trained=SubsetSteps()), levels, 4, 0, 0)
     assert [t.s > 0 for t in subset.transitions] == [True] * 7 + [False]
-    still = plan_rollout(Rollout(steps=8), levels, 4, 0, 0, deterministic=True)
+    still = schedule_steps(Rollout(steps=8), levels, 4, 0, 0, deterministic=True)
     assert all(t.s == 0 for t in still.transitions)
     assert not still.trained.any()
 
@@ -72,7 +72,7 @@ def test_outside_a_window_steps_are_deterministic_and_in_a_subset_only_the_last_
 @pytest.mark.parametrize("sampler", ["dance_sde", "flow_sde", "cps"])
 def test_every_sampler_has_a_finite_plan(sampler):
     levels = flow_levels(shifted(linear_levels(10), 3.0), "transformer")
-    plan = plan_rollout(Rollout(steps=10, sampler=sampler, eta=0.7, trained=WindowSteps(size=9)), levels, 2, 0, 0)
+    plan = schedule_steps(Rollout(steps=10, sampler=sampler, eta=0.7, trained=WindowSteps(size=9)), levels, 2, 0, 0)
     assert np.isfinite(np.array(plan.transitions)).all()
     assert all(t.s > 0 for t in plan.transitions[:-1])
 
@@ -83,18 +83,18 @@ def test_a_thinned_suffix_ends_at_zero_and_leaves_the_window_alone():
     assert thinned(levels, 3, 2) == flow_levels([*sigmas[:4], sigmas[5], 0.0], "transformer")
     assert thinned(levels, 6, 5) == levels
     window = WindowSteps(size=2, start=2)
-    full = plan_rollout(Rollout(steps=8, trained=window), levels, 4, 0, 0)
-    fast = plan_rollout(Rollout(steps=8, trained=window, suffix_steps=1), levels, 4, 0, 0)
+    full = schedule_steps(Rollout(steps=8, trained=window), levels, 4, 0, 0)
+    fast = schedule_steps(Rollout(steps=8, trained=window, suffix_steps=1), levels, 4, 0, 0)
     assert fast.transitions[:4] == full.transitions[:4]
     assert fast.times == tuple(sigmas[:5])
     assert fast.transitions[4] == transitions.ode(sigmas[4], 0.0)
     assert fast.trained.shape == (5, 4)
     assert fast.pairs_per_sample == full.pairs_per_sample
-    assert plan_rollout(Rollout(steps=8, suffix_steps=1), levels, 4, 0, 0, deterministic=True).steps == 8
+    assert schedule_steps(Rollout(steps=8, suffix_steps=1), levels, 4, 0, 0, deterministic=True).steps == 8
 
 
 def test_guard_divides_by_the_mean_step_and_the_others_do_not():
     levels = flow_levels(linear_levels(10), "transformer")
-    plan = plan_rollout(Rollout(steps=10, trained=WindowSteps(size=3)), levels, 2, 0, 0)
+    plan = schedule_steps(Rollout(steps=10, trained=WindowSteps(size=3)), levels, 2, 0, 0)
     assert loss_scale(ObjectiveConfig(), plan) == 1
     assert loss_scale(ObjectiveConfig(ratio="ratio_norm"), plan) == pytest.approx(1 / 0.1)

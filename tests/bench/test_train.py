@@ -25,7 +25,7 @@ def counted_flops(config, directory, *loader):
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(directory)})})
     bench = train.Bench(config, *loader)
     trainer = bench.trainer
-    trainer.family.encode([trainer.prompts[i] for i in trainer.sampler.at(0)])
+    trainer.family.encode([trainer.rollouts.prompts[i] for i in trainer.rollouts.sampler.at(0)])
     with train.ModelFlops() as counted:
         bench.iterate()
     return counted.flops

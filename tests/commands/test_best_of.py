@@ -68,7 +68,7 @@ def test_the_curve_rises_for_what_chooses_and_is_written(run, tmp_path):
 
 
 def test_sample_writes_the_best_first_and_they_are_those_of_plain_sampling(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastgrpo.sample.CHUNK", 5)
+    monkeypatch.setattr("fastgrpo.commands.sample.CHUNK", 5)
     plain = sample_run(run, ["a red circle", "a blue square"], tmp_path / "all", count=8)
     levels = np.array([np.asarray(Image.open(path))[..., 0].mean() for path in plain]).reshape(2, 8)
     arguments = ["sample", str(run), "a red circle", "a blue square", "--best-of", "8", "--count", "2"]

@@ -78,7 +78,7 @@ def test_what_a_user_can_mend_is_one_line_without_a_traceback(recipe, monkeypatc
     def fail(config):
         raise error
 
-    monkeypatch.setattr("fastgrpo.trainer.train", fail)
+    monkeypatch.setattr("fastgrpo.commands.train.train", fail)
     assert main(["train", str(recipe)]) == code
     said = capsys.readouterr().err
     expected = {
@@ -93,7 +93,7 @@ def test_a_bug_keeps_its_traceback(recipe, monkeypatch, error):
     def fail(config):
         raise error
 
-    monkeypatch.setattr("fastgrpo.trainer.train", fail)
+    monkeypatch.setattr("fastgrpo.commands.train.train", fail)
     with pytest.raises(type(error)):
         main(["train", str(recipe)])
 

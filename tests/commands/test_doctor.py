@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny import tiny_config
 
-from fastgrpo.algorithms.schedule import flow_levels, plan_rollout
+from fastgrpo.algorithms.schedule import flow_levels, schedule_steps
 from fastgrpo.commands.doctor import q_floor, self_test
 from fastgrpo.commands.main import main
 from fastgrpo.config import dump
@@ -58,7 +58,7 @@ def test_a_threshold_in_the_rounding_noise_is_named(tiny_flux):
 def test_the_floor_is_what_rounding_adds_to_a_measured_q(tiny_flux, dtype):
     config = tiny_config(tiny_flux)
     levels = flow_levels([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], "transformer")
-    plan = plan_rollout(config.rollout, levels, 4, 0, 0)
+    plan = schedule_steps(config.rollout, levels, 4, 0, 0)
     step = int(np.flatnonzero(plan.trained[:, 0])[0])
     b, s = plan.transitions[step].b, plan.transitions[step].s
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fastgrpo.data.prompts import Prompt, load_prompts
+from fastgrpo.data import Prompt, available, load_prompts
 from fastgrpo.data.samplers import PromptSampler, SpreadSampler
 from fastgrpo.errors import ConfigError, UserError
 
@@ -77,7 +77,8 @@ def test_a_bad_line_is_named_by_file_and_line(write, name, content, line, words)
     "source, words",
     [
         ("none.txt", "cannot read the prompts: No such file or directory"),
-        ("prompts.parquet", "unknown prompt source; it should be a .txt, .jsonl or .csv file"),
+        ("prompts.parquet", "unknown prompt source; it should be a file (.csv, .jsonl, .txt), or begin with hf:, "),
+        ("shape:train", "unknown prompt source; did you mean 'shapes:'? it should be a file"),
         ("shapes:held_out", "did you mean 'shapes:heldout'?"),
     ],
 )
@@ -85,6 +86,32 @@ def test_an_unknown_source_is_refused(source, words):
     with pytest.raises(ConfigError) as caught:
         load_prompts(source)
     assert words in str(caught.value)
+
+
+def test_sources_are_listed():
+    assert available() == [".csv", ".jsonl", ".txt", "hf:", "moving:", "set:", "shapes:"]
+
+
+@pytest.mark.parametrize(
+    "name, source, called_with",
+    [("animals", "animals:6:small", "6:small"), (".parquet", "folder/x.Parquet", "folder/x.Parquet")],
+    ids=["kind", "suffix"],
+)
+def test_a_source_of_a_package_is_called_with_what_follows_its_name(tmp_path, monkeypatch, name, source, called_with):
+    (tmp_path / "zoo.py").write_text(
+        "from fastgrpo.data import Prompt\n"
+        "def source(spec):\n    return (Prompt(text) for text in [spec])\n"
+        "def wrong(spec):\n    return ['a cat']\n"
+    )
+    folder = tmp_path / "zoo-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: zoo\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(f"[fastgrpo.prompts]\n{name} = zoo:source\nwrong = zoo:wrong\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_prompts(source) == [Prompt(called_with)]
+    assert {"wrong:", name if name.startswith(".") else f"{name}:"} <= set(available())
+    with pytest.raises(ConfigError, match=r"^wrong:1: gives str, not fastgrpo\.data\.prompts\.Prompt"):
+        load_prompts("wrong:1")
 
 
 def test_a_misspelt_file_gets_its_nearest_match(write):

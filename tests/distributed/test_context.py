@@ -15,7 +15,7 @@ from support.tiny import tiny_config
 from support.tiny_video import build, video_config
 
 from fastgrpo.algorithms.layout import lay_out, rank_samples
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.ulysses import split_tokens
@@ -23,6 +23,7 @@ from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.models import Conditioning, ModelFamily, check_parts, family_class
 from fastgrpo.models.attention import set_backend
 from fastgrpo.models.context import split_lengths
+from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.sampler import rollout
 
 CPU = torch.device("cpu")
@@ -61,9 +62,9 @@ def sampled(kind: str, split: bool) -> list[torch.Tensor]:
     conditioning = conditioning_of(kind, family)
     if split:
         for module in family.modules.values():
-            split_tokens(module, split_lengths(family), 2, 2, "cpu")
-    family.make_trainable()
-    plan = plan_rollout(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), 4, 0, 0)
+            split_tokens(module, family.context_plan(module), split_lengths(family), 2, 2, "cpu")
+    make_trainable(family)
+    plan = schedule_steps(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), 4, 0, 0)
     layout = lay_out(plan, config.rollout.model_copy(update={"group_size": 2}), rank_samples(4, 1, 1, 0).reshape(-1))
     latents = rollout(family, plan, layout, conditioning, config.rollout, 0, 0).latents
     generator = torch.Generator().manual_seed(1)
@@ -108,11 +109,11 @@ def test_split_tokens_change_nothing(differences, kind):
 def test_what_does_not_divide_is_one_line():
     _, family = family_of("flux")
     with pytest.raises(ConfigError, match=r"parallel\.context: 5 does not divide the model's \d+ attention heads"):
-        split_tokens(family.transformer, [10], 10, 5, "cpu")
+        split_tokens(family.denoiser, family.context_plan(family.denoiser), [10], 10, 5, "cpu")
     with pytest.raises(ConfigError, match=r"parallel\.context: 2 does not divide the 9 tokens of a sample"):
-        split_tokens(family.transformer, [16, 9], 2, 2, "cpu")
+        split_tokens(family.denoiser, family.context_plan(family.denoiser), [16, 9], 2, 2, "cpu")
     with pytest.raises(ConfigError, match="Linear has no plan to split its tokens"):
-        split_tokens(torch.nn.Linear(1, 1), [2], 2, 2, "cpu")
+        split_tokens(torch.nn.Linear(1, 1), None, [2], 2, 2, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_token_lengths_are_those_that_a_block_sees(kind):
     def watch(_, inputs, named):
         seen.append(named["hidden_states"] if "hidden_states" in named else inputs[0])
 
-    family.blocks(family.transformer)[0].register_forward_pre_hook(watch, with_kwargs=True)
+    family.blocks(family.denoiser)[0].register_forward_pre_hook(watch, with_kwargs=True)
     x = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
     family.predict(x, torch.tensor([0.9, 0.4]), conditioning_of(kind, family))
     assert seen[0].shape[1] == split_lengths(family)[0]
@@ -159,7 +160,7 @@ def test_a_backend_is_what_every_attention_uses(monkeypatch):
     from diffusers.models import attention_dispatch as dispatch
 
     _, family = family_of("flux")
-    set_backend(family.transformer, "_native_math")
+    set_backend(family.denoiser, "_native_math")
     seen = []
     run = dispatch._AttentionBackendRegistry._backends[dispatch.AttentionBackendName._NATIVE_MATH]
     monkeypatch.setitem(
@@ -170,7 +171,7 @@ def test_a_backend_is_what_every_attention_uses(monkeypatch):
     conditioning = conditioning_of("flux", family)
     x = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
     family.predict(x, torch.tensor([0.9, 0.4]), conditioning)
-    assert len(seen) == len(family.blocks(family.transformer))
+    assert len(seen) == len(family.blocks(family.denoiser))
     with pytest.raises(ConfigError, match="Linear takes no backend of diffusers"):
         set_backend(torch.nn.Linear(1, 1), "native")
 

@@ -169,7 +169,7 @@ def test_auto_keeps_what_memory_allows(tiny_flux):
     for megabytes, kept in ((0, (True, True, True)), (100, (True, True, True)), (30, (True, True, False)),
                             (20, (True, False, False)), (14, (False, False, False))):  # fmt: skip
         found = residency(config, policy, World(0, 1, torch.device("cpu"), memory=megabytes * 10**6))
-        assert (found.rollout_gathered, found.update_gathered, found.sync_once) == kept, megabytes
+        assert (found.rollout_unsharded, found.update_unsharded, found.sync_once) == kept, megabytes
     fixed = tiny_config(tiny_flux, rollout={"gather": "once"}, update={"gather": "per_block", "grad_sync": "once"})
     found = residency(fixed, policy, World(0, 1, torch.device("cpu"), memory=1))
-    assert (found.rollout_gathered, found.update_gathered, found.sync_once) == (True, False, True)
+    assert (found.rollout_unsharded, found.update_unsharded, found.sync_once) == (True, False, True)

@@ -85,7 +85,16 @@ def test_kernel_bits_do_not_depend_on_the_block(block):
     out, elements = torch.empty(2, 4100, device=KERNEL_DEVICE), 4100
     blocks = -(-elements // block)
     _launch.launch(
-        _normal_kernel, 2 * blocks, out, words, *noise.split_seed(3), elements, blocks, BLOCK=block, num_warps=4
+        _normal_kernel,
+        2 * blocks,
+        out.device,
+        out,
+        words,
+        *noise.split_seed(3),
+        elements,
+        blocks,
+        BLOCK=block,
+        num_warps=4,
     )
     assert torch.equal(out, noise.launch_normal(words, 3, elements))
 

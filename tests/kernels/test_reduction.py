@@ -28,7 +28,7 @@ def test_the_last_program_of_a_row_adds_its_slots(blocks):
     for _ in range(2):
         # What is not written shows.
         out, partials = torch.full((2,), float("nan")).to(values), torch.full_like(values, float("nan"))
-        _launch.launch(_sum_kernel, 2 * blocks, out, values, partials, counters, blocks, num_warps=4)
+        _launch.launch(_sum_kernel, 2 * blocks, out.device, out, values, partials, counters, blocks, num_warps=4)
         assert torch.count_nonzero(counters) == 0
         sums.append(out)
     assert torch.equal(*sums)
@@ -37,8 +37,8 @@ def test_the_last_program_of_a_row_adds_its_slots(blocks):
 
 def test_counters_of_an_earlier_call_serve_the_next(monkeypatch):
     """More rows, fewer, and other blocks a row, on counters that are kept as they are on a device."""
-    kept = torch.zeros(64, dtype=torch.int32, device=KERNEL_DEVICE)
-    monkeypatch.setattr(op, "arrivals", lambda batch, device: kept)
+    counters = torch.zeros(64, dtype=torch.int32, device=KERNEL_DEVICE)
+    monkeypatch.setattr(op, "arrivals", lambda count, device, kept: counters)
     for batch, elements in ((3, 5000), (2, 1), (3, 5000)):
         case = make_case((batch, elements), torch.float32)
         shift = Shift(*(t.to(KERNEL_DEVICE) for t in (case.v, case.v_old, case.b, case.s, case.eps)))
@@ -47,4 +47,4 @@ def test_counters_of_an_earlier_call_serve_the_next(monkeypatch):
             found, op.shift_moments_cpu(Shift(*case[1:3], case.b, case.s, case.eps)), strict=True
         ):
             torch.testing.assert_close(moment.cpu(), expected, rtol=1e-5, atol=1e-7)
-        assert torch.count_nonzero(kept) == 0
+        assert torch.count_nonzero(counters) == 0

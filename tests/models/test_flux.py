@@ -8,6 +8,7 @@ from support.tiny import tiny_config
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import Conditioning, load_family
+from fastgrpo.models.trainable import lora_disabled, make_trainable
 from fastgrpo.shapes import world
 
 CPU = torch.device("cpu")
@@ -53,15 +54,15 @@ def test_conditioning_rows():
 def test_trainable_parts_are_named_by_whole_dotted_parts(tiny_flux):
     parts = ["norm1.linear", "to_v"]
     family = load_family(tiny_config(tiny_flux, model={"trainable": parts}).model, CPU)
-    family.make_trainable()
-    trained = {name for name, p in family.transformer.named_parameters() if p.requires_grad}
+    make_trainable(family)
+    trained = {name for name, p in family.denoiser.named_parameters() if p.requires_grad}
     assert trained == {
-        name for name, _ in family.transformer.named_parameters() if ".norm1.linear." in name or ".to_v." in name
+        name for name, _ in family.denoiser.named_parameters() if ".norm1.linear." in name or ".to_v." in name
     }
     assert trained
     wrong = load_family(tiny_config(tiny_flux, model={"trainable": ["norm1.liner"]}).model, CPU)
     with pytest.raises(ConfigError, match=r"model\.trainable: 'norm1.liner' matches no parameter"):
-        wrong.make_trainable()
+        make_trainable(wrong)
 
 
 def test_lora_disabled_is_the_base(tiny_flux):
@@ -70,12 +71,12 @@ def test_lora_disabled_is_the_base(tiny_flux):
     condition = family.encode([Prompt("a red circle")])
     with torch.no_grad():
         before = family.predict(x, sigma, condition)
-        family.add_lora()
-        trained = [p for p in family.transformer.parameters() if p.requires_grad]
+        make_trainable(family)
+        trained = [p for p in family.denoiser.parameters() if p.requires_grad]
         assert trained
         for p in trained:
             p.add_(0.05)
         assert not torch.allclose(before, family.predict(x, sigma, condition))
-        with family.lora_disabled():
+        with lora_disabled(family.policy):
             assert torch.equal(before, family.predict(x, sigma, condition))
         assert all(p.requires_grad for p in trained)

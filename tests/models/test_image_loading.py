@@ -14,8 +14,9 @@ from support.tiny_images import PROMPTS, build, by_pipeline, drawn, image_config
 
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.models import ModelFamily, load_family
+from fastgrpo.models import load_family
 from fastgrpo.models.embeddings import EmbeddingCache, key_of
+from fastgrpo.models.trainable import make_trainable
 
 CPU = torch.device("cpu")
 KINDS = ("flux", "sd_v", "sd3", "qwen_image")
@@ -44,7 +45,7 @@ def test_a_sharded_bfloat16_directory_is_what_its_pipeline_loads(tmp_path, kind)
     theirs = use_ddim(diffusers.DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32))
     config = image_config(tmp_path, kind)
     family = load_family(config.model, CPU)
-    assert {p.dtype for p in family.transformer.parameters()} == {torch.float32}
+    assert {p.dtype for p in family.denoiser.parameters()} == {torch.float32}
     assert (drawn(family, config, PROMPTS[1:2]) - by_pipeline(theirs, family, PROMPTS[1:2])).abs().max() <= 1e-4
 
 
@@ -53,11 +54,11 @@ def test_a_sharded_bfloat16_directory_is_what_its_pipeline_loads(tmp_path, kind)
 def test_bfloat16_keeps_float32_masters_unless_only_a_lora_learns(saved, kind, lora):
     model = {"dtype": "bfloat16", "lora": {"rank": 2} if lora else None}
     family = load_family(image_config(saved(kind), kind, model=model).model, CPU)
-    assert {p.dtype for p in family.transformer.parameters()} == {torch.bfloat16 if lora else torch.float32}
+    assert {p.dtype for p in family.denoiser.parameters()} == {torch.bfloat16 if lora else torch.float32}
     assert next(family.pipeline.text_encoder.parameters()).dtype == torch.bfloat16
     if lora:
-        family.make_trainable()
-        assert {p.dtype for p in family.transformer.parameters() if p.requires_grad} == {torch.float32}
+        make_trainable(family)
+        assert {p.dtype for p in family.denoiser.parameters() if p.requires_grad} == {torch.float32}
         x = torch.zeros(1, *family.latent_shape)
         assert family.predict(x, torch.tensor([0.5]), family.encode(PROMPTS[:1])).dtype == torch.bfloat16
 
@@ -147,7 +148,7 @@ import sys
 from pathlib import Path
 import torch
 from fastgrpo.models.embeddings import EmbeddingCache
-from fastgrpo.prompts import Prompt
+from fastgrpo.data.prompts import Prompt
 for turn in range(60):
     prompt = Prompt(f"prompt {turn % 5}")
     wanted = torch.full((64, 64), float(turn % 5))
@@ -190,7 +191,7 @@ def test_several_processes_share_a_cache(tmp_path):
 def test_wrong_input_is_one_line_before_any_weight_loads(saved, kind, model, message, monkeypatch):
     config = image_config(saved(kind), kind).model.model_copy(update={"path": str(saved(kind))})
     config = type(config).model_validate({**config.model_dump(), **model})
-    monkeypatch.setattr(ModelFamily, "_load", None)
+    monkeypatch.setattr("fastgrpo.models.loading.load_pipeline", None)
     with pytest.raises(ConfigError, match=message) as caught:
         load_family(config, CPU)
     assert "\n" not in str(caught.value)
@@ -201,7 +202,7 @@ def test_a_scheduler_that_clips_is_refused(saved, tmp_path, setting, monkeypatch
     shutil.copytree(saved("sd_v"), tmp_path / "clips")
     file = tmp_path / "clips/scheduler/scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), setting: True}))
-    monkeypatch.setattr(ModelFamily, "_load", None)
+    monkeypatch.setattr("fastgrpo.models.loading.load_pipeline", None)
     with pytest.raises(ConfigError, match=rf"the scheduler of '.*' asks for {setting}, .* set {setting} to false"):
         load_family(image_config(tmp_path / "clips", "sd_v").model, CPU)
 

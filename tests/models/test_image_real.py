@@ -108,8 +108,10 @@ def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
 def config_of(kind: str, lora: dict[str, Any] | None) -> Config:
     """One prompt's pair of images, two trained steps."""
     family, _, _, size, encoded, _ = REAL[kind]
+    # SD 3's text is a CLIP's 77 tokens, and T5's.
+    tokens = encoded["text"][0] - (77 if family == "sd3" else 0)
     model = {"family": family, "guidance": 4.0, "height": size, "width": size, "lora": lora,
-             "max_sequence_length": encoded["text"][0]}  # fmt: skip
+             "max_sequence_length": tokens}  # fmt: skip
     roll = {"prompts_per_iteration": 1, "group_size": 2, "steps": 3, "forward_batch": 2, "decode_batch": 1,
             "trained": {"kind": "window", "size": 2, "start": 0}}  # fmt: skip
     return image_config("unused", "flux", model=model, rollout=roll)

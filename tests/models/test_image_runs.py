@@ -49,7 +49,9 @@ def test_a_run_with_cached_prompts_exports_what_its_pipeline_loads(tmp_path: Pat
 def test_a_unet_in_bfloat16_is_sharded_and_trains(tmp_path: Path):
     """Its convolutions lie channels last, and FSDP2, which bfloat16 runs by, takes no such weights."""
     build("sd_v").save_pretrained(tmp_path / "base")
-    trainer = Trainer(image_config(tmp_path / "base", "sd_v", tmp_path / "run", model={"dtype": "bfloat16"}))
+    trainer = Trainer.from_config(
+        image_config(tmp_path / "base", "sd_v", tmp_path / "run", model={"dtype": "bfloat16"})
+    )
     before = [p.full_tensor().clone() for p in trainer.family.policy.parameters()]
     trainer.run()
     after = [p.full_tensor() for p in trainer.family.policy.parameters()]

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_images import MODELS, PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
-from support.updates import advantages, prepare, textbook_loss
+from support.updates import advantages, prepare, run_update, textbook_loss
 
 from fastgrpo.commands.export import save_lora
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.world import World
 from fastgrpo.models import Conditioning, ModelFamily, load_family
+from fastgrpo.models.trainable import make_trainable
 from fastgrpo.shapes import world
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.update import Updater
@@ -110,10 +111,10 @@ def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind
     config = image_config(saved(kind)[0], kind, rollout={"group_size": 2}, objective=wide)
     family, plan, trajectory, conditioning, updater = prepare(config)
     A = advantages(config)
-    result = updater.run(plan, trajectory, conditioning, A, np.ones(len(A), bool), 0)
+    result = run_update(updater, plan, trajectory, conditioning, A)
     assert result.statistics.max_deviation.item() == 0
 
-    exact = copy.deepcopy(family.transformer).double().requires_grad_(False)
+    exact = copy.deepcopy(family.denoiser).double().requires_grad_(False)
     family.dtype = torch.float64
     [ours] = updater.optimizer.seen
     largest = max(float(g.abs().max()) for g in ours if g is not None)
@@ -141,7 +142,7 @@ def test_an_update_moves_the_weights(saved, kind):
     before = [p.detach().clone() for p in family.policy.parameters()]
     updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
     A = advantages(config)
-    updater.run(plan, trajectory, conditioning, A, np.ones(len(A), bool), 0)
+    run_update(updater, plan, trajectory, conditioning, A)
     moved = [not torch.equal(a, b) for a, b in zip(before, family.policy.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 3
 
@@ -151,7 +152,7 @@ def test_a_lora_loads_into_the_pipeline(saved, tmp_path, kind):
     path, pipeline = saved(kind)
     config = image_config(path, kind, model={"lora": {"rank": 2, "alpha": 4.0}})
     family = load_family(config.model, CPU)
-    family.make_trainable()
+    make_trainable(family)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in family.policy.parameters():

@@ -43,7 +43,7 @@ def test_a_layer_and_its_gradient(shape, dtype):
 def run(tiny_flux, tmp_path_factory):
     path = tmp_path_factory.mktemp("nf4") / "run"
     update = {"optimizer": {"lr": 1e-2}}
-    trainer = Trainer(tiny_config(tiny_flux, path, model=NF4, objective={"kl_weight": 0.1}, update=update))
+    trainer = Trainer.from_config(tiny_config(tiny_flux, path, model=NF4, objective={"kl_weight": 0.1}, update=update))
     base = [b.clone() for layer in quantized_layers(trainer.family.policy) for b in layer.buffers()]
     trainer.run()
     return trainer, base
@@ -51,7 +51,7 @@ def run(tiny_flux, tmp_path_factory):
 
 def test_it_trains_its_lora_from_ratio_one(run):
     trainer, base = run
-    logged = metrics(trainer.dir)
+    logged = metrics(trainer.log.directory)
     assert [line["ratio/first_max_deviation"] for line in logged] == [0, 0]
     assert all(line["grad_norm"] > 0 for line in logged)
     after = [b for layer in quantized_layers(trainer.family.policy) for b in layer.buffers()]
@@ -66,8 +66,8 @@ def test_it_exports_a_lora_and_merges_into_the_whole_base(run, tiny_flux, tmp_pa
     from diffusers import FluxPipeline
 
     trainer, _ = run
-    export_run(trainer.dir, tmp_path / "lora")
-    export_run(trainer.dir, tmp_path / "merged", merge=True)
+    export_run(trainer.log.directory, tmp_path / "lora")
+    export_run(trainer.log.directory, tmp_path / "merged", merge=True)
     pipe = FluxPipeline.from_pretrained(tiny_flux)
     pipe.load_lora_weights(tmp_path / "lora")
     pipe.fuse_lora()
@@ -85,7 +85,7 @@ def test_one_line_each(tiny_flux, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     with pytest.raises(UserError, match=r"model\.quantize: nf4: needs the package 'bitsandbytes'; .*fastgrpo\[gpu\]"):
-        Trainer(tiny_config(tiny_flux, tmp_path, model=NF4))
+        Trainer.from_config(tiny_config(tiny_flux, tmp_path, model=NF4))
 
 
 def test_a_plan_counts_what_a_run_holds(run, tiny_flux):

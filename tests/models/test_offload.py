@@ -1,4 +1,4 @@
-"""Components that wait on the host: where they are when; encoders dropped change no bit; a plan counts their visits."""
+"""Offloaded components: where they are when; encoders dropped change no bit; a plan counts when each is there."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import load_family
-from fastgrpo.models.offload import Visitor
+from fastgrpo.models.placement import OffloadedModule
 from fastgrpo.planning.dry_run import dry_run
 from fastgrpo.rollout.decode import decode
 
@@ -20,20 +20,20 @@ def devices(module):
     return {t.device.type for t in (*module.parameters(), *module.buffers())}
 
 
-def test_a_visit():
+def test_an_offloaded_module():
     module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     module[1].weight = module[0].weight
     before = list(module.parameters())
-    visitor = Visitor(module, META)
-    with visitor.visit():
+    offloaded = OffloadedModule(module, META)
+    with offloaded.on_device():
         assert devices(module) == {"meta"}
         assert module[1].weight is module[0].weight
-        with visitor.visit():
+        with offloaded.on_device():
             pass
         assert devices(module) == {"meta"}
     assert all(a is b for a, b in zip(before, module.parameters(), strict=True))
     assert devices(module) == {"cpu"}
-    with pytest.raises(RuntimeError, match="spoiled"), visitor.visit():
+    with pytest.raises(RuntimeError, match="spoiled"), offloaded.on_device():
         raise RuntimeError("spoiled")
     assert devices(module) == {"cpu"}
 
@@ -42,12 +42,12 @@ def test_where_components_are_when(tiny_flux, monkeypatch):
     settings = {"height": 32, "width": 32, "max_sequence_length": 10, "text_encoders": "offload", "vae": "offload"}
     family = load_family(Model(family="flux", path=str(tiny_flux), **settings), torch.device("cpu"))
     # On a CPU nothing waits anywhere else; here the device is one that holds no values.
-    assert not family.visitors
+    assert not family.offloaded
     family.device = META
     waiting = {"text_encoder", "text_encoder_2", "vae"}
     parts = family.pipeline.components
-    assert {name for name in parts if family.waits(name)} == waiting | {"tokenizer", "tokenizer_2"}
-    family.visitors = {name: Visitor(parts[name], META) for name in waiting}
+    assert {name for name in parts if family.is_offloaded(name)} == waiting | {"tokenizer", "tokenizer_2"}
+    family.offloaded = {name: OffloadedModule(parts[name], META) for name in waiting}
     family.device = torch.device("cpu")
     seen = []
 
@@ -71,18 +71,18 @@ def test_dropped_encoders_change_no_bit(tiny_flux, tmp_path, monkeypatch):
     config = tiny_config(tiny_flux, tmp_path / "dropped", model=model, **sections)
     from fastgrpo.training.trainer import Trainer
 
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     # Two prompts an iteration, and three to evaluate.
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7
     assert trainer.family.pipeline.text_encoder is trainer.family.pipeline.text_encoder_2 is None
-    monkeypatch.setattr(trainer.family, "_load", lambda *_: pytest.fail("encoders loaded again"))
+    monkeypatch.setattr("fastgrpo.models.placement.load_pipeline", lambda *_: pytest.fail("encoders loaded again"))
     trainer.run()
-    assert metrics(trainer.dir) == metrics(kept.dir)
+    assert metrics(trainer.log.directory) == metrics(kept.log.directory)
     with pytest.raises(ConfigError, match=r"model\.text_encoders: drop needs .* set model\.embedding_cache"):
         tiny_config(tiny_flux, model={"text_encoders": "drop"})
 
 
-def test_a_plan_counts_visits(tiny_flux):
+def test_a_plan_counts_offloaded_components(tiny_flux):
     family = load_family(tiny_config(tiny_flux).model, torch.device("cpu"))
     parts = family.pipeline
 

@@ -52,7 +52,7 @@ def test_8_bit_state_goes_on_with_as_many_ranks_alone(two, tiny_flux):
     run = {"dir": str(two / "resumed"), "seed": 7, "resume": True}
     settings = {**EIGHT, "rollout": {"group_size": 4}, "train": {"iterations": 4}, "parallel": {"fsdp": "on"}}
     with pytest.raises(UserError, match="shard 1 of 1"):
-        Trainer(tiny_config(tiny_flux, run=run, **settings))
+        Trainer.from_config(tiny_config(tiny_flux, run=run, **settings))
 
 
 def test_one_line_each(tiny_flux, tmp_path):

@@ -10,15 +10,17 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from support.tiny_video import MODELS, build, video_config
+from support.updates import run_update
 
 from fastgrpo.algorithms.layout import lay_out
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.commands.export import save_lora
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts, open_image
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import ModelFamily, load_family
+from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import initial_noise, rollout
 from fastgrpo.training.optimizer import OptimizerState
@@ -74,7 +76,7 @@ def initial(family: ModelFamily, seeds: range) -> torch.Tensor:
 def drawn(family: ModelFamily, config: Config, prompts: list[Prompt], steps: int = 3) -> torch.Tensor:
     """Videos of `prompts` by deterministic rollout."""
     single = config.rollout.model_copy(update={"group_size": 1, "shared_noise": False, "steps": steps})
-    plan = plan_rollout(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
+    plan = schedule_steps(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
     layout = lay_out(plan, single, np.arange(len(prompts)))
     final = rollout(family, plan, layout, family.encode(prompts), single, 7, 0).latents
     return decode(family, final, config.rollout.decode_batch)
@@ -164,7 +166,7 @@ def test_the_first_frame_changes_the_video(families, kind):
 def test_a_given_first_frame_of_the_5b_comes_out_as_it_went_in(families):
     family = families("wan_5b_i2v")
     config = video_config("unused", "wan_5b_i2v")
-    plan = plan_rollout(config.rollout, family.noise_levels(4, "pipeline"), 4, 0, 7)
+    plan = schedule_steps(config.rollout, family.noise_levels(4, "pipeline"), 4, 0, 7)
     layout = lay_out(plan, config.rollout, np.arange(4))
     conditioning = family.encode(PROMPTS)
     latents = rollout(family, plan, layout, conditioning, config.rollout, 7, 0).latents
@@ -175,7 +177,7 @@ def test_a_given_first_frame_of_the_5b_comes_out_as_it_went_in(families):
 def updated(family: ModelFamily, config: Config, prompts: list[Prompt]):
     samples = config.rollout.prompts_per_iteration * config.rollout.group_size
     levels = family.noise_levels(config.rollout.steps, config.rollout.shift)
-    plan = plan_rollout(config.rollout, levels, samples, 0, 7)
+    plan = schedule_steps(config.rollout, levels, samples, 0, 7)
     layout = lay_out(plan, config.rollout, np.arange(samples))
     conditioning = family.encode(prompts)
     trajectory = rollout(family, plan, layout, conditioning, config.rollout, 7, 0)
@@ -193,7 +195,7 @@ def test_the_first_ratio_is_one_and_the_update_moves_the_weights(saved, kind):
     assert len(trajectory.x[first]) == 2
     before = [p.detach().clone() for p in family.policy.parameters()]
     updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
-    result = updater.run(plan, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]), np.ones(4, bool), 0)
+    result = run_update(updater, plan, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
     assert float(result.first.max_deviation) == 0
     moved = [not torch.equal(a, b) for a, b in zip(before, family.policy.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 3
@@ -205,11 +207,11 @@ def test_the_gradient_is_a_finite_difference(saved, kind):
     config = video_config(saved(kind)[0], kind)
     family = load_family(config.model, CPU)
     family.dtype = torch.float64
-    family.transformer.double().requires_grad_(True)
+    family.denoiser.double().requires_grad_(True)
     conditioning = family.encode(PROMPTS)
     x, time = initial(family, range(2)).double(), torch.tensor([0.7, 0.4])
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    block = family.blocks(family.transformer)[-1]
+    block = family.blocks(family.denoiser)[-1]
     weights = [p for p in block.parameters() if p.ndim > 1][:3]
 
     def loss() -> torch.Tensor:
@@ -246,11 +248,11 @@ def test_checkpointed_attention_reads_its_own_lengths(saved):
     for checkpointed in ("none", "all"):
         config = video_config(saved("hunyuan_video")[0], "hunyuan_video")
         family = load_family(config.model, CPU)
-        family.transformer.requires_grad_(True)
-        checkpoint_activations(family.blocks(family.transformer), checkpointed)
+        family.denoiser.requires_grad_(True)
+        checkpoint_activations(family.blocks(family.denoiser), checkpointed)
         x, time = initial(family, range(2)), torch.tensor([0.7, 0.4])
         family.predict(x, time, family.encode(PROMPTS)).square().mean().backward()
-        grads.append([p.grad for p in family.transformer.parameters() if p.grad is not None])
+        grads.append([p.grad for p in family.denoiser.parameters() if p.grad is not None])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -287,7 +289,7 @@ def test_each_transformer_of_two_serves_its_side_of_the_boundary(families):
 )
 def test_what_the_vae_cannot_take_is_refused_before_weights_load(saved, kind, model, message, monkeypatch):
     config = video_config(saved(kind)[0], kind, model={**MODELS[kind], **model})
-    monkeypatch.setattr(ModelFamily, "_load", None)
+    monkeypatch.setattr("fastgrpo.models.loading.load_pipeline", None)
     with pytest.raises(ConfigError, match=message) as caught:
         load_family(config.model, CPU)
     assert "\n" not in str(caught.value)
@@ -367,7 +369,7 @@ def test_trained_weights_load_into_the_pipeline(saved, tmp_path, dtype):
     config = video_config(saved("hunyuan_video")[0], "hunyuan_video")
     family = load_family(config.model, CPU)
     with torch.no_grad():
-        for p in family.transformer.parameters():
+        for p in family.denoiser.parameters():
             p.mul_(1.05)
     family.pipeline.save_pretrained(tmp_path)
     loaded = HunyuanVideoPipeline.from_pretrained(tmp_path, torch_dtype=getattr(torch, dtype))
@@ -382,7 +384,7 @@ def test_a_lora_loads_into_the_pipeline(saved, tmp_path, kind, monkeypatch):
     path, pipeline = saved(kind)
     config = video_config(path, kind, model={**MODELS[kind], "lora": {"rank": 2, "alpha": 4.0}})
     family = load_family(config.model, CPU)
-    family.make_trainable()
+    make_trainable(family)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in family.policy.parameters():
@@ -403,12 +405,12 @@ def test_a_lora_loads_into_the_pipeline(saved, tmp_path, kind, monkeypatch):
 def test_a_frozen_copy_attends_to_its_own_text(families):
     """The KL's reference model is a deep copy, evaluated between a forward and its backward."""
     family = families("hunyuan_video")
-    frozen = copy.deepcopy(family.transformer)
+    frozen = copy.deepcopy(family.denoiser)
     x, time = initial(family, range(2)), torch.full((2,), 0.5)
     with torch.no_grad():
         one = family.predict(x, time, family.encode(PROMPTS))
         swapped = family.predict(x, time, family.encode(PROMPTS[::-1]), frozen)
-        assert family.transformer.text_trim.lengths == frozen.text_trim.lengths[::-1]  # pyright: ignore
+        assert family.denoiser.text_trim.lengths == frozen.text_trim.lengths[::-1]  # pyright: ignore
         assert torch.equal(family.predict(x, time, family.encode(PROMPTS), frozen), one)
     assert not torch.allclose(swapped, one)
 
@@ -416,7 +418,7 @@ def test_a_frozen_copy_attends_to_its_own_text(families):
 def test_a_groups_shared_noise_is_one_video_noise(families):
     family = families("hunyuan_video")
     roll = video_config("unused", "hunyuan_video").rollout
-    plan = plan_rollout(roll, family.noise_levels(4, "pipeline"), 4, 0, 7)
+    plan = schedule_steps(roll, family.noise_levels(4, "pipeline"), 4, 0, 7)
     layout = lay_out(plan, roll, np.arange(4))
     x = initial_noise(layout, roll, family.latent_shape, 7, 0, CPU, True)
     assert x.shape == (4, 8, 3, 4, 4)

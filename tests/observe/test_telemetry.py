@@ -16,7 +16,7 @@ from support.tiny import tiny_config
 from fastgrpo.config import Config, Run
 from fastgrpo.errors import UserError
 from fastgrpo.observe.progress import Progress
-from fastgrpo.observe.run_log import Telemetry, read_metrics
+from fastgrpo.observe.run_log import RunLog, read_metrics
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.training.trainer import train
 
@@ -26,7 +26,7 @@ def make_config(**telemetry) -> Config:
 
 
 def test_each_iteration_is_one_line_on_disk_at_once(tmp_path):
-    telemetry = Telemetry(tmp_path, make_config())
+    telemetry = RunLog(tmp_path, make_config())
     telemetry.log(0, {"reward/mean": 0.5, "lr": 1e-5})
     telemetry.log(1, {"reward/mean": float("nan")})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -46,7 +46,7 @@ def events(run) -> list[dict]:
 
 
 def test_what_happens_is_a_log_of_json_lines(tmp_path):
-    telemetry = Telemetry(tmp_path, make_config())
+    telemetry = RunLog(tmp_path, make_config())
     telemetry.event("start", 0, ranks=2)
     telemetry.log(0, {"optimizer_steps/skipped": 0.0, "samples/failed": 0.0})
     telemetry.log(1, {"optimizer_steps/skipped": 1.0, "samples/failed": 3.0})
@@ -75,7 +75,7 @@ def test_a_run_logs_its_start_evaluations_checkpoints_and_end(tiny_flux, tmp_pat
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    telemetry = Telemetry(tmp_path / "run", make_config(tensorboard=True), main=False)
+    telemetry = RunLog(tmp_path / "run", make_config(tensorboard=True), main=False)
     telemetry.log(0, {"reward/mean": 0.5})
     telemetry.event("start", 0)
     telemetry.images(0, "heldout", tmp_path / "none.png", [])
@@ -87,7 +87,7 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_a_resumed_run_leaves_the_file_of_one_never_stopped(tmp_path):
     def run(folder, *spans):
         for start, stop in spans:
-            telemetry = Telemetry(folder, make_config())
+            telemetry = RunLog(folder, make_config())
             telemetry.rewind(start)
             for i in range(start, stop):
                 telemetry.log(i, {"reward/mean": i / 7})
@@ -101,7 +101,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped_and_any_other_bad_line_named(tmp_
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 0, "lr": 1.0}\n{"iteration": 1, "l')
     assert read_metrics(tmp_path) == [{"iteration": 0, "lr": 1.0}]
-    telemetry = Telemetry(tmp_path, make_config())
+    telemetry = RunLog(tmp_path, make_config())
     telemetry.rewind(1)
     telemetry.log(1, {"lr": 2.0})
     telemetry.close()
@@ -113,7 +113,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped_and_any_other_bad_line_named(tmp_
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    telemetry = Telemetry(tmp_path, make_config())
+    telemetry = RunLog(tmp_path, make_config())
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write the metrics: No space left on device$"):
         telemetry.log(0, {"lr": 1.0})
     telemetry.close()
@@ -129,7 +129,7 @@ def test_tensorboard_gets_scalars_images_and_drops_what_is_rewound(tmp_path):
 
     Image.new("RGB", (8, 4), (255, 0, 0)).save(tmp_path / "grid.png")
     for start, stop, value in ((0, 4, 0.25), (2, 5, 0.75)):
-        telemetry = Telemetry(tmp_path, make_config(tensorboard=True))
+        telemetry = RunLog(tmp_path, make_config(tensorboard=True))
         if start:
             telemetry.rewind(start)
         for i in range(start, stop):
@@ -160,7 +160,7 @@ def test_wandb_gets_the_config_metrics_and_images_and_goes_on_under_one_id(tmp_p
     monkeypatch.setattr(wandb, "Image", lambda path, caption: (path, caption), raising=False)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for start in (0, 1):
-        telemetry = Telemetry(tmp_path, make_config(wandb_project="demo"))
+        telemetry = RunLog(tmp_path, make_config(wandb_project="demo"))
         telemetry.rewind(start)
         telemetry.log(start, {"lr": 0.5})
         telemetry.images(start, "heldout", "grid.png", ["a", "b"])
@@ -180,7 +180,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, setting, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        Telemetry(tmp_path, make_config(**setting))
+        RunLog(tmp_path, make_config(**setting))
     message = str(caught.value)
     assert f"telemetry.{next(iter(setting))}" in message
     assert "fastgrpo[logging]" in message
@@ -265,7 +265,7 @@ def test_phase_times_on_a_gpu_are_those_of_the_stream():
 
 def test_peak_memory_is_of_this_process():
     code = (
-        "import numpy; from fastgrpo.telemetry import peak_memory_bytes as peak; before = peak(); "
+        "import numpy; from fastgrpo.observe.timers import peak_memory_bytes as peak; before = peak(); "
         "block = numpy.ones(2**26); del block; print(peak() - before)"
     )
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

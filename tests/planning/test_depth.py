@@ -117,7 +117,7 @@ def test_memory_decides_by_the_whole_depth(deep_flux):
     config = tiny_config(deep_flux, rollout={"group_size": 4})
     everything = dry_run(config, 2).phases[2].peak
     found = dry_run(config, 2, memory=everything // 3).residency
-    assert not found.update_gathered
+    assert not found.update_unsharded
     assert found == dry_run(config, 2, memory=everything // 3, whole=True).residency
 
 
@@ -161,7 +161,7 @@ def test_a_plan_runs_few_blocks(deep_flux, monkeypatch):
     prepare = dry.prepare_weights
 
     def watched(family, *rest):
-        seen.append([len(family.transformer.transformer_blocks), len(family.transformer.single_transformer_blocks)])
+        seen.append([len(family.denoiser.transformer_blocks), len(family.denoiser.single_transformer_blocks)])
         return prepare(family, *rest)
 
     def decided(*_):

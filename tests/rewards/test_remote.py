@@ -274,7 +274,7 @@ def test_a_run_completes_while_a_third_of_its_calls_fail_hang_or_lie(tiny_flux, 
             rollout={"prompts_per_iteration": 4, "group_size": 6}, train={"iterations": 4},
             scoring={"max_failure_rate": 0.9},
         )  # fmt: skip
-        trainer = Trainer(config)
+        trainer = Trainer.from_config(config)
         reward = trainer.rewards["r"]
         asked = reward.score
         reward.score = lambda *a: scored.append((a, asked(*a))) or scored[-1][1]

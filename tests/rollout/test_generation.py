@@ -13,6 +13,7 @@ from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Scores
 from fastgrpo.rollout.generator import Generator
+from fastgrpo.training.callbacks.guard import GuardCallback
 from fastgrpo.training.checkpoint import CheckpointStore
 from fastgrpo.training.trainer import Trainer
 
@@ -57,20 +58,27 @@ def test_ranks_that_roll_out_the_same_samples_score_a_share_each(tiny_flux, tmp_
     config = tiny_config(
         tiny_flux, tmp_path / "run", rewards=REDNESS, rollout={"group_size": 5}, scoring={"chunks": 2, "overlap": False}
     )
-    trainer = Trainer(config)
-    drawn = trainer.sampler.at(0)
+    trainer = Trainer.from_config(config)
+    drawn = trainer.rollouts.sampler.at(0)
     whole, found = {}, {}
     for context in (1, 3):
         for rank in range(context):
             generator = Generator(
-                trainer.family, config, trainer.rewards, trainer.mine, trainer.levels, print, context, rank
+                trainer.family,
+                config,
+                trainer.rewards,
+                trainer.rollouts.mine,
+                trainer.rollouts.levels,
+                print,
+                context,
+                rank,
             )
             timer = PhaseTimer(trainer.world.device)
-            batch = generator.start(0, drawn, [trainer.prompts[i] for i in drawn], timer)
+            batch = generator.start(0, drawn, [trainer.rollouts.prompts[i] for i in drawn], timer)
             generator.finish(batch, timer)
             values = batch.scores[REDNESS[0]["name"]].values
             into = whole if context == 1 else found
-            into.update(zip(generator.scores_of(trainer.mine, rank).tolist(), values.tolist(), strict=True))
+            into.update(zip(generator.scores_of(trainer.rollouts.mine, rank).tolist(), values.tolist(), strict=True))
     # Chunks of five samples, two for each of three ranks.
     assert Redness.sizes == [5, 5] + [2, 2] * 3
     assert whole == found
@@ -107,21 +115,21 @@ def test_the_best_of_n_keeps_the_extremes_of_each_prompt_in_any_chunks(tiny_flux
         assert learned(tmp_path / name) == learned(tmp_path / "1")
         # Rows of a sample: one at the second trained step; of a prompt one more, at the first.
         kept, chunk = 2 * (4 + 1), 4 + 1
-        assert parts.generator.held_rows <= kept + chunk * (2 if overlap else 1)
-    assert whole.generator.held_rows == 2 * (12 + 1)
+        assert parts.rollouts.generator.held_rows <= kept + chunk * (2 if overlap else 1)
+    assert whole.rollouts.generator.held_rows == 2 * (12 + 1)
     assert [line["samples/trained"] for line in metrics(tmp_path / "1")] == [8, 8]
 
 
 def test_the_best_of_n_trains_on_the_best_and_the_worst(tiny_flux, tmp_path):
-    trainer = Trainer(tiny_config(tiny_flux, tmp_path / "run", rewards=REDNESS, rollout=BEST, scoring={"chunks": 4}))
+    trainer = Trainer.from_config(
+        tiny_config(tiny_flux, tmp_path / "run", rewards=REDNESS, rollout=BEST, scoring={"chunks": 4})
+    )
     seen = []
     inner = trainer.updater.run
     trainer.updater.run = lambda *arguments: seen.append(arguments) or inner(*arguments)
-    scored = []
-    gather = trainer._gather
-    trainer._gather = lambda scores: scored.append(gather(scores)) or scored[-1]
     trainer.run()
-    for (_, trajectory, _, terms, trainable, _), score in zip(seen, scored, strict=True):
+    for batch, advantages, _ in seen:
+        score, trajectory, trainable = batch.scored, batch.trajectory, advantages.valid
         values = score.values[0].reshape(2, 12)
         order = np.argsort(values, axis=1)
         ends = np.concatenate([order[:, :2], order[:, -2:]], axis=1)
@@ -130,6 +138,7 @@ def test_the_best_of_n_trains_on_the_best_and_the_worst(tiny_flux, tmp_path):
         assert np.array_equal(np.flatnonzero(trainable), expected)
         # Advantages are those among all twelve.
         normal = (values - values.mean(1, keepdims=True)) / (values.std(1, ddof=1, keepdims=True) + 1e-8)
+        terms = advantages.terms
         assert terms.reshape(-1)[expected] == pytest.approx(normal.reshape(-1)[expected])
 
 
@@ -177,8 +186,8 @@ def test_staleness_is_one_update_and_the_ratio_shows_it(tiny_flux, tmp_path):
     # The second iteration was rolled out before the first update.
     assert ours[1]["ratio/first_max_deviation"] > 0
     assert theirs[1]["ratio/first_max_deviation"] == 0
-    assert stale._ahead is not None
-    assert fresh._ahead is None
+    assert stale.rollouts.state()[0]["in_flight"] is not None
+    assert fresh.rollouts.state()[0]["in_flight"] is None
 
 
 class FailsFor:
@@ -204,10 +213,10 @@ def test_too_many_failures_pause_the_run_with_a_checkpoint(tiny_flux, tmp_path, 
     sections = {"rewards": rewards, "train": {"iterations": 4}, "scoring": {"staleness": staleness}}
     config = tiny_config(tiny_flux, tmp_path / "run", **sections)
     with pytest.raises(UserError, match=r"max_failure_rate: 67% of iteration 2's samples got no score.*paused with a"):
-        Trainer(config).run()
+        Trainer.from_config(config).run()
     assert CheckpointStore.of_run(tmp_path / "run").iterations() == [2]
     FailsFor.broken = False
-    again = Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": True})}))
+    again = Trainer.from_config(config.model_copy(update={"run": config.run.model_copy(update={"resume": True})}))
     assert again.iteration == 2
     again.run()
     assert [line["iteration"] for line in metrics(tmp_path / "run")] == [0, 1, 2, 3]
@@ -234,4 +243,4 @@ def test_a_held_out_reward_is_scored_every_so_many_iterations(tiny_flux, tmp_pat
     assert Alternates.calls == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ["reward/held" in line for line in lines] == [True, False, True]
-    assert [row[0] for row in trainer.guard.history["held"]] == [0, 2]
+    assert [row[0] for row in trainer.callback(GuardCallback).guard.history["held"]] == [0, 2]

@@ -6,7 +6,7 @@ import torch
 from support.tiny import tiny_config, tiny_rollout_inputs
 
 from fastgrpo.algorithms.layout import lay_out, rank_samples
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import rollout
@@ -26,7 +26,7 @@ def test_deterministic_rollout_is_the_pipelines_own_output(tiny_flux):
     config = tiny_config(tiny_flux, rollout={"steps": 6, "shift": "pipeline", "forward_batch": 3, "group_size": 2})
     family, *_ = tiny_rollout_inputs(config)
     single = config.rollout.model_copy(update={"group_size": 1})
-    plan = plan_rollout(single, family.noise_levels(6, "pipeline"), 3, 0, 7, deterministic=True)
+    plan = schedule_steps(single, family.noise_levels(6, "pipeline"), 3, 0, 7, deterministic=True)
     layout = lay_out(plan, single, np.arange(3))
     final = rollout(family, plan, layout, family.encode([Prompt(t) for t in texts]), single, 7, 0).latents
     ours = decode(family, final, 3)

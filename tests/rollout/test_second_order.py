@@ -14,7 +14,7 @@ from fastgrpo.algorithms.schedule import (
     deterministic_transition,
     flow_levels,
     linear_levels,
-    plan_rollout,
+    schedule_steps,
     second_order_weights,
     shifted,
 )
@@ -108,14 +108,14 @@ def test_its_error_falls_with_the_square_of_the_step(prediction):
 def test_only_steps_after_the_window_and_between_its_ends_are_of_second_order():
     levels = flow_levels(shifted(linear_levels(10), 3.0), "transformer")
     window = WindowSteps(size=2, start=2)
-    plan = plan_rollout(Rollout(steps=10, trained=window, suffix_solver="dpmpp_2m"), levels, 4, 0, 0)
+    plan = schedule_steps(Rollout(steps=10, trained=window, suffix_solver="dpmpp_2m"), levels, 4, 0, 0)
     assert [weight > 0 for weight in plan.second_order] == [False] * 5 + [True] * 4 + [False]
-    thin = plan_rollout(Rollout(steps=10, trained=window, suffix_solver="dpmpp_2m", suffix_steps=3), levels, 4, 0, 0)
+    thin = schedule_steps(Rollout(steps=10, trained=window, suffix_solver="dpmpp_2m", suffix_steps=3), levels, 4, 0, 0)
     assert [weight > 0 for weight in thin.second_order] == [False] * 5 + [True, False]
     plain = Rollout(steps=10, trained=window)
-    assert not any(plan_rollout(plain, levels, 4, 0, 0).second_order)
+    assert not any(schedule_steps(plain, levels, 4, 0, 0).second_order)
     still = Rollout(steps=10, suffix_solver="dpmpp_2m")
-    assert not any(plan_rollout(still, levels, 4, 0, 0, deterministic=True).second_order)
+    assert not any(schedule_steps(still, levels, 4, 0, 0, deterministic=True).second_order)
 
 
 @pytest.mark.parametrize("levels", [(1.0, 0.5, 0.2), (0.5, 0.2, 0.0), (0.2, 0.5, 0.1)], ids=str)
@@ -157,7 +157,7 @@ def test_a_rollout_takes_these_steps(tiny_flux):
 def test_a_step_keeps_the_clean_sample_only_where_the_next_one_needs_it():
     levels = flow_levels(shifted(linear_levels(6), 3.0), "transformer")
     settings = Rollout(steps=6, trained=WindowSteps(size=1), suffix_solver="dpmpp_2m")
-    plan = plan_rollout(settings, levels, 4, 0, 0)
+    plan = schedule_steps(settings, levels, 4, 0, 0)
     x, v = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     _, first = deterministic_step(x, v, plan, 1, None)
     assert first is not None

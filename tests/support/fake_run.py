@@ -11,14 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo.algorithms.layout import lay_out
 from fastgrpo.algorithms.objectives.grpo import SUMMED
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.distributed.world import World
 from fastgrpo.models import Conditioning, family_class
+from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.update import Updater
+from support.updates import run_update
 
 
 def tiny_pipeline():
@@ -55,13 +57,15 @@ def run_iteration(
     pipeline: its trained components and VAE on the meta device. encoded: what a prompt is encoded to, by shape.
     """
     family = family_class(config.model.family)(pipeline, config.model, torch.device("meta"))
-    family.make_trainable()
+    # What the family says that prompts are encoded to, as plans have it.
+    assert family.encoded_shapes() == {name: s for name, s in encoded.items() if not name.startswith("negative_")}
+    make_trainable(family)
     family.device = device = torch.device("cpu")
     prompts, samples = (
         config.rollout.prompts_per_iteration,
         config.rollout.prompts_per_iteration * config.rollout.group_size,
     )
-    plan = plan_rollout(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), samples, 0, 0)
+    plan = schedule_steps(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), samples, 0, 0)
     layout = lay_out(plan, config.rollout, np.arange(samples))
     advantages = np.where(np.arange(samples) % 3 == 2, 0.0, np.linspace(-1, 1, samples))
     with FakeTensorMode():
@@ -72,7 +76,7 @@ def run_iteration(
         trajectory = rollout(family, plan, layout, conditioning, config.rollout, 0, 0)
         images = decode(family, trajectory.latents, config.rollout.decode_batch)
         updater = Updater(family, config, World(0, 1, device), OptimizerState(family.policy, config.update, 1))
-        result = updater.run(plan, trajectory, conditioning, advantages, np.ones(samples, bool), 0)
+        result = run_update(updater, plan, trajectory, conditioning, advantages)
     assert len(result.grad_norms) == config.update.optimizer_steps
     assert result.statistics.sums.shape == (len(SUMMED),)
     return {"latents": trajectory.latents.shape, "images": images.shape, "x": trajectory.x.shape}

@@ -13,7 +13,7 @@ from support.runs import weights
 
 
 def finished(config) -> Trainer:
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     trainer.run()
     return trainer
 

@@ -28,6 +28,6 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def finished(config) -> Trainer:
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     trainer.run()
     return trainer

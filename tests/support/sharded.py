@@ -50,7 +50,7 @@ def ranks(path: Path, folder: Path) -> None:
     for iterations, resume in ((1, False), (3, True)):
         run = {"dir": str(folder / "resumed"), "seed": 7, "resume": resume}
         settings = {**EIGHT, "rollout": {"group_size": 4}, "train": {"iterations": iterations}}
-        Trainer(tiny_config(path, run=run, **settings)).run()
-    Trainer(tiny_config(path, folder / "straight", **settings)).run()
+        Trainer.from_config(tiny_config(path, run=run, **settings)).run()
+    Trainer.from_config(tiny_config(path, folder / "straight", **settings)).run()
     said = {"same": same, "held": sum(t.numel() * 4 for t in shards.values()), "whole": whole_peak, "sharded": peak}
     (folder / f"rank {dist.get_rank()}.json").write_text(json.dumps(said))

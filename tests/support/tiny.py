@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastgrpo.algorithms.layout import Layout, lay_out, rank_samples
-from fastgrpo.algorithms.schedule import RolloutPlan, plan_rollout
+from fastgrpo.algorithms.schedule import StepSchedule, schedule_steps
 from fastgrpo.config import Config, validate
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.models import Conditioning, ModelFamily, load_family
@@ -36,12 +36,12 @@ def tiny_config(path: Path, run_dir: Path | str = "runs/none", **sections: dict[
 
 def tiny_rollout_inputs(
     config: Config, iteration: int = 0
-) -> tuple[ModelFamily, RolloutPlan, Layout, Conditioning, list[Prompt]]:
+) -> tuple[ModelFamily, StepSchedule, Layout, Conditioning, list[Prompt]]:
     """What a rollout of one rank takes, and its prompts."""
     family = load_family(config.model, torch.device("cpu"))
     prompts = load_prompts("shapes:train")[::40][: config.rollout.prompts_per_iteration]
     count = len(prompts) * config.rollout.group_size
     levels = family.noise_levels(config.rollout.steps, config.rollout.shift)
-    plan = plan_rollout(config.rollout, levels, count, iteration, config.run.seed)
+    plan = schedule_steps(config.rollout, levels, count, iteration, config.run.seed)
     layout = lay_out(plan, config.rollout, rank_samples(count, 1, 1, 0).reshape(-1))
     return family, plan, layout, family.encode(prompts), prompts

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastgrpo.algorithms.layout import lay_out
-from fastgrpo.algorithms.schedule import plan_rollout
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.models import ModelFamily, family_class
@@ -136,7 +136,7 @@ def initial(family: ModelFamily, seeds: Sequence[int]) -> torch.Tensor:
 def drawn(family: ModelFamily, config: Config, prompts: list[Prompt], steps: int = 3) -> torch.Tensor:
     """What deterministic rollout makes of `prompts`."""
     single = config.rollout.model_copy(update={"group_size": 1, "shared_noise": False, "steps": steps})
-    plan = plan_rollout(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
+    plan = schedule_steps(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
     layout = lay_out(plan, single, np.arange(len(prompts)))
     final = rollout(family, plan, layout, family.encode(prompts), single, 7, 0).latents
     return decode(family, final, config.rollout.decode_batch)

@@ -13,9 +13,6 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastgrpo.observe.progress import Progress
-from fastgrpo.observe.run_log import Telemetry
-from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.planning.meter import Meter
 from fastgrpo.training.trainer import Trainer
 from support.tiny import tiny_config
@@ -34,12 +31,10 @@ def measured(path: Path, folder: Path, settings: dict) -> None:
     """
     folder.mkdir(exist_ok=True)
     config = tiny_config(path, folder / "run", **settings)
-    trainer = Trainer(config)
-    trainer.telemetry = Telemetry(trainer.dir, config, trainer.world.main)
-    trainer.timer, trainer.progress = PhaseTimer(trainer.world.device), Progress(1, enabled=False)
-    trainer.iterate()
-    trainer._flush()
-    trainer.family.encode([trainer.prompts[i] for i in trainer.sampler.at(1)])
+    trainer = Trainer.from_config(config)
+    trainer.step()
+    trainer.flush()
+    trainer.family.encode([trainer.rollouts.prompts[i] for i in trainer.rollouts.sampler.at(1)])
     gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
     plain = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
@@ -48,7 +43,7 @@ def measured(path: Path, folder: Path, settings: dict) -> None:
     meter.claim((t for t in plain if t.device.type == "cpu"), "parameters")
     del tensors, plain
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, meter:
-        trainer.iterate()
+        trainer.step()
     results: Any = profiler.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
     more = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
@@ -62,9 +57,11 @@ def measured(path: Path, folder: Path, settings: dict) -> None:
 def finished(path: Path, folder: Path, settings: dict) -> None:
     """A short run with evaluations, and its whole weights."""
     settings = {**settings, "rollout": {"group_size": 4, **settings.get("rollout", {})}}
-    trainer = Trainer(tiny_config(path, folder, train={"iterations": 2}, eval={"every": 1, "images": 5}, **settings))
+    trainer = Trainer.from_config(
+        tiny_config(path, folder, train={"iterations": 2}, eval={"every": 1, "images": 5}, **settings)
+    )
     trainer.run()
-    named = trainer.family.transformer.named_parameters()
+    named = trainer.family.denoiser.named_parameters()
     full = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().contiguous() for n, p in named}
     if trainer.world.main:
         save_file(full, folder / "weights.safetensors")

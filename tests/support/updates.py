@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.distributed.world import World
 from fastgrpo.models import Conditioning
+from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.update import Updater
@@ -34,13 +36,13 @@ def prepare(config, move=0.0, optimizer=Recorder):
     """A rollout, then weights moved by `move` standard deviations, and an updater."""
     family, plan, layout, conditioning, _ = tiny_rollout_inputs(config)
     trajectory = rollout(family, plan, layout, conditioning, config.rollout, config.run.seed, 0)
-    family.transformer.requires_grad_(True)
+    family.denoiser.requires_grad_(True)
     if move:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for p in family.transformer.parameters():
+            for p in family.denoiser.parameters():
                 p.add_(torch.randn(p.shape, generator=generator) * p.std(correction=0), alpha=move)
-    updater = Updater(family, config, ALONE, optimizer(family.transformer, config.update))
+    updater = Updater(family, config, ALONE, optimizer(family.denoiser, config.update))
     return family, plan, trajectory, conditioning, updater
 
 
@@ -69,3 +71,12 @@ def textbook_loss(transformer, family, plan, trajectory, conditioning, A, config
         clipped = ratio.clamp(1 - config.objective.clip_low, 1 + config.objective.clip_high)
         total = total + torch.maximum(-advantage * ratio, -advantage * clipped)
     return total / len(layout.pair_row)
+
+
+def run_update(updater, schedule, trajectory, conditioning, A, kl_weight=None):
+    """The update of a batch whose samples are all trained. A: [N] or [N, T]."""
+    terms = np.asarray(A, dtype=np.float64).reshape(len(A), -1)
+    flat = np.zeros(len(trajectory.layout.prompts), dtype=bool)
+    taken = Advantages(terms.sum(axis=1), terms, np.ones(len(A), dtype=bool), flat)
+    weight = updater.config.objective.kl_weight if kl_weight is None else kl_weight
+    return updater.run(Batch(0, np.arange(len(flat)), schedule, trajectory, conditioning), taken, weight)

@@ -64,15 +64,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 def test_a_missing_package_is_named_before_anything_loads(tiny_flux, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
-    monkeypatch.setattr("fastgrpo.trainer.load_family", lambda *_: pytest.fail("weights loaded"))
+    monkeypatch.setattr("fastgrpo.training.trainer.load_family", lambda *_: pytest.fail("weights loaded"))
     said = r"update\.optimizer\.kind: adamw_8bit: needs the package 'bitsandbytes'; .*'fastgrpo\[gpu\]'"
     with pytest.raises(UserError, match=said):
-        Trainer(tiny_config(tiny_flux, tmp_path, update=EIGHT))
+        Trainer.from_config(tiny_config(tiny_flux, tmp_path, update=EIGHT))
 
 
 def test_a_plan_counts_its_moments(tiny_flux, tmp_path):
     planned = dry_run(tiny_config(tiny_flux, update=EIGHT)).phases[2].at_peak["optimizer"]
-    trainer = Trainer(tiny_config(tiny_flux, tmp_path, update=EIGHT))
+    trainer = Trainer.from_config(tiny_config(tiny_flux, tmp_path, update=EIGHT))
     eight = trainer.optimizer.eight_bit
     assert eight is not None
     held = [t for moments in eight.moments.values() for t in moments.values()] + list(eight.maps)

@@ -7,6 +7,7 @@ from support.tiny import tiny_config, tiny_rollout_inputs
 
 from fastgrpo.config import load_config
 from fastgrpo.distributed.activation import checkpoint_activations
+from fastgrpo.models.trainable import make_trainable
 from fastgrpo.planning import plan as planning
 from fastgrpo.planning.gpus import Gpu
 from fastgrpo.planning.meter import Meter
@@ -16,8 +17,8 @@ from fastgrpo.training.trainer import Trainer
 def evaluated(path, setting):
     """Gradients, FLOPs and bytes kept for backward of one forward and backward pass."""
     family, _, _, conditioning, _ = tiny_rollout_inputs(tiny_config(path))
-    family.make_trainable()
-    checkpoint_activations(family.blocks(family.transformer), setting)
+    make_trainable(family)
+    checkpoint_activations(family.blocks(family.denoiser), setting)
     x = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
     meter = Meter()
     with meter:
@@ -54,6 +55,6 @@ def test_auto_takes_the_least_recomputation_that_fits(tiny_flux, monkeypatch):
 
 def test_a_run_settles_auto_before_it_starts(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", model={"activation_checkpointing": "auto"})
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     assert trainer.config.model.activation_checkpointing == "none"
     assert load_config(tmp_path / "run" / "config.yaml").model.activation_checkpointing == "none"

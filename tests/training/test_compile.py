@@ -20,7 +20,7 @@ def test_compiled_blocks_train_as_they_do_uncompiled(tiny_flux, tmp_path, name):
     runs = []
     for compile in ("none", "blocks"):
         config = tiny_config(tiny_flux, tmp_path / compile, model={**SETTINGS[name], "compile": compile})
-        trainer = Trainer(config)
+        trainer = Trainer.from_config(config)
         start = {n: w.clone() for n, w in weights(trainer).items()}
         trainer.run()
         runs.append((start, weights(trainer), metrics(tmp_path / compile)))

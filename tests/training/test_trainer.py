@@ -9,10 +9,14 @@ import torch
 from support.runs import finished, metrics, weights
 from support.tiny import tiny_config
 
+from fastgrpo.commands.train import train
 from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.rewards import Scores
+from fastgrpo.training.callbacks import Callback
+from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
+from fastgrpo.training.callbacks.evaluation import EvaluationCallback
 from fastgrpo.training.checkpoint import CheckpointStore
-from fastgrpo.training.trainer import Trainer, train
+from fastgrpo.training.trainer import Trainer
 
 
 class HalfFails:
@@ -51,9 +55,20 @@ def test_resumed_is_bit_identical_to_uninterrupted(tiny_flux, tmp_path, variant)
         assert metrics(part) == metrics(tmp_path / "a")
 
 
+class After(Callback):
+    """Does something after a certain iteration."""
+
+    def __init__(self, iteration, act):
+        self.iteration, self.act = iteration, act
+
+    def after_iteration(self, trainer):
+        if trainer.iteration == self.iteration:
+            self.act()
+
+
 def test_training_changes_the_weights_and_the_ratio_starts_at_one(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, update={"optimizer_steps": 2})
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     before = weights(trainer)
     trainer.run()
     assert any(not torch.equal(before[k], v) for k, v in weights(trainer).items() if k.startswith("model."))
@@ -96,15 +111,8 @@ def test_a_reward_that_always_fails_ends_the_run_in_one_line(tiny_flux, tmp_path
 def test_a_signal_leaves_a_checkpoint_that_continues(tiny_flux, tmp_path, number, raised):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3})
     handler = signal.getsignal(number)
-    trainer = Trainer(config)
-    original = trainer.iterate
-
-    def iterate():
-        original()
-        if trainer.iteration == 2:
-            os.kill(os.getpid(), number)
-
-    trainer.iterate = iterate
+    trainer = Trainer.from_config(config)
+    trainer.callbacks.insert(0, After(2, lambda: os.kill(os.getpid(), number)))
     with pytest.raises(raised):
         trainer.run()
     assert CheckpointStore.of_run(tmp_path / "run").iterations() == [2]
@@ -119,13 +127,13 @@ def test_a_used_directory_is_not_overwritten(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1})
     finished(config)
     with pytest.raises(UserError, match=r"already holds a run; continue it with run\.resume=true"):
-        Trainer(config)
+        Trainer.from_config(config)
 
 
 def test_resume_without_a_checkpoint(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", run={"dir": str(tmp_path / "none"), "resume": True})
     with pytest.raises(UserError, match="holds no checkpoint to continue"):
-        Trainer(config)
+        Trainer.from_config(config)
 
 
 def test_resume_with_another_config_names_the_setting(tiny_flux, tmp_path):
@@ -134,7 +142,7 @@ def test_resume_with_another_config_names_the_setting(tiny_flux, tmp_path):
         tiny_flux, tmp_path / "run", run={"dir": str(tmp_path / "run"), "seed": 7, "resume": True}, rollout={"eta": 0.4}
     )
     with pytest.raises(UserError, match=r"rollout differs .*eta: 0\.3 then, 0\.4 now"):
-        Trainer(other)
+        Trainer.from_config(other)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -153,7 +161,7 @@ def test_a_damaged_checkpoint_is_never_loaded(tiny_flux, tmp_path, damage, suffi
             data[:middle] if damage == "truncate" else data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         )
     with pytest.raises(UserError, match=r"damaged|not a readable checkpoint"):
-        Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": True})}))
+        Trainer.from_config(config.model_copy(update={"run": config.run.model_copy(update={"resume": True})}))
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_flux, tmp_path, capsys):
@@ -162,7 +170,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_flux, tmp_path, c
     store = CheckpointStore.of_run(tmp_path / "run")
     [file] = store.path(2).glob("*.distcp")
     file.write_bytes(file.read_bytes()[:-1])
-    again = Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
+    again = Trainer.from_config(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
     assert again.iteration == 1
     assert "damaged (its checksum differs)" in capsys.readouterr().err
     again.run()
@@ -172,8 +180,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_flux, tmp_path, c
 
 @pytest.mark.parametrize("where", ["gradient", "activation"])
 def test_a_nan_skips_the_step_or_the_samples_and_is_counted(tiny_flux, tmp_path, where):
-    trainer = Trainer(tiny_config(tiny_flux, tmp_path / "run"))
-    original = trainer.iterate
+    trainer = Trainer.from_config(tiny_config(tiny_flux, tmp_path / "run"))
 
     def poison(*_):
         return torch.full_like(_[-1], torch.nan) if trainer.iteration == 0 else None
@@ -181,15 +188,16 @@ def test_a_nan_skips_the_step_or_the_samples_and_is_counted(tiny_flux, tmp_path,
     if where == "gradient":
         trainer.optimizer.parameters[3].register_hook(poison)
     else:
-        trainer.family.transformer.register_forward_hook(
+        trainer.family.denoiser.register_forward_hook(
             lambda module, _, out: (out[0] * torch.nan,) if torch.is_grad_enabled() and trainer.iteration == 0 else None
         )
     before = weights(trainer)
     skipped = []
-    trainer.iterate = lambda: (
-        original(),
-        skipped.append(all(torch.equal(before[k], v) for k, v in weights(trainer).items())),
-    )
+
+    def compare():
+        skipped.append(all(torch.equal(before[k], v) for k, v in weights(trainer).items()))
+
+    trainer.callbacks += [After(1, compare), After(2, compare)]
     trainer.run()
     assert skipped == [True, False]
     assert [line["optimizer_steps/skipped"] for line in metrics(tmp_path / "run")] == [1, 0]
@@ -200,7 +208,7 @@ def test_a_first_iteration_in_which_nothing_is_learned_goes_on(tiny_flux, tmp_pa
     """All rewards alike: no optimizer step, and no learning rate of one yet."""
     alike = Scores(np.full(6, 0.5), np.ones(6, dtype=bool))
     monkeypatch.setattr("fastgrpo.rewards.shapes.ShapesReward.score", lambda *_: alike)
-    trainer = Trainer(tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1}))
+    trainer = Trainer.from_config(tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1}))
     before = weights(trainer)
     trainer.run()
     (line,) = metrics(tmp_path / "run")
@@ -210,7 +218,7 @@ def test_a_first_iteration_in_which_nothing_is_learned_goes_on(tiny_flux, tmp_pa
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, tmp_path, monkeypatch):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, checkpoint={"every": 1})
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     import fastgrpo.training.checkpoint as module
 
     save, count = module.dcp.save, []
@@ -224,12 +232,19 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, t
     monkeypatch.setattr(module.dcp, "save", full)
     with pytest.raises(UserError, match="No space left on device; the checkpoint of iteration 1 is intact"):
         trainer.run()
-    assert [p.name for p in trainer.store.directory.iterdir()] == ["000001"]
+    assert [p.name for p in trainer.callback(CheckpointCallback).store.directory.iterdir()] == ["000001"]
 
 
 def test_the_latest_and_the_best_checkpoints_stay(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 5}, checkpoint={"every": 1, "keep": 2})
-    trainer = Trainer(config)
-    trainer.best = (2, 1e9)
+    trainer = Trainer.from_config(config)
+    # Iteration 2 was the best so far, and no later evaluation is better.
+    evaluation = EvaluationCallback([])
+    evaluation.after_iteration = lambda trainer: evaluation.history.append(
+        {"iteration": trainer.iteration, "score": float(trainer.iteration == 2), "rewards": {}}
+    )
+    evaluation.on_start = lambda trainer: None
+    trainer.callbacks.insert(0, evaluation)
+    trainer.callback(CheckpointCallback).evaluation = evaluation
     trainer.run()
-    assert trainer.store.iterations() == [2, 4, 5]
+    assert trainer.callback(CheckpointCallback).store.iterations() == [2, 4, 5]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from support.tiny import tiny_config, tiny_rollout_inputs
-from support.updates import advantages, prepare, textbook_loss
+from support.updates import advantages, prepare, run_update, textbook_loss
 
-from fastgrpo.training.update import micro_batches, rows_to_train
+from fastgrpo.training.micro_batches import micro_batches, rows_to_train
 
 WINDOW = {"kind": "window", "size": 2, "start": 1}
 SUBSET = {"kind": "subset", "fraction": 0.6}
@@ -21,7 +21,7 @@ def test_on_policy_every_ratio_is_exactly_one(tiny_flux, trained, share, kept):
     config = tiny_config(tiny_flux, rollout={"trained": trained, "share_prefix": share, "noise": kept})
     _, plan, trajectory, conditioning, updater = prepare(config)
     A = advantages(config, zeros=2)
-    result = updater.run(plan, trajectory, conditioning, A, np.ones(len(A), bool), 0)
+    result = run_update(updater, plan, trajectory, conditioning, A)
     assert result.statistics.max_deviation.item() == 0
     assert result.statistics.sums[-1].item() == 4 * plan.pairs_per_sample
 
@@ -32,10 +32,10 @@ def test_gradient_is_that_of_the_textbook_loss(tiny_flux, trained, move):
     config = tiny_config(tiny_flux, rollout={"trained": trained}, objective={"clip_low": 0.05, "clip_high": 0.05})
     family, plan, trajectory, conditioning, updater = prepare(config, move)
     A = advantages(config)
-    result = updater.run(plan, trajectory, conditioning, A, np.ones(len(A), bool), 0)
+    result = run_update(updater, plan, trajectory, conditioning, A)
     assert (result.statistics.max_deviation.item() > 1e-5) is bool(move)
 
-    exact = copy.deepcopy(family.transformer).double()
+    exact = copy.deepcopy(family.denoiser).double()
     family.dtype = torch.float64
     loss = textbook_loss(exact, family, plan, trajectory, conditioning, A, config)
     expected = torch.autograd.grad(loss, list(exact.parameters()), allow_unused=True)
@@ -66,7 +66,7 @@ def test_skipping_zero_advantages_changes_no_gradient(tiny_flux):
         A = advantages(config, zeros=3)
         if not skip:
             A[:3] = 1e-300
-        updater.run(plan, trajectory, conditioning, A, np.ones(len(A), bool), 0)
+        run_update(updater, plan, trajectory, conditioning, A)
         seen.append(updater.optimizer.seen[0])
     for a, b in zip(*seen, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-8)
@@ -75,7 +75,7 @@ def test_skipping_zero_advantages_changes_no_gradient(tiny_flux):
 def test_nothing_to_train_takes_no_step(tiny_flux):
     config = tiny_config(tiny_flux)
     _, plan, trajectory, conditioning, updater = prepare(config)
-    result = updater.run(plan, trajectory, conditioning, np.zeros(6), np.ones(6, bool), 0)
+    result = run_update(updater, plan, trajectory, conditioning, np.zeros(6))
     assert updater.optimizer.seen == []
     assert result.statistics.sums[-1].item() == 0
 
@@ -85,10 +85,10 @@ def test_optimizer_steps_take_equal_shares_of_whole_samples(tiny_flux):
     whole = tiny_config(tiny_flux)
     _, plan, trajectory, conditioning, updater = prepare(config)
     A = advantages(config)
-    updater.run(plan, trajectory, conditioning, A, np.ones(6, bool), 0)
+    run_update(updater, plan, trajectory, conditioning, A)
     first, second = updater.optimizer.seen
     *_, together = prepare(whole)
-    together.run(plan, trajectory, conditioning, A, np.ones(6, bool), 0)
+    run_update(together, plan, trajectory, conditioning, A)
     for a, b, c in zip(first, second, together.optimizer.seen[0], strict=True):
         assert torch.allclose((a + b) / 2, c, rtol=1e-3, atol=1e-7)
 

@@ -57,6 +57,7 @@ def policy_loss(
     advantage: Tensor,
     weight: Tensor,
     config: ObjectiveConfig,
+    kl_weight: float = 0.0,
     Q_reference: Tensor | None = None,
 ) -> tuple[Tensor, Statistics]:
     """The weighted sum of the pairs' losses, a scalar differentiable in P, Q and Q_reference, and its statistics.
@@ -80,7 +81,7 @@ def policy_loss(
         losses = torch.where(dropped, torch.zeros_like(losses), losses)
     loss = losses.sum(dim=1)
     if Q_reference is not None:
-        loss = loss + config.kl_weight * Q_reference / 2
+        loss = loss + kl_weight * Q_reference / 2
     total = (weight * loss).sum()
 
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgrpo.commands.pretrain.recipe import PretrainConfig, Progress, as_prompts, cosine_lr
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.protocol import resolve_path
+from fastgrpo.models.loading import resolve_path
 from fastgrpo.rewards import load_reward
 
 # Pictures encoded or decoded at once.

@@ -18,6 +18,7 @@ from fastgrpo.config import Config, Model, validate
 from fastgrpo.config.sections import Section, validate_settings
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError, nearest
+from fastgrpo.models import family_class
 from fastgrpo.shapes import moving_render, moving_world, render, world
 
 
@@ -219,7 +220,7 @@ class PretrainConfig(Section):
                 "rewards": [{"name": self.world.reward}],
                 "rollout": {
                     "steps": self.eval.steps,
-                    "sampler": "ddim" if self.family == "stable_diffusion" else "dance_sde",
+                    "sampler": "ddim" if family_class(self.family).paradigm == "diffusion" else "dance_sde",
                     "trained": {"kind": "window", "size": 1},
                     "forward_batch": 96,
                     "decode_batch": 96,

@@ -10,7 +10,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from fastgrpo.config import Model
 from fastgrpo.config.dtypes import DTYPES
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import ModelFamily, family_class
-from fastgrpo.models.protocol import resolve_path
+from fastgrpo.models.loading import resolve_path
 
 FOLDER = Path(__file__).parent
 
@@ -59,15 +59,14 @@ def build_family(
 ) -> ModelFamily:
     """The family with its whole pipeline in the dtypes that training has it: on the meta device, or with random weights
     on another. tokenizers: of its components, else there are none."""
-    cls, spec = family_class(config.family), architecture(config.path)
     import diffusers
 
-    pipeline_class = cast(Any, diffusers)
+    cls, spec = family_class(config.family), architecture(config.path)
     if spec["pipeline"] not in cls.pipeline_classes:
         raise ConfigError(
             f"model.path: '{config.path}' is a {spec['pipeline']}, not a {' or '.join(cls.pipeline_classes)}"
         )
-    pipeline_class = getattr(pipeline_class, spec["pipeline"])
+    pipeline_class: Any = getattr(diffusers, spec["pipeline"])
     expected = pipeline_class._get_signature_keys(pipeline_class)[0]
     parts: dict[str, Any] = {**dict.fromkeys(expected), **(tokenizers or {})}
     compute = DTYPES[config.dtype]
@@ -94,40 +93,3 @@ def _component(library: str, kind: str, settings: dict[str, Any], device: torch.
             return cls(cls.config_class(**plain)) if library == "transformers" else cls.from_config(plain)
     finally:
         torch.set_default_dtype(before)
-
-
-def encoded_shapes(family: ModelFamily) -> dict[str, tuple[int, ...]]:
-    """What a prompt is encoded to, by name: the shape of one row, as `ModelFamily.encode_prompts` gives it."""
-    settings, tokens = family.transformer.config, family.config.max_sequence_length
-    settings = cast(Any, settings)
-    if family.name == "flux":
-        return {"text": (tokens, settings.joint_attention_dim), "pooled": (settings.pooled_projection_dim,)}
-    if family.name in ("hunyuan_video", "skyreels"):
-        shapes = {"text": (tokens, settings.text_embed_dim), "pooled": (settings.pooled_projection_dim,)}
-        channels, _, height, width = family.latent_shape
-        return shapes | ({"first_frame": (channels, 1, height, width)} if family.name == "skyreels" else {})
-    if family.name == "wan":
-        return _wan_shapes(family, settings, tokens)
-    if family.name == "stable_diffusion":
-        xl = settings.addition_embed_type == "text_time"
-        return {"text": (77, settings.cross_attention_dim)} | ({"pooled": (1280,)} if xl else {})
-    if family.name == "sd3":
-        return {
-            "text": (77 + tokens, settings.joint_attention_dim),
-            "pooled": (settings.pooled_projection_dim,),
-        }
-    if family.name == "qwen_image":
-        return {"text": (tokens, settings.joint_attention_dim), "mask": (tokens,)}
-    raise ConfigError(f"model.family: '{family.name}' has no shapes of encoded prompts to plan with")
-
-
-def _wan_shapes(family: Any, settings: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"text": (tokens, settings.text_dim)}
-    if not family.from_image:
-        return shapes
-    channels, frames, height, width = family.latent_shape
-    if family.per_token:
-        return shapes | {"condition": (channels, 1, height, width)}
-    given = family.pipeline.vae.config.scale_factor_temporal
-    shapes["condition"] = (channels + given, frames, height, width)
-    return shapes | ({"image": (257, settings.image_dim)} if settings.image_dim is not None else {})

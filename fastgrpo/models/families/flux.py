@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.models.families.image import check_text_length, dynamic_mu, vae_factor
-from fastgrpo.models.protocol import Conditioning, ModelFamily, check_image_size, to_pixels
+from fastgrpo.models.families.image import CLIP_TOKENS, check_image_size, check_text_length, dynamic_mu, vae_factor
+from fastgrpo.models.families.shared import to_pixels
+from fastgrpo.models.protocol import Conditioning, ModelFamily
 
 
 class Flux(ModelFamily):
@@ -32,6 +33,19 @@ class Flux(ModelFamily):
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
         check_image_size(config, 2 * vae_factor(parts["vae"]), cls.name)
         check_text_length(config, 512, cls.name)
+
+    @classmethod
+    def token_lengths(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        side = 2 * vae_factor(parts["vae"])
+        return [(config.height // side) * (config.width // side), config.max_sequence_length]
+
+    @classmethod
+    def word_tokenizers(cls, length: int) -> dict[str, Any]:
+        from fastgrpo.shapes import tiny_parts, world
+
+        words = world.vocabulary()
+        clip = tiny_parts.build_tokenizer(words, CLIP_TOKENS, start=True)
+        return {"tokenizer": clip, "tokenizer_2": tiny_parts.build_tokenizer(words, length, start=False)}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -61,6 +75,11 @@ class Flux(ModelFamily):
         image[..., 2] += torch.arange(columns, device=self.device)[None, :]
         return torch.zeros(self.config.max_sequence_length, 3, device=self.device), image.reshape(-1, 3)
 
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        settings: Any = self.denoiser.config
+        text = self.config.max_sequence_length, settings.joint_attention_dim
+        return {"text": text, "pooled": (settings.pooled_projection_dim,)}
+
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         embeddings, pooled, _ = self.encoder.encode_prompt(
             prompt=[p.text for p in prompts],
@@ -76,7 +95,7 @@ class Flux(ModelFamily):
         guidance = (
             torch.full_like(time, self.config.guidance) if self.pipeline.transformer.config.guidance_embeds else None
         )
-        return (module or self.transformer)(
+        return (module or self.denoiser)(
             hidden_states=x.to(self.dtype),
             encoder_hidden_states=conditioning["text"].to(self.dtype),
             pooled_projections=conditioning["pooled"].to(self.dtype),

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.ulysses import all_heads, group_of, heads_to_tokens, own_heads, tokens_to_heads
-from fastgrpo.models.families.video import check_video_size, latent_frames, set_tiling
-from fastgrpo.models.protocol import Conditioning, ModelFamily, to_pixels
+from fastgrpo.models.families.image import CLIP_TOKENS
+from fastgrpo.models.families.shared import to_pixels
+from fastgrpo.models.families.video import check_video_size, latent_frames, set_tiling, video_tokens
+from fastgrpo.models.protocol import Conditioning, ModelFamily
 
 
 class HunyuanVideo(ModelFamily):
@@ -46,11 +48,46 @@ class HunyuanVideo(ModelFamily):
         multiple = int(np.lcm(16, vae["spatial_compression_ratio"] * patch))
         check_video_size(config, multiple, vae["temporal_compression_ratio"])
 
+    @classmethod
+    def token_lengths(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        vae, transformer = parts["vae"], parts["transformer"]
+        patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
+        return [video_tokens(config, vae["spatial_compression_ratio"], vae["temporal_compression_ratio"], patch)]
+
+    def context_plan(self, module: nn.Module) -> Mapping[str, Any]:
+        """Video tokens and their positions are split once they are embedded, and joined at the end; every rank has the
+        text (`TrimmedAttention` exchanges heads). diffusers has no plan of its own for this model."""
+        from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+        def after(dim: int, dims: int) -> Any:
+            return ContextParallelInput(split_dim=dim, expected_dims=dims, split_output=True)
+
+        return {
+            "x_embedder": {0: after(1, 3)},
+            "rope": {0: after(0, 2), 1: after(0, 2)},
+            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        }
+
+    @classmethod
+    def word_tokenizers(cls, length: int) -> dict[str, Any]:
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+        from fastgrpo.shapes import moving_world, tiny_hunyuan_video, tiny_parts
+
+        words, whole = moving_world.vocabulary(), DEFAULT_PROMPT_TEMPLATE["crop_start"] + length
+        template = tiny_hunyuan_video.build_tokenizer(words, whole, template=True)
+        return {"tokenizer": template, "tokenizer_2": tiny_parts.build_tokenizer(words, CLIP_TOKENS, start=True)}
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         vae = self.pipeline.vae.config
         factor, frames = vae.spatial_compression_ratio, latent_frames(self.config, vae.temporal_compression_ratio)
         return vae.latent_channels, frames, self.config.height // factor, self.config.width // factor
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        settings: Any = self.denoiser.config
+        text = self.config.max_sequence_length, settings.text_embed_dim
+        return {"text": text, "pooled": (settings.pooled_projection_dim,)}
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         text, pooled, mask = self.encoder.encode_prompt(
@@ -66,7 +103,7 @@ class HunyuanVideo(ModelFamily):
         guided: bool,
     ) -> Tensor:  # fmt: skip
         """The model output [B, …], of both branches [2B, …], negatives first, if `guided`; guidance: embedded scale."""
-        model: Any = module or self.transformer
+        model: Any = module or self.denoiser
         text = conditioning.branches("text", guided).to(self.dtype)
         lengths = conditioning.host_branches("text_length", guided)
         model.text_trim.lengths = lengths.tolist()

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.models.families.image import check_text_length, dynamic_mu, scheduler_levels
-from fastgrpo.models.protocol import Conditioning, ModelFamily, check_image_size, guide, to_pixels
+from fastgrpo.models.families.image import check_image_size, check_text_length, dynamic_mu, scheduler_levels
+from fastgrpo.models.families.shared import guide, to_pixels
+from fastgrpo.models.protocol import Conditioning, ModelFamily
 
 
 class QwenImage(ModelFamily):
@@ -26,11 +27,19 @@ class QwenImage(ModelFamily):
     guidance_style = "cfg"
     encoders = ("text_encoder", "tokenizer")
     block_lists = ("transformer_blocks",)
+    mask_names = ("mask",)
 
     @classmethod
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
         check_image_size(config, 2 * 2 ** len(parts["vae"]["temperal_downsample"]), cls.name)
         check_text_length(config, 1024, cls.name)
+
+    @classmethod
+    def word_tokenizers(cls, length: int) -> dict[str, Any]:
+        from fastgrpo.shapes import tiny_parts, tiny_qwen_image, world
+
+        whole, template = tiny_qwen_image.TEMPLATE_START + length, tiny_qwen_image.TEMPLATE
+        return {"tokenizer": tiny_parts.build_template_tokenizer(world.vocabulary(), whole, template)}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -56,6 +65,11 @@ class QwenImage(ModelFamily):
         scheduler = self.pipeline.scheduler
         mu = dynamic_mu(scheduler.config, self.latent_shape[0])
         return scheduler_levels(scheduler, "transformer", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        settings: Any = self.denoiser.config
+        tokens = self.config.max_sequence_length
+        return {"text": (tokens, settings.joint_attention_dim), "mask": (tokens,)}
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """`text` [B, L, D], zero where a prompt has ended, and `mask` [B, L], bool.
@@ -83,7 +97,7 @@ class QwenImage(ModelFamily):
         if self.guided:
             inputs, times = torch.cat([inputs, inputs]), torch.cat([time, time])
         # The transformer rounds the timestep to its input's dtype itself (diffusers' Qwen-Image), as FLUX's does.
-        output = (module or self.transformer)(
+        output = (module or self.denoiser)(
             hidden_states=inputs,
             timestep=times,
             encoder_hidden_states=conditioning.branches("text", self.guided).to(self.dtype),

@@ -13,8 +13,16 @@ from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.families.image import check_text_length, dynamic_mu, scheduler_levels, vae_factor
-from fastgrpo.models.protocol import Conditioning, ModelFamily, check_image_size, guide, to_pixels
+from fastgrpo.models.families.image import (
+    CLIP_TOKENS,
+    check_image_size,
+    check_text_length,
+    dynamic_mu,
+    scheduler_levels,
+    vae_factor,
+)
+from fastgrpo.models.families.shared import guide, to_pixels
+from fastgrpo.models.protocol import Conditioning, ModelFamily
 
 
 class StableDiffusion3(ModelFamily):
@@ -36,6 +44,15 @@ class StableDiffusion3(ModelFamily):
                     f"model.{key}: {getattr(config, key)}, but the position embedding of '{config.path}' ends at "
                     f"{largest} pixels"
                 )
+
+    @classmethod
+    def word_tokenizers(cls, length: int) -> dict[str, Any]:
+        from fastgrpo.shapes import tiny_parts, world
+
+        words = world.vocabulary()
+        clip = tiny_parts.build_tokenizer(words, CLIP_TOKENS, start=True)
+        t5 = tiny_parts.build_tokenizer(words, length, start=False)
+        return {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5}
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -61,6 +78,11 @@ class StableDiffusion3(ModelFamily):
             encoder.transformer = self.pipeline.transformer
         return encoder
 
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        settings: Any = self.denoiser.config
+        text = CLIP_TOKENS + self.config.max_sequence_length, settings.joint_attention_dim
+        return {"text": text, "pooled": (settings.pooled_projection_dim,)}
+
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         text, _, pooled, _ = self.encoder.encode_prompt(
             prompt=[p.text for p in prompts],
@@ -77,7 +99,7 @@ class StableDiffusion3(ModelFamily):
         if self.guided:
             inputs, times = torch.cat([inputs, inputs]), torch.cat([time, time])
         # The transformer embeds a float32 timestep unrounded, and rounds the embedding.
-        output = (module or self.transformer)(
+        output = (module or self.denoiser)(
             hidden_states=inputs,
             timestep=times * 1000,
             encoder_hidden_states=conditioning.branches("text", self.guided).to(self.dtype),

@@ -17,8 +17,9 @@ from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.families.hunyuan_video import HunyuanVideo
+from fastgrpo.models.families.shared import guide
 from fastgrpo.models.families.video import first_frames
-from fastgrpo.models.protocol import Conditioning, guide
+from fastgrpo.models.protocol import Conditioning
 
 EMBEDDED_GUIDANCE = 1.0
 
@@ -38,6 +39,10 @@ class SkyReels(HunyuanVideo):
                 f"model.path: the transformer of '{config.path}' takes {channels} channels, not {2 * latent} (latents "
                 "and a first frame); the family of a text-to-video model is hunyuan_video"
             )
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        channels, _, height, width = self.latent_shape
+        return super().encoded_shapes() | {"first_frame": (channels, 1, height, width)}
 
     def encode_texts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         return super().encode_prompts(prompts)

@@ -13,8 +13,12 @@ from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.families.image import vae_factor
-from fastgrpo.models.protocol import Conditioning, ModelFamily, check_image_size, guide, to_pixels
+from fastgrpo.models.families.image import CLIP_TOKENS, check_image_size, vae_factor
+from fastgrpo.models.families.shared import guide, to_pixels
+from fastgrpo.models.protocol import Conditioning, ModelFamily
+
+# Of XL's larger CLIP.
+POOLED_WIDTH = 1280
 
 
 class StableDiffusion(ModelFamily):
@@ -34,6 +38,12 @@ class StableDiffusion(ModelFamily):
                     f"model.path: the scheduler of '{config.path}' asks for {setting}, and a clipped step is not "
                     f"affine in the model's output; set {setting} to false in its scheduler_config.json"
                 )
+
+    @classmethod
+    def word_tokenizers(cls, length: int) -> dict[str, Any]:
+        from fastgrpo.shapes import tiny_parts, world
+
+        return {"tokenizer": tiny_parts.build_tokenizer(world.vocabulary(), CLIP_TOKENS, start=True)}
 
     @property
     def xl(self) -> bool:
@@ -72,6 +82,11 @@ class StableDiffusion(ModelFamily):
         kind = self.scheduler.config.prediction_type
         return NoiseLevels(tuple(start), tuple(end), tuple(map(float, times)), ("unet",) * steps, kind)
 
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        settings: Any = self.denoiser.config
+        text = {"text": (CLIP_TOKENS, settings.cross_attention_dim)}
+        return text | ({"pooled": (POOLED_WIDTH,)} if settings.addition_embed_type == "text_time" else {})
+
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         texts = [p.text for p in prompts]
         if not self.xl:
@@ -96,7 +111,7 @@ class StableDiffusion(ModelFamily):
             pooled = conditioning.branches("pooled", self.guided).to(self.dtype)
             added = {"text_embeds": pooled, "time_ids": ids}
         # The UNet embeds a float32 timestep unrounded, and rounds the embedding.
-        output = (module or self.transformer)(
+        output = (module or self.denoiser)(
             inputs,
             times,
             encoder_hidden_states=conditioning.branches("text", self.guided).to(self.dtype),

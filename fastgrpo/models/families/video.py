@@ -33,6 +33,16 @@ def latent_frames(config: Model, stride: int) -> int:
     return (config.frames - 1) // stride + 1
 
 
+def video_tokens(config: Model, space: int, time: int, patch: Sequence[int]) -> int:
+    """Tokens of a sample's video.
+
+    space, time: the VAE's pixels and frames a latent; patch: latents a token, [t, h, w].
+    """
+    frames, rows, columns = latent_frames(config, time), config.height // space, config.width // space
+    t, h, w = patch
+    return (frames // t) * (rows // h) * (columns // w)
+
+
 def set_tiling(vae: Any, config: Model) -> None:
     """Decoding in overlapping tiles, blended where they overlap, where model.vae_tiling asks for it."""
     if config.vae_tiling:

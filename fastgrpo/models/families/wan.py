@@ -17,11 +17,14 @@ from fastgrpo.algorithms.schedule import NoiseLevels, flow_levels
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt, open_image
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.families.video import check_video_size, first_frames, latent_frames, set_tiling
-from fastgrpo.models.protocol import Conditioning, ModelFamily, guide, to_pixels
+from fastgrpo.models.families.shared import guide, to_pixels
+from fastgrpo.models.families.video import check_video_size, first_frames, latent_frames, set_tiling, video_tokens
+from fastgrpo.models.protocol import Conditioning, ModelFamily
 
 # What the cross-attention of Wan 2.1's image-to-video models takes for text, whatever they are given.
 IMAGE_TEXT_TOKENS = 512
+# Of the CLIP that encodes their first frame: 16 × 16 patches and a class token.
+IMAGE_TOKENS = 257
 
 
 class Wan(ModelFamily):
@@ -47,6 +50,18 @@ class Wan(ModelFamily):
                 f"model.max_sequence_length: {config.max_sequence_length}, but Wan 2.1's image-to-video models take "
                 f"{IMAGE_TEXT_TOKENS} text tokens"
             )
+
+    @classmethod
+    def token_lengths(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        vae, transformer = parts["vae"], parts.get("transformer") or parts["transformer_2"]
+        space, time = vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+        return [video_tokens(config, space, time, transformer["patch_size"])]
+
+    @classmethod
+    def word_tokenizers(cls, length: int) -> dict[str, Any]:
+        from fastgrpo.shapes import moving_world, tiny_hunyuan_video
+
+        return {"tokenizer": tiny_hunyuan_video.build_tokenizer(moving_world.vocabulary(), length, template=False)}
 
     @property
     def from_image(self) -> bool:
@@ -81,6 +96,18 @@ class Wan(ModelFamily):
         names = ["transformer" if boundary is None or s >= boundary else "transformer_2" for s in sigmas[:-1]]
         return flow_levels(sigmas, names)
 
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        settings: Any = self.denoiser.config
+        shapes: dict[str, tuple[int, ...]] = {"text": (self.config.max_sequence_length, settings.text_dim)}
+        if not self.from_image:
+            return shapes
+        channels, frames, height, width = self.latent_shape
+        if self.per_token:
+            return shapes | {"condition": (channels, 1, height, width)}
+        given = self.pipeline.vae.config.scale_factor_temporal
+        shapes["condition"] = (channels + given, frames, height, width)
+        return shapes | ({"image": (IMAGE_TOKENS, settings.image_dim)} if settings.image_dim is not None else {})
+
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         text, _ = self.encoder.encode_prompt(
             [p.text for p in prompts],
@@ -111,7 +138,7 @@ class Wan(ModelFamily):
         return tensors
 
     def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
-        model: Any = module or self.transformer
+        model: Any = module or self.denoiser
         inputs, times = self.inputs(x, conditioning), self.times(x, time, model)
         image = conditioning["image"].to(self.dtype) if "image" in conditioning else None
         if self.guided:

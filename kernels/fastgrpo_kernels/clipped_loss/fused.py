@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import check_traced, is_eager
+from .._launch import launches
 from .._noise_args import Noise, StoredStep
 from ..shift_moments.inputs import Shift, check_shift, empty_gradients, with_noise, with_rows
 from ..shift_moments.op import (
@@ -69,20 +70,20 @@ def grpo_loss(
 
 
 def _forward(
-    advantage: Tensor, weight: Coefficient, objective: Objective, shift: Shift
+    advantage: Tensor, weight: Coefficient, objective: Objective, shift: Shift, *, kept: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, statistics, gradient factors) of latents on the CPU or on a device."""
-    if shift.v.device.type == "cpu":
-        reference = None if shift.v_reference is None else reference_moment_cpu(shift)
-        return clipped_loss_cpu(*shift_moments_cpu(shift), shift.s, advantage, weight, reference, objective)
-    return launch_grpo_loss(advantage, weight, objective, shift)
+    if launches(shift.v):
+        return launch_grpo_loss(advantage, weight, objective, shift, kept=kept)
+    reference = None if shift.v_reference is None else reference_moment_cpu(shift)
+    return clipped_loss_cpu(*shift_moments_cpu(shift), shift.s, advantage, weight, reference, objective)
 
 
 def launch_grpo_loss(
-    advantage: Tensor, weight: Coefficient, objective: Objective, shift: Shift
+    advantage: Tensor, weight: Coefficient, objective: Objective, shift: Shift, *, kept: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton path: one launch over the latents, one over the samples."""
-    P, Q, *reference = launch_shift_moments(shift)
+    P, Q, *reference = launch_shift_moments(shift, kept=kept)
     Q_reference = reference[0] if reference else None
     return launch_clipped_loss(P, Q, shift.s, advantage, weight, Q_reference, objective)
 
@@ -90,17 +91,17 @@ def launch_grpo_loss(
 def _backward(grad: Tensor, factors: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
     grad_p, grad_q, *rest = factors.unbind(0)
     grad_reference = rest[0] if rest else None
-    if shift.v.device.type == "cpu":
-        scaled = None if grad_reference is None else grad * grad_reference
-        return shift_moments_backward_cpu(grad * grad_p, grad * grad_q, shift, scaled)
-    return launch_shift_moments_backward(grad_p, grad_q, shift, grad_reference, grad.contiguous())
+    if launches(shift.v):
+        return launch_shift_moments_backward(grad_p, grad_q, shift, grad_reference, grad.contiguous())
+    scaled = None if grad_reference is None else grad * grad_reference
+    return shift_moments_backward_cpu(grad * grad_p, grad * grad_q, shift, scaled)
 
 
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, advantage, weight, objective, *arguments):
         shift = Shift(*arguments)
-        if shift.v.device.type == "cpu":
+        if not launches(shift.v):
             shift = with_noise(shift)
         loss, statistics, factors = _forward(advantage, weight, objective, shift)
         save_arguments(ctx, (factors, *shift))
@@ -143,7 +144,7 @@ def _grpo_loss_op(
     check_traced(a=a, b=b, s=s, guidance_scale=guidance, advantage=advantage, weight=weight)
     objective = Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
     shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference)
-    return _forward(advantage, weight, objective, shift)
+    return _forward(advantage, weight, objective, shift, kept=False)
 
 
 @_grpo_loss_op.register_fake

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._autograd import refuse_double_backward
 from .._checks import as_rows, check_integer, check_no_grad, check_number, check_traced, is_eager, per_sample
-from .._launch import kernel_scalar, launch
+from .._launch import kernel_scalar, launch, launches
 
 Coefficient = float | Tensor
 Ratio = Literal["gaussian", "unit", "ratio_norm"]
@@ -157,7 +157,7 @@ def _check_moments(P: object, Q: object, Q_reference: object) -> None:
 
 
 def _forward(P, Q, s, advantage, weight, Q_reference, objective) -> tuple[Tensor, Tensor, Tensor]:
-    body = clipped_loss_cpu if P.device.type == "cpu" else launch_clipped_loss
+    body = launch_clipped_loss if launches(P) else clipped_loss_cpu
     return body(P, Q, s, advantage, weight, Q_reference, objective)
 
 
@@ -225,6 +225,7 @@ def launch_clipped_loss(
     launch(
         _clipped_loss_kernel,
         1,
+        device,
         *(loss, statistics, factors, *moments, *coefficients),
         1.0 - objective.clip_low,
         1.0 + objective.clip_high,

@@ -57,7 +57,7 @@ def finish_log_prob(log_prob_ptr, partials_ptr, arrivals_ptr, row, s, elements, 
         tl.store(log_prob_ptr + row, -0.5 * square - tl.log(s) - 0.9189385332046727)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])
 def _gaussian_step_kernel(
     y_ptr,
     log_prob_ptr,

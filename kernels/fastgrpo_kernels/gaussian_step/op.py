@@ -19,6 +19,7 @@ from .._checks import (
     per_sample,
 )
 from .._cpu import column
+from .._launch import launches
 from .._noise_args import Noise, split_noise
 from .paths import Step, gaussian_step_cpu, launch_gaussian_step
 
@@ -159,8 +160,8 @@ def _with_rows(step: Step) -> Step:
     return step._replace(**dict(zip(names, values, strict=True)))
 
 
-def _forward(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (gaussian_step_cpu if step.x.device.type == "cpu" else launch_gaussian_step)(step)
+def _forward(step: Step, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch_gaussian_step(step, kept=kept) if launches(step.x) else gaussian_step_cpu(step)
 
 
 def _gradients(step: Step, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -215,7 +216,7 @@ def _gaussian_step_op(
     if eps is None and words is None:
         _check_noiseless(s)
     step = Step(x, v, a, b, s, eps, words, seed, out_dtype, v_uncond, guidance, clean_a, clean_b, log_prob, keep_v)
-    return _forward(step)
+    return _forward(step, kept=False)
 
 
 @_gaussian_step_op.register_fake

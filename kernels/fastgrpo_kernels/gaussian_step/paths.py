@@ -49,9 +49,9 @@ def gaussian_step_cpu(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, s = step.x.to(torch.float32), step.s
     guidance = step.v_uncond is not None and step.guidance is not None
     v = guide(step.v, step.v_uncond, step.guidance) if guidance else step.v  # pyright: ignore[reportArgumentType]
-    _, log_prob, clean, kept = step.outputs()
+    _, log_prob, clean, used = step.outputs()
     if step.keep_v:
-        kept.copy_(v)
+        used.copy_(v)
     if step.clean_a is not None and step.clean_b is not None:
         clean.copy_(_affine(x, v, step.clean_a, step.clean_b))
     y = _affine(x, v, step.a, step.b)
@@ -63,7 +63,7 @@ def gaussian_step_cpu(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z = mean.sub_(y).mul_(column(quotient(1.0, s), y)).flatten(1)
         log_s = s.double().log() if isinstance(s, Tensor) else math.log(s)
         log_prob.copy_(-0.5 * sum_blocks(z.square_()) / z.shape[1] - log_s - 0.5 * math.log(2.0 * math.pi))
-    return y, log_prob, clean, kept
+    return y, log_prob, clean, used
 
 
 def _affine(x: Tensor, v: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
@@ -73,12 +73,12 @@ def _affine(x: Tensor, v: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
     return out
 
 
-def launch_gaussian_step(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch_gaussian_step(step: Step, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The Triton path: one launch."""
     from ..noise_kernel import BLOCK, NUM_WARPS, READ_REGISTERS, READ_WARPS
     from .kernel import _gaussian_step_kernel
 
-    y, log_prob, clean, kept = step.outputs()
+    y, log_prob, clean, used = step.outputs()
     batch, elements = step.x.shape[0], step.x[0].numel()
     blocks = -(-elements // BLOCK)
     flat = [None if t is None else rows(t) for t in (step.x, step.v, step.v_uncond, step.eps)]
@@ -91,11 +91,12 @@ def launch_gaussian_step(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     density: list[Tensor | None] = [None, None, None]
     if step.log_prob:
         partials = torch.empty((batch, blocks), dtype=torch.float32, device=y.device)
-        density = [log_prob, partials, arrivals(batch, y.device)]
+        density = [log_prob, partials, arrivals(batch, y.device, kept=kept)]
     launch(
         _gaussian_step_kernel,
         batch * blocks,
-        *(y, *density, None if step.clean_a is None else clean, kept if step.keep_v else None),
+        y.device,
+        *(y, *density, None if step.clean_a is None else clean, used if step.keep_v else None),
         *(*flat, words, *split_seed(step.seed), *coefficients),
         *row_strides(flat, elements),
         elements,
@@ -105,4 +106,4 @@ def launch_gaussian_step(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_warps=READ_WARPS if words is None else NUM_WARPS,
         **limit,
     )
-    return y, log_prob, clean, kept
+    return y, log_prob, clean, used

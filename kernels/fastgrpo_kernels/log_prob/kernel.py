@@ -22,7 +22,7 @@ def standard_residual(x_ptr, v_ptr, y_ptr, a_less_one, b, inverse_s, mask):
     return ((y - x) - a_less_one * x - b * v) * inverse_s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _log_prob_fwd_kernel(
     log_prob_ptr,
     partials_ptr,
@@ -62,7 +62,7 @@ def _log_prob_fwd_kernel(
     finish_log_prob(log_prob_ptr, partials_ptr, arrivals_ptr, row, step, elements, blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _log_prob_bwd_kernel(
     grad_v_ptr,
     grad_ptr,

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import as_rows, check_latents, check_no_grad, check_traced, is_eager, per_sample
 from .._cpu import column, quotient, residual, sum_blocks
-from .._launch import arrivals, kernel_scalar, launch, rows
+from .._launch import arrivals, kernel_scalar, launch, launches, rows
 
 Coefficient = float | Tensor
 
@@ -47,13 +47,14 @@ def checked_log_prob(
     return _forward(x, v, y, a_less_one, b, s)
 
 
-def _forward(x, v, y, a_less_one, b, s) -> Tensor:
-    body = log_prob_cpu if x.device.type == "cpu" else launch_log_prob
-    return body(x, v, y, a_less_one, b, s)
+def _forward(x, v, y, a_less_one, b, s, *, kept: bool = True) -> Tensor:
+    if launches(x):
+        return launch_log_prob(x, v, y, a_less_one, b, s, kept=kept)
+    return log_prob_cpu(x, v, y, a_less_one, b, s)
 
 
 def _backward(grad, x, v, y, a_less_one, b, s) -> Tensor:
-    body = log_prob_backward_cpu if x.device.type == "cpu" else launch_log_prob_backward
+    body = launch_log_prob_backward if launches(x) else log_prob_backward_cpu
     return body(grad, x, v, y, a_less_one, b, s)
 
 
@@ -73,7 +74,9 @@ def log_prob_backward_cpu(
     return residual(y, x, v, a_less_one, b).mul_(column(factor, x)).to(v.dtype)
 
 
-def launch_log_prob(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
+def launch_log_prob(
+    x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient, *, kept: bool = True
+) -> Tensor:
     """The Triton path, one launch: partial sums to their own slots, which the last program of a row adds."""
     from ..noise_kernel import BLOCK
     from .kernel import _log_prob_fwd_kernel
@@ -82,8 +85,8 @@ def launch_log_prob(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b:
     batch, elements, blocks = shape
     out = torch.empty(batch, dtype=torch.float32, device=x.device)
     partials = torch.empty((batch, blocks), dtype=torch.float32, device=x.device)
-    arguments = out, partials, arrivals(batch, x.device), *inputs, elements, blocks
-    launch(_log_prob_fwd_kernel, batch * blocks, *arguments, **constants, BLOCK=BLOCK)
+    arguments = out, partials, arrivals(batch, x.device, kept=kept), *inputs, elements, blocks
+    launch(_log_prob_fwd_kernel, batch * blocks, x.device, *arguments, **constants, BLOCK=BLOCK)
     return out
 
 
@@ -98,7 +101,7 @@ def launch_log_prob_backward(
     inputs, shape, constants = _kernel_arguments(x, v, y, a_less_one, b, s)
     batch, elements, blocks = shape
     arguments = grad_v, grad.contiguous(), *inputs, elements, blocks
-    launch(_log_prob_bwd_kernel, batch * blocks, *arguments, **constants, BLOCK=BLOCK)
+    launch(_log_prob_bwd_kernel, batch * blocks, x.device, *arguments, **constants, BLOCK=BLOCK)
     return grad_v
 
 
@@ -128,7 +131,7 @@ class _LogProb(torch.autograd.Function):
 @torch.library.custom_op("fastgrpo_kernels::log_prob", mutates_args=())
 def _log_prob_op(x: Tensor, v: Tensor, y: Tensor, a_less_one: Tensor, b: Tensor, s: Tensor) -> Tensor:
     check_traced(a=a_less_one, b=b, s=s)
-    return _forward(x, v, y, a_less_one, b, s)
+    return _forward(x, v, y, a_less_one, b, s, kept=False)
 
 
 @_log_prob_op.register_fake

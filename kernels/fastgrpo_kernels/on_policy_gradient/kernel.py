@@ -7,7 +7,7 @@ from ..gaussian_step.kernel import load_deviation, load_scalar
 from ..shift_moments.kernel import load_noise
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])
 def _on_policy_gradient_kernel(
     grad_ptr,
     advantage_weight_ptr,

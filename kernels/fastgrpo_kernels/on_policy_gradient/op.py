@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._checks import as_rows, check_dtype, check_no_grad, check_sizes, check_traced, is_eager, per_sample
 from .._cpu import column, quotient
-from .._launch import kernel_scalar, launch, row_strides, rows
+from .._launch import kernel_scalar, launch, launches, row_strides, rows
 from .._noise_args import Noise, noise_cpu, split_noise
 from ..noise import NoiseKey, split_seed
 
@@ -84,7 +84,7 @@ def _check_shape(shape: Sequence[int], noise: Noise) -> list[int]:
 
 def _forward(weight, b, s, eps, words, seed, shape, dtype) -> Tensor:
     source = words if eps is None else eps
-    body = on_policy_gradient_cpu if source.device.type == "cpu" else launch_on_policy_gradient
+    body = launch_on_policy_gradient if launches(source) else on_policy_gradient_cpu
     return body(weight, b, s, eps, words, seed, shape, dtype)
 
 
@@ -129,6 +129,7 @@ def launch_on_policy_gradient(
     launch(
         _on_policy_gradient_kernel,
         shape[0] * blocks,
+        grad.device,
         grad,
         kernel_scalar(weight),
         b,

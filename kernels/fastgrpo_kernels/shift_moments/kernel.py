@@ -37,7 +37,7 @@ def load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start
     return move
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])
 def _shift_moments_fwd_kernel(
     p_ptr,
     q_ptr,
@@ -112,7 +112,7 @@ def _shift_moments_fwd_kernel(
             tl.store(q_reference_ptr + row, tl.div_rn(square * total, count))
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])
 def _shift_moments_bwd_kernel(
     grad_v_ptr,
     grad_v_uncond_ptr,

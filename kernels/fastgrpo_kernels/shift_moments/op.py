@@ -6,7 +6,7 @@ from torch import Tensor
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import check_traced, is_eager
 from .._cpu import BlockSums, add_scaled, column, difference, quotient
-from .._launch import arrivals, launch
+from .._launch import arrivals, launch, launches
 from .._noise_args import Noise, StoredStep
 from .inputs import (
     Shift,
@@ -58,13 +58,15 @@ def shift_moments(
     return _forward(shift)
 
 
-def _forward(shift: Shift) -> tuple[Tensor, Tensor]:
-    P, Q, *_ = (shift_moments_cpu if shift.v.device.type == "cpu" else launch_shift_moments)(shift)
-    return P, Q
+def _forward(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor]:
+    if launches(shift.v):
+        P, Q, *_ = launch_shift_moments(shift, kept=kept)
+        return P, Q
+    return shift_moments_cpu(shift)
 
 
 def _backward(grad_p: Tensor, grad_q: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
-    body = shift_moments_backward_cpu if shift.v.device.type == "cpu" else launch_shift_moments_backward
+    body = launch_shift_moments_backward if launches(shift.v) else shift_moments_backward_cpu
     return body(grad_p, grad_q, shift)
 
 
@@ -116,7 +118,7 @@ def shift_moments_backward_cpu(
     return grad_v, grad_v_uncond
 
 
-def launch_shift_moments(shift: Shift) -> tuple[Tensor, ...]:
+def launch_shift_moments(shift: Shift, *, kept: bool = True) -> tuple[Tensor, ...]:
     """The Triton path, one launch: (P, Q), and with a reference Q against it."""
     from .kernel import _shift_moments_fwd_kernel
 
@@ -124,10 +126,11 @@ def launch_shift_moments(shift: Shift) -> tuple[Tensor, ...]:
     batch, device = shift.v.shape[0], shift.v.device
     count = 2 if shift.v_reference is None else 3
     partials = torch.empty((count, programs), dtype=torch.float32, device=device)
-    moments = torch.empty((count, batch), dtype=torch.float32, device=device).unbind(0)
+    # Not parts of one tensor: results of a custom operator may not share their storage.
+    moments = tuple(torch.empty(batch, dtype=torch.float32, device=device) for _ in range(count))
     reference = moments[2] if count == 3 else None
-    outputs = *moments[:2], reference, partials, arrivals(batch, device)
-    launch(_shift_moments_fwd_kernel, programs, *outputs, *arguments, **constants)
+    outputs = *moments[:2], reference, partials, arrivals(batch, device, kept=kept)
+    launch(_shift_moments_fwd_kernel, programs, device, *outputs, *arguments, **constants)
     return moments
 
 
@@ -144,7 +147,7 @@ def launch_shift_moments_backward(
     arguments, constants, programs = kernel_arguments(shift)
     grad_v, grad_v_uncond = empty_gradients(shift)
     grads = [grad, grad_p.contiguous(), grad_q.contiguous(), grad_reference]
-    launch(_shift_moments_bwd_kernel, programs, grad_v, grad_v_uncond, *grads, *arguments, **constants)
+    launch(_shift_moments_bwd_kernel, programs, grad_v.device, grad_v, grad_v_uncond, *grads, *arguments, **constants)
     return grad_v, grad_v_uncond
 
 
@@ -161,7 +164,7 @@ class _ShiftMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         shift = Shift(*arguments)
-        if shift.v.device.type == "cpu":
+        if not launches(shift.v):
             shift = with_noise(shift)
         save_arguments(ctx, shift)
         return _forward(shift)
@@ -191,7 +194,7 @@ def _shift_moments_op(
     guidance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_traced(a=a, b=b, s=s, guidance_scale=guidance)
-    return _forward(Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance))
+    return _forward(Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance), kept=False)
 
 
 @_shift_moments_op.register_fake

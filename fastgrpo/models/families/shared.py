@@ -1,0 +1,25 @@
+"""What every family may use: classifier-free guidance, and pixels of what a VAE decodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def guide(branches: Tensor, scale: float, rescale_norm: bool = False) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) of a model output [2B, …], negative rows first: [B, …].
+
+    negative + scale·(positive − negative), in float32 at least, rounded to the output's dtype (the gradient passes
+    straight through to both branches); with `rescale_norm`, scaled along the last dimension to the norm of the positive
+    branch, as Qwen-Image's pipeline does.
+    """
+    negative, positive = branches.to(torch.promote_types(branches.dtype, torch.float32)).chunk(2)
+    guided = negative + scale * (positive - negative)
+    if rescale_norm:
+        guided = guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+    return guided.to(branches.dtype)
+
+
+def to_pixels(decoded: Tensor) -> Tensor:
+    """A VAE's output in −1..1 as float32 pixels in 0..1."""
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,133 @@
+"""Reads a pipeline from a directory, the hub or `shapes:<name>`: its configs first, then its weights.
+
+Whatever a library raises over a directory that it cannot load becomes one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from fastgrpo.config import Model
+from fastgrpo.config.dtypes import DTYPES
+from fastgrpo.errors import ConfigError
+from fastgrpo.models.embeddings import model_digest
+from fastgrpo.models.nf4 import check_quantization
+from fastgrpo.models.sharded_load import empty_component, weight_files
+from fastgrpo.models.trainable import check_targets, without_weights
+
+if TYPE_CHECKING:
+    from fastgrpo.models.protocol import ModelFamily
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def from_config(cls: type[ModelFamily], config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:
+    """Loads the pipeline at model.path as a family.
+
+    Args:
+        cls: The family.
+        config: The model section of a run.
+        device: Where the components go.
+        sharded: The trained components stay without weights; `weight_files` says what `load_shards` is to read.
+
+    Raises:
+        ConfigError: Before any weight is loaded, where it can be told by then.
+    """
+    check_quantization(config)
+    path = resolve_path(config.path)
+    parts = read_configs(cls, config)
+    cls.check(config, parts)
+    if config.lora and config.lora.targets:
+        with _one_line(config, cls.pipeline_classes):
+            for name in parts.keys() & cls.trained:
+                check_targets(config.lora.targets, without_weights(parts[name]))
+    cache = None
+    if config.embedding_cache is not None:
+        settings = {"family": cls.name, "dtype": config.dtype, "max_sequence_length": config.max_sequence_length}
+        cache = Path(config.embedding_cache).expanduser() / model_digest(path, cls.encoders, settings)
+    # With a cache the encoders wait until a prompt is missing from it.
+    given: dict[str, Any] = dict.fromkeys(cls.encoders) if cache is not None else {}
+    files = {name: weight_files(path, name) for name in cls.trained if name in parts} if sharded else {}
+    with _one_line(config, cls.pipeline_classes):
+        given |= {name: empty_component(parts[name], torch.float32) for name in files}
+    family = cls(load_pipeline(config, cls.pipeline_classes, cls.trained, given), config, device, cache)
+    family.weight_files = files
+    return family
+
+
+def read_configs(cls: type[ModelFamily], config: Model) -> dict[str, Mapping[str, Any]]:
+    """Returns the configs of the pipeline's scheduler, VAE and trained components, by name.
+
+    Raises:
+        ConfigError: For a directory that holds another kind of pipeline, or none.
+    """
+    import diffusers
+
+    path = resolve_path(config.path)
+    with _one_line(config, cls.pipeline_classes):
+        index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
+        if index["_class_name"] not in cls.pipeline_classes:
+            wanted = " or ".join(cls.pipeline_classes)
+            raise ConfigError(f"model.path: '{config.path}' is a {index['_class_name']}, not a {wanted}")
+        readers = {"scheduler": diffusers.DDIMScheduler, "vae": diffusers.AutoencoderKL}
+        readers |= dict.fromkeys(cls.trained, diffusers.AutoencoderKL)
+        return {
+            name: cast(dict[str, Any], reader.load_config(path, subfolder=name))
+            for name, reader in readers.items()
+            if index.get(name, (None,))[0] is not None
+        }
+
+
+def load_pipeline(
+    config: Model, pipeline_classes: Sequence[str], trained: Sequence[str], given: Mapping[str, Any]
+) -> Any:
+    """The diffusers pipeline at model.path in the dtypes that training has it.
+
+    given: components that are not read: None for one to go without, or a module. Raises ConfigError.
+    """
+    import diffusers
+
+    path, compute = resolve_path(config.path), DTYPES[config.dtype]
+    # Full fine-tuning keeps float32 masters; a LoRA's frozen base stays in the compute dtype.
+    master = compute if config.lora else torch.float32
+    dtypes = {**dict.fromkeys(trained, master), "default": compute}
+    with _one_line(config, pipeline_classes):
+        index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
+        # Components that the directory goes without (SD 3's T5) must be given as None.
+        absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
+        parts = {**dict.fromkeys(absent), **given}
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def _one_line(config: Model, pipeline_classes: Sequence[str]) -> Iterator[None]:
+    """Turns whatever a library raises over a directory that it cannot load into one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except LOAD_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        wanted = " or ".join(pipeline_classes)
+        raise ConfigError(f"model.path: '{config.path}' does not load as a {wanted}: {reason}") from None
+
+
+def resolve_path(path: str) -> str:
+    """model.path with shapes:<name> replaced by the shipped directory. Raises ConfigError for an unknown one."""
+    if not path.startswith("shapes:"):
+        if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+            raise ConfigError(f"model.path: there is no directory '{path}'")
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    from fastgrpo.shapes import weights_path
+
+    try:
+        return str(weights_path(path.removeprefix("shapes:")))
+    except ValueError as error:
+        raise ConfigError(f"model.path: '{path}' is not shipped: {error}") from None

@@ -1,0 +1,65 @@
+"""Held-out evaluation every so many iterations, and which one was best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.evaluation.heldout import evaluate, record
+from fastgrpo.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from fastgrpo.training.trainer import Trainer
+
+
+class EvaluationCallback(Callback):
+    """Draws and scores held-out prompts before the first iteration and after every `eval.every`.
+
+    `history` has a row for each evaluation: iteration, score (the weighted sum of the rewards' means), rewards.
+    """
+
+    name = "evaluation"
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = list(prompts)
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The row of the highest score, the first of equal ones."""
+        return max(self.history, key=lambda row: row["score"], default=None)
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.iteration == 0:
+            self.evaluate(trainer)
+
+    def after_iteration(self, trainer: Trainer) -> None:
+        if trainer.iteration % trainer.config.eval.every == 0:
+            self.evaluate(trainer)
+
+    def evaluate(self, trainer: Trainer) -> None:
+        """Evaluates the weights as they are (their EMA with eval.ema), and records it."""
+        config, iteration = trainer.config, trainer.iteration
+        trainer.flush()
+        with trainer.outside_iteration("eval"), trainer.optimizer.averaged(config.eval.ema):
+            result = evaluate(trainer.family, trainer.rewards, self.prompts, config, trainer.world, trainer.note)
+        summary = result.summary()
+        score = sum(spec.weight * summary["rewards"][spec.key] for spec in config.scored)
+        self.history.append({"iteration": iteration, "score": score, "rewards": summary["rewards"]})
+        trainer.log.event("heldout", iteration, score=score, rewards=summary["rewards"])
+        if trainer.log.directory is not None:
+            sheet = record(
+                result, trainer.log.directory, iteration, config.eval.grid, config.model.fps, config.eval.mp4
+            )
+            trainer.log.images(iteration, "heldout", sheet, [p.text for p in result.prompts[: config.eval.grid]])
+        strict = "" if summary["strict_pass"] is None else f", strict pass {summary['strict_pass']:.1%}"
+        if trainer.world.main:
+            trainer.note(f"iteration {iteration}: held-out reward {score:.3f}{strict}")
+
+    def state(self) -> dict[str, Any]:
+        best = self.best
+        return {"best_iteration": None if best is None else best["iteration"], "history": self.history}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.history = list(state["history"])

@@ -1,0 +1,101 @@
+"""A trainer for a run directory: everything validated, the directory claimed, weights loaded, the log opened."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fastgrpo.config import Config
+from fastgrpo.data.prompts import Prompt, load_prompts
+from fastgrpo.distributed.world import start_world
+from fastgrpo.errors import ConfigError
+from fastgrpo.evaluation.heldout import heldout_prompts
+from fastgrpo.models import ModelFamily, check_family
+from fastgrpo.observe.run_log import RunLog
+from fastgrpo.rewards import load_reward
+from fastgrpo.rollout.rollouts import prompts_to_come
+from fastgrpo.training.adamw_8bit import check_optimizer
+from fastgrpo.training.callbacks import Callback
+from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
+from fastgrpo.training.callbacks.evaluation import EvaluationCallback
+from fastgrpo.training.callbacks.guard import GuardCallback
+from fastgrpo.training.callbacks.profiling import ProfilingCallback
+from fastgrpo.training.callbacks.progress import ProgressCallback
+from fastgrpo.training.checkpoint import CheckpointStore
+from fastgrpo.training.resume import claim_directory
+from fastgrpo.training.state import restore
+
+if TYPE_CHECKING:
+    from fastgrpo.training.trainer import Trainer
+
+TrainerType = TypeVar("TrainerType", bound="Trainer")
+
+
+def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., ModelFamily]) -> TrainerType:
+    """Returns the trainer of a run, where its checkpoint left off if run.resume finds one; see Trainer.from_config."""
+    check_resolved(config)
+    prompts = load_prompts(config.prompts.train)
+    heldout = heldout_prompts(config, config.eval.images) if config.eval.every else []
+    rewards = {spec.key: load_reward(spec) for spec in config.scored}
+    users = [load_callback(name) for name in config.callbacks]
+    check_family(config)
+    check_optimizer(config.update.optimizer)
+    world = start_world(config)
+    directory = Path(config.run.dir)
+    store = CheckpointStore.of_run(directory, world.main)
+    start = claim_directory(config, store, world)
+    family = load(config.model, world.device, config.parallel.load == "sharded")
+    if config.model.text_encoders == "drop":
+        come = prompts_to_come(config, prompts) + list(dict.fromkeys(heldout))
+        family.encode_ahead(come[world.rank :: world.size])
+        world.barrier()
+    callbacks = run_callbacks(config, world.main, heldout, store, users)
+    log = RunLog(directory, config, world.main)
+    trainer = kind(config, family, world, prompts=prompts, rewards=rewards, log=log, callbacks=callbacks)
+    if start is not None:
+        restore(trainer, store, start)
+    return trainer
+
+
+def check_resolved(config: Config) -> None:
+    """Raises ConfigError for an `auto` setting that only a plan can resolve."""
+    if config.model.activation_checkpointing == "auto":
+        raise ConfigError(
+            "model.activation_checkpointing: auto needs a plan, which fastgrpo.train and `fastgrpo train` make; give "
+            "Trainer.from_config one of none, selective, all or a number (fastgrpo.planning.plan.resolved finds it)"
+        )
+
+
+def run_callbacks(
+    config: Config, main: bool, heldout: Sequence[Prompt], store: CheckpointStore, users: Sequence[Callback]
+) -> list[Callback]:
+    """Returns the callbacks of a run, in their order: a user's come after the evaluation and before the checkpoint."""
+    evaluation = EvaluationCallback(heldout) if config.eval.every else None
+    found: list[Callback | None] = [
+        ProfilingCallback(store.directory.parent / "profile", config.telemetry.profile),
+        ProgressCallback(config.telemetry.progress and main),
+        GuardCallback(config),
+        evaluation,
+        *users,
+        CheckpointCallback(store, evaluation),
+    ]
+    return [callback for callback in found if callback is not None]
+
+
+def load_callback(name: str) -> Callback:
+    """Returns a new callback of the class that `module:Class` names. Raises ConfigError, naming what is wrong."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(f"callbacks: '{name}' is not module:Class, such as my_callbacks:MyCallback")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"callbacks: '{name}' cannot be imported: {error}") from None
+    if not (isinstance(kind, type) and issubclass(kind, Callback)):
+        raise ConfigError(f"callbacks: '{name}' is not a subclass of fastgrpo.training.callbacks.Callback")
+    try:
+        return kind()
+    except TypeError as error:
+        raise ConfigError(f"callbacks: '{name}' cannot be made without arguments: {error}") from None

@@ -1,0 +1,57 @@
+"""What outlives an iteration, in one place: a trainer to a checkpoint and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastgrpo.training.checkpoint import CheckpointStore, training_tensors
+
+if TYPE_CHECKING:
+    from fastgrpo.training.trainer import Trainer
+
+
+def save(trainer: Trainer, store: CheckpointStore, best: int | None) -> None:
+    """Writes a checkpoint of everything that training changes.
+
+    Args:
+        trainer: Between two iterations.
+        store: Where the checkpoint goes; in the background with checkpoint.background.
+        best: The iteration of the best evaluation, whose checkpoint stays beside the latest ones.
+
+    Raises:
+        UserError: If the checkpoint before this one could not be written (disk full, no permission).
+    """
+    rollouts, flying = trainer.rollouts.state()
+    state = {
+        "iteration": trainer.iteration,
+        "optimizer_steps": trainer.optimizer.steps,
+        "train_seconds": trainer.train_seconds,
+        "best_iteration": best,
+        "rollouts": rollouts,
+        "callbacks": {callback.name: state for callback in trainer.callbacks if (state := callback.state())},
+    }
+    policy = trainer.config.checkpoint
+    extra = {f"in_flight_{trainer.world.rank}": flying} if flying else {}
+    store.save(
+        trainer.iteration, training_tensors(trainer.optimizer), state, policy.keep, best, policy.background, extra
+    )
+
+
+def restore(trainer: Trainer, store: CheckpointStore, iteration: int) -> None:
+    """Puts a trainer where the checkpoint of `iteration` left off, to the bit.
+
+    Raises:
+        UserError: If the checkpoint is of another model, or holds samples in flight of other ranks.
+    """
+    state = store.state(iteration, verified=True)
+    with torch.no_grad():
+        store.load(iteration, training_tensors(trainer.optimizer))
+    trainer.iteration, trainer.optimizer.steps = state["iteration"], state["optimizer_steps"]
+    trainer.train_seconds = state["train_seconds"]
+    if flying := trainer.rollouts.restore(state["rollouts"]):
+        store.load(iteration, {f"in_flight_{trainer.world.rank}": flying})
+    for callback in trainer.callbacks:
+        if callback.name in state["callbacks"]:
+            callback.restore(state["callbacks"][callback.name])
