@@ -137,6 +137,35 @@ def test_tables_are_made_once_and_dropped_with_their_schedule():
     assert [reference() for reference in references] == [None, None]
 
 
+@pytest.mark.parametrize("function", [dance, flow, cps, ddim])
+def test_a_rollout_in_inference_mode_leaves_tables_to_train_with(function):
+    x, v, y = latents()
+    scheduler, fresh = scheduler_on(), scheduler_on()
+    steps = torch.tensor([1, 5, 9]) if function in (dance, ddim) else scheduler.timesteps[[1, 5, 9]]
+    with torch.inference_mode():
+        function(v, x, y, scheduler, steps)
+    leaf = v.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(function(leaf, x, y, scheduler, steps).sum(), leaf)
+    (expected,) = torch.autograd.grad(function(leaf, x, y, fresh, steps).sum(), leaf)
+    assert torch.equal(grad, expected)
+
+
+def test_nothing_is_kept_of_what_a_graph_captures(monkeypatch):
+    """Its memory is the graph's, and is written again by every replay."""
+    schedule, made = (SIGMAS.clone(),), []
+
+    def build():
+        made.append(torch.zeros(1))
+        return (made[-1],)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for _ in range(2):
+        assert _tables.cached(schedule, torch.device("cuda"), "settings", build)[0] is made[-1]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(2):
+        assert _tables.cached(schedule, torch.device("cuda"), "settings", build)[0] is made[2]
+
+
 def test_schedules_of_the_inference_mode_are_read_anew():
     x, v, y = latents()
     steps = torch.tensor([1, 2, 3])

@@ -55,17 +55,17 @@ def coefficients(
         (table,) = build()
         return _by_value(timesteps.to(device=device, dtype=dtype, non_blocking=True), table)
 
-    settings = "flow", sampler, noise_level, sigma_max, device
+    settings = "flow", sampler, noise_level, sigma_max
     if hasattr(scheduler, "timesteps"):
         timesteps = scheduler.timesteps
         # What is asked of a schedule of floats came from it; of integers a half may be asked, and is refused.
         dtype = timesteps.dtype if timesteps.is_floating_point() else torch.promote_types(timesteps.dtype, asked.dtype)
-        bounds, table = cached((timesteps, sigmas), (*settings, dtype), build_sorted)
+        bounds, table = cached((timesteps, sigmas), device, (*settings, dtype), build_sorted)
         # A column of a batch's timesteps is copied here, which searchsorted would do with a warning.
         asked = asked.to(device=device, dtype=dtype, non_blocking=True).contiguous()
         index = torch.searchsorted(bounds, asked, right=True)
     else:
-        (table,) = cached((sigmas,), settings, build)
+        (table,) = cached((sigmas,), device, settings, build)
         index = torch.tensor([int(scheduler.index_for_timestep(t)) for t in asked]).to(device, non_blocking=True)
     if index.numel() not in (1, batch):
         raise ValueError(f"timestep: expected 1 or {batch} values, one a sample, got {index.numel()}")

@@ -58,13 +58,16 @@ def gather(table: Tensor, index: Tensor, batch: int) -> Step:
     return Step(a, b, s, less_one, density, tuple(extras))
 
 
-def cached(schedule: tuple[Tensor, ...], settings: Hashable, build: Callable[[], tuple[Tensor, ...]]) -> tuple:
-    """What `build` makes of a schedule's tensors, made once for them as they are and for these settings.
+def cached(
+    schedule: tuple[Tensor, ...], device: torch.device, settings: Hashable, build: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What `build` makes of a schedule's tensors for a device, made once for them as they are and for these settings.
 
     Tables are dropped with the first of the tensors, and when one of them is changed or replaced.
     """
-    if not is_eager(*schedule) or any(tensor.is_inference() for tensor in schedule):
-        # Traced code holds the computation itself; tensors of the inference mode do not tell whether they changed.
+    # Traced code and a captured graph hold the computation themselves; a tensor of the inference mode does not tell
+    # whether it was changed.
+    if not is_eager(*schedule) or any(tensor.is_inference() for tensor in schedule) or _is_capturing(device):
         return build()
     first, *others = schedule
     state = [(id(tensor), tensor._version) for tensor in schedule]
@@ -72,10 +75,14 @@ def cached(schedule: tuple[Tensor, ...], settings: Hashable, build: Callable[[],
     if kept is None or kept[0] != state:
         # Others are kept with their tables, so that their ids remain theirs.
         kept = _tables[first] = (state, others, {})
-    tables = kept[2]
-    if settings not in tables:
+    tables, key = kept[2], (device, settings)
+    if key not in tables:
         built = build()
         if not is_eager(*built):
             return built
-        tables[settings] = built
-    return tables[settings]
+        tables[key] = built
+    return tables[key]
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

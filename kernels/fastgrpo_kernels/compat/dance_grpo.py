@@ -67,7 +67,7 @@ def _coefficients(sigmas: Tensor, index: int | Tensor, eta: float, sde: bool, la
         return (table_of(_transition(levels[:-1], levels[1:], eta, sde), -levels[:-1], device=device),)
 
     device = latents.device
-    (table,) = cached((sigmas,), ("dance", eta, sde, device), build)
+    (table,) = cached((sigmas,), device, ("dance", eta, sde), build)
     if isinstance(index, Tensor):
         index = index.to(device, non_blocking=True)
     else:

@@ -79,8 +79,8 @@ def _coefficients(scheduler: Any, timestep: int | Tensor, eta: float, sample: Te
         moved = Transition(torch.where(moves, a, 1.0), torch.where(moves, b, 0.0), torch.where(moves, s, 0.0))
         return (table_of(moved, device=device),)
 
-    settings = "ddim", leap, eta, config.prediction_type, *unaffine.values(), device
-    (table,) = cached((alphas,), settings, build)
+    settings = "ddim", leap, eta, config.prediction_type, *unaffine.values()
+    (table,) = cached((alphas,), device, settings, build)
     if is_one and is_host_readable(alphas):
         return Step(*table[:, int(timestep)].tolist())
     if isinstance(timestep, Tensor):
