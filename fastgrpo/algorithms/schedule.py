@@ -241,6 +241,23 @@ def check_sampler(sampler: str, paradigm: str, family: str) -> None:
         )
 
 
+def kl_factors(kind: str, sampler: str, plan: StepSchedule) -> np.ndarray:
+    """[T] float64: what turns the Gaussian KL of each stochastic step, Q/2, into objective.kl's; 0 elsewhere.
+
+    With Δμ = b·(v − v_ref) the means' difference: gaussian M[Δμ²]/(2s²) = Q/2; flow_grpo M[Δμ²]/(2·std²), where
+    s = std·√|Δσ| for the samplers that integrate an SDE; x M[Δμ²] = s²Q; v M[(v − v_ref)²] = Q·s²/b².
+    """
+    factors = np.zeros(plan.steps)
+    for t, (_, b, s) in enumerate(plan.transitions):
+        if s == 0:
+            continue
+        if kind == "flow_grpo":
+            factors[t] = plan.gaps[t] ** 2 if sampler in ("dance_sde", "flow_sde") else 1.0
+        else:
+            factors[t] = {"gaussian": 1.0, "x": 2 * s**2, "v": 2 * (s / b) ** 2}[kind]
+    return factors
+
+
 def loss_scale(objective: ObjectiveConfig, plan: StepSchedule) -> float:
     """The constant a loss is multiplied by: GRPO-Guard divides it by mean(gap)² over the trained steps."""
     if objective.ratio != "ratio_norm":

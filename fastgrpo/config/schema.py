@@ -326,7 +326,13 @@ class ObjectiveConfig(Section):
     clip_high: PositiveFloat = Field(default=1e-4, description="… and above 1 + this.")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(default=None, description="Bounds the loss where A < 0.")
     kl_weight: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="Of the Gaussian KL to the reference model."
+        default=0.0, description="Of the KL to the reference model, in the convention of `kl`."
+    )
+    kl: Literal["gaussian", "flow_grpo", "x", "v"] = Field(
+        default="gaussian",
+        description="gaussian: that of a step's two Gaussians, per element; flow_grpo: its standard deviation without "
+        "√Δσ, as in that project's image scripts; x: the mean squared difference of the steps' means; v: of the "
+        "model's outputs.",
     )
     dppo_threshold: PositiveFloat | None = Field(
         default=None, description="Flow-DPPO: drop a pair whose KL exceeds this and whose ratio moves further out."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgrpo.algorithms.layout import Layout, lay_out, rank_samples
 from fastgrpo.algorithms.objectives.grpo import SUMMED, Statistics, policy_loss
-from fastgrpo.algorithms.schedule import StepSchedule, loss_scale
+from fastgrpo.algorithms.schedule import StepSchedule, kl_factors, loss_scale
 from fastgrpo.config import Config
 from fastgrpo.distributed.fsdp import hold_weights, set_gradient_sync
 from fastgrpo.distributed.world import World
@@ -108,11 +108,13 @@ class Updater:
         coefficients = np.array([plan.transitions[t] for t in trajectory.layout.row_step], dtype=np.float64).reshape(
             -1, 3
         )
+        factors = kl_factors(self.config.objective.kl, self.config.rollout.sampler, plan)
         batch = _Tensors(
             time=to_device(np.array(plan.times, dtype=np.float32)[trajectory.layout.row_step], device),
             a=to_device(coefficients[trajectory.layout.pair_row, 0], device),
             b=to_device(coefficients[trajectory.layout.pair_row, 1], device),
             s=to_device(coefficients[trajectory.layout.pair_row, 2], device),
+            kl=to_device(factors[trajectory.layout.row_step[trajectory.layout.pair_row]], device).float(),
             advantage=to_device(advantages[trajectory.layout.samples[trajectory.layout.pair_sample]], device).float(),
         )
         result = UpdateResult(Statistics.zeros(device), Statistics.zeros(device))
@@ -187,6 +189,7 @@ class Updater:
                 other = model if frozen is None else frozen[micro.module]
                 v_reference = _per_pair(self.family.predict(x, time, condition, other), micro)
             _, Q_reference = shift_moments(v, v_reference, b, s, eps)
+            Q_reference = Q_reference * batch.kl.index_select(0, pairs)
         return policy_loss(P, Q, s.float(), advantage, weight, self.config.objective, Q_reference)
 
     def _noise(self, micro: MicroBatch, trajectory: Trajectory, iteration: int) -> Tensor | noise.NoiseKey:
@@ -204,6 +207,7 @@ class _Tensors:
     a: Tensor  # [M] float64
     b: Tensor  # [M] float64
     s: Tensor  # [M] float64
+    kl: Tensor  # [M] float32, `kl_factors` of each pair's step
     advantage: Tensor  # [M] or [M, T] float32
 
 
