@@ -362,6 +362,13 @@ class Update(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no EMA.")
+    ema_per: Literal["optimizer_step", "iteration"] = Field(
+        default="optimizer_step", description="What the EMA's decay counts: it is averaged after each of these."
+    )
+    ema_warmup: bool = Field(
+        default=True,
+        description="The n-th average has a decay of at most (1 + n)/(10 + n), so that the start weights fade sooner.",
+    )
     gather: Literal["auto", "once", "per_block"] = Field(
         default="auto",
         description="Sharded weights: once: kept gathered over the micro-batches of an optimizer step; per_block: "

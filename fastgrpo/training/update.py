@@ -143,6 +143,7 @@ class Updater:
             norm, skipped = self.optimizer.step()
             result.grad_norms.append(norm)
             result.skipped_steps.append(skipped)
+        self.optimizer.end_iteration(iteration)
         return result
 
     def _choose(self, plan: StepSchedule, layout: Layout, worth: np.ndarray, k: int) -> list[MicroBatch]:
