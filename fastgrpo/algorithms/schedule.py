@@ -1,15 +1,16 @@
 """Noise levels, shift, and which steps are stochastic and trained: the plan of one iteration's rollouts.
 
-Everything here is Python floats and numpy on the host; nothing depends on a tensor's value.
+Everything here is numbers on the host; nothing depends on what a model computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 
 from fastgrpo.config import ObjectiveConfig, Rollout, SubsetSteps, WindowSteps
 from fastgrpo.errors import ConfigError
@@ -108,7 +109,7 @@ def window_start(trained: WindowSteps, steps: int, iteration: int, seed: int) ->
 
 
 def trained_steps(rollout: Rollout, samples: int, iteration: int, seed: int) -> np.ndarray:
-    """[T, samples] bool: the transitions that each sample of an iteration trains; never the last one.
+    """[T, samples] bool: the transitions that each sample of an iteration trains; the last one where a subset may.
 
     Samples are indexed globally, so the draw is the same on every rank.
     """
@@ -117,7 +118,7 @@ def trained_steps(rollout: Rollout, samples: int, iteration: int, seed: int) -> 
         start = window_start(rollout.trained, rollout.steps, iteration, seed)
         chosen[start : start + rollout.trained.size] = True
         return chosen
-    candidates = rollout.steps - 1
+    candidates = rollout.subset_candidates
     count = int(rollout.trained.fraction * candidates)
     draws = np.random.default_rng([seed, noise.STREAM_SUBSET, iteration]).random((samples, candidates))
     picked = np.argsort(draws, axis=1)[:, :count]
@@ -151,6 +152,8 @@ def schedule_steps(
 
     With `deterministic` no step is stochastic and nothing is trained (evaluation).
     """
+    if rollout.truncate_timesteps and levels.prediction == "flow":
+        levels = replace(levels, times=truncated_times(levels, rollout.shift))
     steps = levels.steps
     if deterministic:
         trained = np.zeros((steps, samples), dtype=bool)
@@ -162,8 +165,8 @@ def schedule_steps(
             trained = trained[:steps]
     stochastic = [bool(row.any()) for row in trained]
     if not deterministic and isinstance(rollout.trained, SubsetSteps):
-        # Untrained transitions are stochastic too; the last one never is.
-        stochastic = [True] * (steps - 1) + [False]
+        # Untrained transitions are stochastic too.
+        stochastic = [True] * (steps - 1) + [rollout.last_step != "deterministic"]
     moves = tuple(
         stochastic_transition(rollout.sampler, levels, t, rollout.eta)
         if stochastic[t]
@@ -171,15 +174,31 @@ def schedule_steps(
         for t in range(steps)
     )
     first = stochastic.index(True) if any(stochastic) else steps
-    times = levels.times
-    if rollout.truncate_timesteps and levels.prediction == "flow":
-        times = tuple(int(1000 * time) / 1000 for time in times)
+    if any(moves[t].s == 0 for t in np.flatnonzero(trained.any(axis=1))):
+        raise ConfigError(
+            f"rollout.last_step: trained needs noise, and the last step of {rollout.sampler} has none here; set it to "
+            "stochastic or deterministic"
+        )
     gaps = tuple(levels.gap(t) for t in range(steps))
     weights = (0.0,) * steps
     if not deterministic and rollout.suffix_solver == "dpmpp_2m":
         weights = second_order_weights(levels, max(t for t in range(steps) if stochastic[t]) + 1)
     clean = tuple(clean_sample(levels, t) for t in range(steps)) if any(weights) else ((0.0, 0.0),) * steps
-    return StepSchedule(times, levels.modules, gaps, moves, trained, first, weights, clean)
+    return StepSchedule(levels.times, levels.modules, gaps, moves, trained, first, weights, clean)
+
+
+def truncated_times(levels: NoiseLevels, shift: float | str) -> tuple[float, ...]:
+    """⌊1000σ⌋/1000 of a flow's steps, [T], by float32 arithmetic in the order of DanceGRPO's scripts.
+
+    float64 arithmetic differs at many levels, such as step 18 of 20 at shift 3. Levels that are not those of a numeric
+    shift, which that project does not have, are taken as they are.
+    """
+    sigmas = torch.tensor(levels.start, dtype=torch.float32)
+    if not isinstance(shift, str):
+        even = torch.linspace(1, 0, levels.steps + 1)[:-1]
+        theirs = (shift * even) / (1 + (shift - 1) * even)
+        sigmas = theirs if torch.allclose(theirs, sigmas, rtol=0, atol=1e-5) else sigmas
+    return tuple(int(1000 * sigma) / 1000 for sigma in sigmas)
 
 
 def second_order_weights(levels: NoiseLevels, begin: int) -> tuple[float, ...]:

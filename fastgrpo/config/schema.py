@@ -149,7 +149,8 @@ class WindowSteps(Section):
 
 
 class SubsetSteps(Section):
-    """All transitions but the last are stochastic; each sample trains a random subset (DanceGRPO)."""
+    """All transitions but the last (see rollout.last_step) are stochastic; each sample trains a random subset of them
+    (DanceGRPO)."""
 
     kind: Literal["subset"] = "subset"
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -172,7 +173,13 @@ class Rollout(Section):
     )
     eta: PositiveFloat = Field(default=0.3, description="Noise level of the sampler: η, or n for flow_sde and cps.")
     truncate_timesteps: bool = Field(
-        default=False, description="Tell a flow's model ⌊1000σ⌋/1000 for σ, as DanceGRPO does; for parity only."
+        default=False,
+        description="Tell a flow's model ⌊1000σ⌋/1000 for σ, in DanceGRPO's float32 arithmetic; for parity only.",
+    )
+    last_step: Literal["deterministic", "stochastic", "trained"] = Field(
+        default="deterministic",
+        description="For parity, of the last transition, where trained.kind is subset. stochastic: it adds its noise, "
+        "as Flow-GRPO's does, and is not trained; trained: it is drawn like the others too.",
     )
     trained: WindowSteps | SubsetSteps = Field(
         default_factory=WindowSteps, discriminator="kind", description="Which steps are stochastic and trained."
@@ -214,6 +221,11 @@ class Rollout(Section):
         description="What an update compares with. velocity: the model's output, exact. log_prob: latents and their "
         "log-probabilities, subtracted as other trainers do, to compare with them.",
     )
+
+    @property
+    def subset_candidates(self) -> int:
+        """The transitions that a random subset is drawn from."""
+        return self.steps if self.last_step == "trained" else self.steps - 1
 
     @property
     def candidates(self) -> int:
