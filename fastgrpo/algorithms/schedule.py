@@ -1,6 +1,6 @@
 """Noise levels, shift, and which steps are stochastic and trained: the plan of one iteration's rollouts.
 
-Everything here is numbers on the host; nothing depends on what a model computes.
+Everything here is Python floats and numpy on the host; nothing depends on a tensor's value.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 
 from fastgrpo.config import ObjectiveConfig, Rollout, SubsetSteps, WindowSteps
 from fastgrpo.errors import ConfigError
@@ -193,12 +192,14 @@ def truncated_times(levels: NoiseLevels, shift: float | str) -> tuple[float, ...
     float64 arithmetic differs at many levels, such as step 18 of 20 at shift 3. Levels that are not those of a numeric
     shift, which that project does not have, are taken as they are.
     """
-    sigmas = torch.tensor(levels.start, dtype=torch.float32)
+    steps, sigmas = levels.steps, np.array(levels.start, dtype=np.float32)
     if not isinstance(shift, str):
-        even = torch.linspace(1, 0, levels.steps + 1)[:-1]
-        theirs = (shift * even) / (1 + (shift - 1) * even)
-        sigmas = theirs if torch.allclose(theirs, sigmas, rtol=0, atol=1e-5) else sigmas
-    return tuple(int(1000 * sigma) / 1000 for sigma in sigmas)
+        # torch.linspace(1, 0, T + 1), which counts from the nearer end and rounds once for each level.
+        number, stride = np.arange(steps), float(np.float32(-1.0) / np.float32(steps))
+        even = np.where(number < (steps + 1) // 2, 1 + stride * number, -stride * (steps - number)).astype(np.float32)
+        theirs = np.float32(shift) * even / (np.float32(1) + np.float32(shift - 1) * even)
+        sigmas = theirs if np.allclose(theirs, sigmas, rtol=0, atol=1e-5) else sigmas
+    return tuple(int(np.float32(1000) * sigma) / 1000 for sigma in sigmas)
 
 
 def second_order_weights(levels: NoiseLevels, begin: int) -> tuple[float, ...]:

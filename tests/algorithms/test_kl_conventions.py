@@ -10,7 +10,7 @@ import torch
 from support.tiny import tiny_config
 from support.updates import prepare
 
-from fastgrpo.algorithms.schedule import flow_levels, kl_factors, linear_levels, plan_rollout, shifted
+from fastgrpo.algorithms.schedule import flow_levels, kl_factors, linear_levels, schedule_steps, shifted
 from fastgrpo.config import Rollout, SubsetSteps
 
 STEPS = 10
@@ -46,7 +46,7 @@ def kl_of_project(kind, sampler, eta, levels, t, x, v, v_ref):
 def test_it_is_each_projects_own_value(kind, sampler, eta):
     levels = shifted(linear_levels(STEPS), 3.0)
     roll = Rollout(steps=STEPS, sampler=sampler, eta=eta, trained=SubsetSteps(fraction=1.0))
-    plan = plan_rollout(roll, flow_levels(levels, "transformer"), 2, 0, 0)
+    plan = schedule_steps(roll, flow_levels(levels, "transformer"), 2, 0, 0)
     factors = kl_factors(kind, sampler, plan)
     generator = torch.Generator().manual_seed(0)
     x, v, v_ref = torch.randn(3, 64, generator=generator, dtype=torch.float64)

@@ -52,7 +52,7 @@ def dance_grpo_timesteps(shift, steps):
 def truncated_plan(shift, steps):
     levels = flow_levels(shifted(linear_levels(steps), shift), "transformer")
     roll = Rollout(steps=steps, shift=shift, truncate_timesteps=True, trained=WindowSteps(size=1))
-    return plan_rollout(roll, levels, 1, 0, 0, deterministic=True)
+    return schedule_steps(roll, levels, 1, 0, 0, deterministic=True)
 
 
 @pytest.mark.parametrize("shift", [1.0, 1.5, 2.0, 3.0, 5.0, 6.5, 7.0])
@@ -75,7 +75,7 @@ def test_the_truncated_step_that_float64_gets_wrong():
 def test_levels_of_another_schedule_are_truncated_as_they_are():
     levels = flow_levels([1.0, 0.7505, 0.1239, 0.0], "transformer")
     roll = Rollout(steps=3, shift=3.0, truncate_timesteps=True, trained=WindowSteps(size=1))
-    assert plan_rollout(roll, levels, 1, 0, 0).times == (1.0, 0.75, 0.123)
+    assert schedule_steps(roll, levels, 1, 0, 0).times == (1.0, 0.75, 0.123)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_levels_of_another_schedule_are_truncated_as_they_are():
 def test_the_last_step_is_stochastic_where_parity_asks_for_it(last, stochastic, trained):
     levels = flow_levels(shifted(linear_levels(8), 3.0), "transformer")
     roll = Rollout(steps=8, sampler="flow_sde", eta=0.7, last_step=last, trained=SubsetSteps(fraction=1.0))
-    plan = plan_rollout(roll, levels, 4, 0, 0)
+    plan = schedule_steps(roll, levels, 4, 0, 0)
     assert sum(t.s > 0 for t in plan.transitions) == stochastic
     assert plan.pairs_per_sample == trained
-    still = plan_rollout(roll, levels, 4, 0, 0, deterministic=True)
+    still = schedule_steps(roll, levels, 4, 0, 0, deterministic=True)
     assert not any(t.s for t in still.transitions)
     # Flow-GRPO's last step: σ' = 0, noise of std·√σ.
     sigma = levels.start[-1]
@@ -104,7 +104,7 @@ def test_a_last_step_without_noise_is_not_trained(sampler, prediction):
         )
     roll = Rollout(steps=4, sampler=sampler, eta=0.5, last_step="trained", trained=SubsetSteps(fraction=1.0))
     with pytest.raises(ConfigError, match=rf"rollout\.last_step: trained needs noise, and the last step of {sampler}"):
-        plan_rollout(roll, levels, 2, 0, 0)
+        schedule_steps(roll, levels, 2, 0, 0)
 
 
 def test_dance_grpo_trains_nine_of_sixteen():
