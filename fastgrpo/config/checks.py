@@ -18,9 +18,15 @@ def check_combinations(config: Config) -> None:
     for key, plain in (("suffix_steps", None), ("suffix_solver", "first_order")):
         if isinstance(trained, SubsetSteps) and getattr(roll, key) != plain:
             raise ValueError(f"rollout.{key}: needs a window of trained steps; set rollout.trained.kind to window")
-    if isinstance(trained, SubsetSteps) and int(trained.fraction * (roll.steps - 1)) < 1:
+    if isinstance(trained, SubsetSteps) and int(trained.fraction * roll.subset_candidates) < 1:
         raise ValueError(
-            f"rollout.trained.fraction: {trained.fraction} of {roll.steps - 1} transitions is less than one step"
+            f"rollout.trained.fraction: {trained.fraction} of {roll.subset_candidates} transitions is less than one "
+            "step"
+        )
+    if isinstance(trained, WindowSteps) and roll.last_step != "deterministic":
+        raise ValueError(
+            f"rollout.last_step: {roll.last_step} is for a subset of trained steps; set it to deterministic, or "
+            "rollout.trained.kind to subset"
         )
     if roll.sampler == "cps" and roll.eta >= 1:
         raise ValueError(f"rollout.eta: {roll.eta} is not below 1, as the noise level of cps must be")

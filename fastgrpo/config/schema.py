@@ -149,7 +149,8 @@ class WindowSteps(Section):
 
 
 class SubsetSteps(Section):
-    """All transitions but the last are stochastic; each sample trains a random subset (DanceGRPO)."""
+    """All transitions but the last (see rollout.last_step) are stochastic; each sample trains a random subset of them
+    (DanceGRPO)."""
 
     kind: Literal["subset"] = "subset"
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -172,7 +173,13 @@ class Rollout(Section):
     )
     eta: PositiveFloat = Field(default=0.3, description="Noise level of the sampler: η, or n for flow_sde and cps.")
     truncate_timesteps: bool = Field(
-        default=False, description="Tell a flow's model ⌊1000σ⌋/1000 for σ, as DanceGRPO does; for parity only."
+        default=False,
+        description="Tell a flow's model ⌊1000σ⌋/1000 for σ, in DanceGRPO's float32 arithmetic; for parity only.",
+    )
+    last_step: Literal["deterministic", "stochastic", "trained"] = Field(
+        default="deterministic",
+        description="For parity, of the last transition, where trained.kind is subset. stochastic: it adds its noise, "
+        "as Flow-GRPO's does, and is not trained; trained: it is drawn like the others too.",
     )
     trained: WindowSteps | SubsetSteps = Field(
         default_factory=WindowSteps, discriminator="kind", description="Which steps are stochastic and trained."
@@ -214,6 +221,11 @@ class Rollout(Section):
         description="What an update compares with. velocity: the model's output, exact. log_prob: latents and their "
         "log-probabilities, subtracted as other trainers do, to compare with them.",
     )
+
+    @property
+    def subset_candidates(self) -> int:
+        """The transitions that a random subset is drawn from."""
+        return self.steps if self.last_step == "trained" else self.steps - 1
 
     @property
     def candidates(self) -> int:
@@ -326,7 +338,13 @@ class ObjectiveConfig(Section):
     clip_high: PositiveFloat = Field(default=1e-4, description="… and above 1 + this.")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(default=None, description="Bounds the loss where A < 0.")
     kl_weight: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="Of the Gaussian KL to the reference model."
+        default=0.0, description="Of the KL to the reference model, in the convention of `kl`."
+    )
+    kl: Literal["gaussian", "flow_grpo", "x", "v"] = Field(
+        default="gaussian",
+        description="gaussian: that of a step's two Gaussians, per element; flow_grpo: its standard deviation without "
+        "√Δσ, as in that project's image scripts; x: the mean squared difference of the steps' means; v: of the "
+        "model's outputs.",
     )
     dppo_threshold: PositiveFloat | None = Field(
         default=None, description="Flow-DPPO: drop a pair whose KL exceeds this and whose ratio moves further out."
@@ -356,6 +374,13 @@ class Update(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no EMA.")
+    ema_per: Literal["optimizer_step", "iteration"] = Field(
+        default="optimizer_step", description="What the EMA's decay counts: it is averaged after each of these."
+    )
+    ema_warmup: bool = Field(
+        default=True,
+        description="The n-th average has a decay of at most (1 + n)/(10 + n), so that the start weights fade sooner.",
+    )
     gather: Literal["auto", "once", "per_block"] = Field(
         default="auto",
         description="Sharded weights: once: kept gathered over the micro-batches of an optimizer step; per_block: "

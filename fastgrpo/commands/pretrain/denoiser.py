@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,10 +72,10 @@ def noised(
     shape = (-1,) + (1,) * (x0.ndim - 1)
     if family.paradigm == "flow":
         sigma = torch.randn(len(x0), generator=generator).sigmoid()
-        shift = family.pipeline_shift()
+        shift = family.pipeline_shift() or 1.0
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         return torch.lerp(x0, noise, sigma.view(shape)), sigma, noise - x0
-    scheduler = cast(Any, family).scheduler
+    scheduler = family.sampling_scheduler("pipeline")
     time = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
     x: Any = scheduler.add_noise(x0, noise, time)
     targets = {

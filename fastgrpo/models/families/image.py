@@ -1,11 +1,10 @@
-"""What the image families share: what their autoencoder and text take, and the levels that a flow's scheduler has."""
+"""What the image families share: what their autoencoder and text take, and how a flow's scheduler shifts by size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from fastgrpo.algorithms.schedule import NoiseLevels, flow_levels
 from fastgrpo.config import Model
 from fastgrpo.errors import ConfigError
 
@@ -40,13 +39,7 @@ def check_text_length(config: Model, longest: int, family: str) -> None:
 
 def dynamic_mu(config: Any, tokens: int) -> float:
     """μ of a scheduler that shifts by resolution: linear in the number of image tokens, as the pipelines have it."""
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return config.base_shift + slope * (tokens - config.base_image_seq_len)
-
-
-def scheduler_levels(scheduler: Any, module: str, **settings: Any) -> NoiseLevels:
-    """The levels of a flow that a FlowMatchEulerDiscreteScheduler has after `set_timesteps(**settings)`."""
-    # A copy, as the pipeline's own may be in use.
-    own = type(scheduler).from_config(scheduler.config)
-    own.set_timesteps(**settings)
-    return flow_levels(own.sigmas.tolist(), module)
+    base, largest = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    slope = (largest - base) / (longest - shortest)
+    return base + slope * (tokens - shortest)
