@@ -33,7 +33,8 @@ from fastgrpo.config import RewardSpec
 from fastgrpo.config.sections import PositiveFloat, PositiveInt, Section
 from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import load_reward
-from fastgrpo.rewards.base import Reward, Scores
+from fastgrpo.rewards.base import Reward, Scores, ask
+from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.served.wire import ScoreRequest, WireError, decode_request, encode_scores
 
 log = logging.getLogger(__name__)
@@ -179,10 +180,8 @@ class Batcher:
         parts = []
         for start in range(0, len(prompts), self.config.max_batch):
             part = slice(start, start + self.config.max_batch)
-            parts.append(self.reward.score(samples[part], prompts[part], requests[0].fps))
+            parts.append(ask(self.reward, samples[part], prompts[part], requests[0].fps))
         scores = Scores.concatenate(parts)
-        if len(scores.values) != len(prompts):
-            raise ValueError(f"{len(scores.values)} scores for {len(prompts)} samples")
         self.metrics.seconds.labels(self.name).observe(perf_counter() - begin)
         self.metrics.batch.labels(self.name).observe(len(prompts))
         self.metrics.samples.labels(self.name).inc(len(prompts))
@@ -232,6 +231,7 @@ def create_app(config: ServiceConfig, token: str, rewards: Mapping[str, Reward] 
     """The ASGI application; `rewards` by name where they are loaded already."""
     loaded = rewards if rewards is not None else {spec.key: load_reward(spec) for spec in config.rewards}
     metrics = Metrics()
+    failures = FailureLog(log.warning)
     limits = config.serve
 
     @asynccontextmanager
@@ -273,7 +273,7 @@ def create_app(config: ServiceConfig, token: str, rewards: Mapping[str, Reward] 
         except TimeoutError:
             return _refusal(408, f"the body did not come in {limits.body_timeout:g} s", metrics, name)
         except Exception as error:
-            log.warning("reward '%s' failed: %s: %s", name, type(error).__name__, error)
+            failures.failed(f"reward '{name}' failed", name, error)
             return _refusal(500, f"the reward failed: {type(error).__name__}", metrics, name)
         metrics.requests.labels(name, "200").inc()
         return JSONResponse(encode_scores(scores))
