@@ -24,11 +24,11 @@ def load_data(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a config should be a mapping of sections, not {kind_of(data)}")
     for item in overrides:
-        _override(data, item)
+        override(data, item)
     return data
 
 
-def _override(data: dict, item: str) -> None:
+def override(data: dict, item: str) -> None:
     """Sets `key.sub=value` in plain data; a list is entered by index."""
     key, equals, value = item.partition("=")
     parts = key.split(".")
