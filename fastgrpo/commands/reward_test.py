@@ -34,10 +34,10 @@ def specs_of(name: str, settings: Sequence[str] = ()) -> list[RewardSpec]:
         if not isinstance(data, list) or not data:
             raise ConfigError(f"{name}: has no list of rewards")
         return flatten_rewards([validate_settings(RewardSpec, one, f"rewards.{i}") for i, one in enumerate(data)])
-    data: dict[str, Any] = {"name": name}
+    own: dict[str, Any] = {"name": name}
     for setting in settings:
-        override(data, setting)
-    return flatten_rewards([validate_settings(RewardSpec, data, "rewards.0")])
+        override(own, setting)
+    return flatten_rewards([validate_settings(RewardSpec, own, "rewards.0")])
 
 
 def a_few_samples(

@@ -6,6 +6,7 @@ What cannot be used raises `ConfigError`, naming the key, the value, what is all
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from fastgrpo.config.overrides import load_data
@@ -24,6 +25,15 @@ PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def expand_user(path: str) -> str:
+    """A path with `~` and `~name` as the home directories that a shell would make of them."""
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
+# A path, or what may also be another source: with a home directory in place of ~.
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_user)]
 
 
 class Section(BaseModel):
