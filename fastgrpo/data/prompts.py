@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrpo.config.sections import expand_user
+from fastgrpo.config.paths import expand_user
 from fastgrpo.errors import ConfigError, nearest, require
 from fastgrpo.registry import Registry
 
