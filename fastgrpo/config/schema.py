@@ -5,7 +5,7 @@ An unknown key, a wrong type or an impossible combination raises `ConfigError` (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from fastgrpo.config.checks import check_combinations
 from fastgrpo.config.sections import (
     NonEmpty,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -25,7 +26,7 @@ from fastgrpo.config.sections import (
 
 
 class Run(Section):
-    dir: NonEmpty = Field(default="runs/default", description="Where everything this run writes goes.")
+    dir: PathText = Field(default="runs/default", description="Where everything this run writes goes.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="The 64-bit key of all noise and all draws."
     )
@@ -46,7 +47,7 @@ class Lora(Section):
 
 class Model(Section):
     family: NonEmpty = Field(description="Which model family serves it, such as flux or stable_diffusion.")
-    path: NonEmpty = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
+    path: PathText = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of the forward pass; masters are float32."
     )
@@ -63,7 +64,7 @@ class Model(Section):
     negative_prompt: str = Field(
         default="", description="What classifier-free guidance leads away from, where a prompt has none of its own."
     )
-    embedding_cache: NonEmpty | None = Field(
+    embedding_cache: PathText | None = Field(
         default=None,
         description="Directory of encoded prompts; with it the text encoders load only for a prompt it lacks. "
         "null: encoded prompts are kept in memory only.",
@@ -105,7 +106,7 @@ class Model(Section):
 
 
 class Prompts(Section):
-    train: NonEmpty = Field(
+    train: PathText = Field(
         description="A .txt, .jsonl or .csv file, shapes:train, moving:train, hf:<dataset>[:split[:column]] on the "
         "hub, or a source of an installed package."
     )
@@ -113,7 +114,7 @@ class Prompts(Section):
         default="epochs",
         description="epochs: every prompt equally often; spread: more often where its last groups' rewards differed.",
     )
-    heldout: str | None = Field(default=None, description="Prompts never trained on, for evaluation; same forms.")
+    heldout: PathText | None = Field(default=None, description="Prompts never trained on, for evaluation; same forms.")
 
 
 class WindowSteps(Section):
@@ -134,15 +135,15 @@ class WindowSteps(Section):
     every: PositiveInt = Field(default=25, description="Iterations between moves.")
     stride: PositiveInt = 1
 
-    def check(self, steps: int) -> None:
-        """Raises ValueError unless the window, and what it moves over, lies among the trainable transitions."""
+    def problems(self, steps: int) -> Iterator[str]:
+        """What is wrong unless the window, and what it moves over, lies among the trainable transitions."""
         if self.start + self.size > steps - 1:
-            raise ValueError(
+            yield (
                 f"rollout.trained: the window of {self.size} from step {self.start} reaches the last of "
                 f"{steps} transitions, which is never trained; start + size must be at most {steps - 1}"
             )
-        if self.stop is not None and not self.start + self.size <= self.stop <= steps - 1:
-            raise ValueError(
+        elif self.stop is not None and not self.start + self.size <= self.stop <= steps - 1:
+            yield (
                 f"rollout.trained.stop: {self.stop} should be from {self.start + self.size} (start + size) to "
                 f"{steps - 1} (the last of {steps} transitions, which is never trained)"
             )
@@ -244,7 +245,7 @@ class RewardSpec(Section):
     label: NonEmpty | None = Field(default=None, description="What logs call it; null: its name.")
     weight: float = Field(default=1.0, description="0: watched, not trained.")
     every: PositiveInt = Field(default=1, description="With weight 0: scored in every so many iterations.")
-    path: NonEmpty | None = Field(
+    path: PathText | None = Field(
         default=None, description="Of its weights: a directory, file, hub id or shapes:<name>."
     )
     when: dict[str, list[str | int | float | bool]] = Field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastgrpo.observe.metrics import RankMonitor, advantage_metrics, rank_metric
 from fastgrpo.observe.run_log import RunLog
 from fastgrpo.observe.timers import Lap, PhaseTimer
 from fastgrpo.rewards import Reward, load_reward
+from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import AllScores
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.rollouts import Rollouts
@@ -77,6 +79,8 @@ class Trainer:
         self.log = RunLog(None, config) if log is None else log
         self.callbacks = list(callbacks)
         self.timer, self.monitor = PhaseTimer(world.device), RankMonitor(world.device)
+        errors = None if log is None else Path(config.run.dir) / "errors"
+        self.failures = FailureLog(self.note, errors, world.process)
         prompts = load_prompts(config.prompts.train) if prompts is None else prompts
         frozen = prepare_weights(family, config, world)
         steps = config.train.iterations * config.update.optimizer_steps
@@ -85,7 +89,7 @@ class Trainer:
         reference = reference_of(family.policy, frozen) if config.objective.kl_weight else None
         self.updater = Updater(family, config, world, self.optimizer, reference, self.residency)
         self.rollouts = Rollouts(
-            family, config, world, prompts, self.rewards, self.timer, self.note, self._unsharded
+            family, config, world, prompts, self.rewards, self.timer, self.failures, self._unsharded
         )  # fmt: skip
         self.kl_weight = config.objective.kl_weight
         self.iteration, self.train_seconds = 0, 0.0

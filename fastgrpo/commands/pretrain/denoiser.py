@@ -25,6 +25,7 @@ from fastgrpo.evaluation.heldout import Evaluation, evaluate
 from fastgrpo.models import ModelFamily, family_class, load_family
 from fastgrpo.observe.media import write_frames, write_grid
 from fastgrpo.rewards import load_reward
+from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.shapes.world import eval_set
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -151,7 +152,8 @@ def measure(path: Path, config: PretrainConfig, n: int) -> Evaluation:
     chosen = eval_set(world.prompts[1], n, config.seed, world.categories)
     prompts = [replace(p, image=f"moving:{i}:{p.text}") for i, p in enumerate(as_prompts(chosen))]
     family = load_family(settings.model, ALONE.device)
-    return evaluate(family, {world.reward: load_reward(settings.rewards[0])}, prompts, settings, ALONE)
+    rewards = {world.reward: load_reward(settings.rewards[0])}
+    return evaluate(family, rewards, prompts, settings, ALONE, FailureLog(print))
 
 
 def save_bfloat16(pipeline: Any, path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastgrpo.config import Model
 from fastgrpo.errors import ConfigError
+from fastgrpo.models.families.shared import uneven_sides
 
 # Text tokens of a CLIP, whatever it is given.
 CLIP_TOKENS = 77
@@ -19,13 +20,11 @@ def vae_factor(config: Mapping[str, Any]) -> int:
 
 def check_image_size(config: Model, multiple: int, family: str) -> None:
     """Raises ConfigError unless model.height and width are multiples of `multiple` and model.frames is 1."""
-    for key in ("height", "width"):
-        size = getattr(config, key)
-        if size % multiple:
-            below = max(size // multiple, 1) * multiple
-            raise ConfigError(f"model.{key}: {size} is not a multiple of {multiple}; the nearest is {below}")
+    problems = uneven_sides(config, multiple)
     if config.frames != 1:
-        raise ConfigError(f"model.frames: {config.frames}, but {family} makes images; set it to 1")
+        problems.append(f"model.frames: {config.frames}, but {family} makes images; set it to 1")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def check_text_length(config: Model, longest: int, family: str) -> None:

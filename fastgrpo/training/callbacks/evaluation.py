@@ -43,7 +43,7 @@ class EvaluationCallback(Callback):
         config, iteration = trainer.config, trainer.iteration
         trainer.flush()
         with trainer.outside_iteration("eval"), trainer.optimizer.averaged(config.eval.ema):
-            result = evaluate(trainer.family, trainer.rewards, self.prompts, config, trainer.world, trainer.note)
+            result = evaluate(trainer.family, trainer.rewards, self.prompts, config, trainer.world, trainer.failures)
         summary = result.summary()
         score = sum(spec.weight * summary["rewards"][spec.key] for spec in config.scored)
         self.history.append({"iteration": iteration, "score": score, "rewards": summary["rewards"]})
