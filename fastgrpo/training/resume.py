@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,23 @@ def listening(stop: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def holding(store: CheckpointStore, lock: RunLock | None) -> Iterator[None]:
+    """However the block ends: a checkpoint that is being written is finished, and the run directory let go."""
+    try:
+        yield
+    except BaseException:
+        # What ended the block is what to say; a checkpoint that fails too leaves the one before it.
+        with suppress(UserError):
+            store.wait()
+        raise
+    else:
+        store.wait()
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def identity(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:

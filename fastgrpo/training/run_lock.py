@@ -65,8 +65,8 @@ def _taken(path: Path) -> IO[str]:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         print(
-            f"warning: run.dir: the file system of {path.parent} has no locks ({error.strerror}): nothing keeps a second "
-            "process from writing there",
+            f"warning: run.dir: the file system of {path.parent} has no locks ({error.strerror}): nothing keeps a "
+            "second process from writing there",
             file=sys.stderr,
         )
     file.truncate(0)
