@@ -261,11 +261,19 @@ def soak(seconds: float = 3600) -> dict[str, Any]:
         trainer = trainer_of(Path(temporary) / "run", 10**6, "checkpoint.every=10")
         begin, memory = time.perf_counter(), []
 
+<<<<<<< HEAD
         class Watch(Callback):
             def after_iteration(self, trainer: Trainer) -> None:
                 memory.append(_resident())
                 if time.perf_counter() - begin > seconds:
                     trainer.halted = "long enough"
+=======
+        def iterate() -> None:
+            original()
+            memory.append(_resident())
+            if time.perf_counter() - begin > seconds:
+                trainer.stop.ask(signal.SIGINT)
+>>>>>>> 82c62dd (Signals are wishes that ranks agree on: taken before torch is imported, never lost, 75 on every rank)
 
         trainer.callbacks.insert(0, Watch())
         with contextlib.suppress(UserError):

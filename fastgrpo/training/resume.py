@@ -1,13 +1,12 @@
-"""How a run stops to be continued, and continues: signals, the claim of a run directory, what may change on resume."""
+"""How a run is continued: the claim of a run directory, and what may change on resume."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,35 +36,6 @@ FIXED = (
 
 # Settings that name files: two spellings of one path are one value.
 PATHS = ("path", "embedding_cache")
-
-# Why a run stops; where ranks differ, the largest counts.
-GOING_ON, INTERRUPTED, PREEMPTED = 0, 1, 2
-
-# How a run ended, for its log.
-ENDS = {GOING_ON: "finished", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}
-STOPS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
-
-
-@contextmanager
-def listening(stop: Callable[[int], None]) -> Iterator[None]:
-    """Calls `stop` with the reason at a first SIGINT, SIGTERM or SIGUSR1; a second one is taken as it is."""
-
-    def ask(number: int, _frame: Any) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-        stop(STOPS[signal.Signals(number)])
-
-    before = {number: signal.getsignal(number) for number in STOPS}
-    try:
-        for number in before:
-            signal.signal(number, ask)
-    except ValueError:
-        # Not the main thread (a notebook, a server): signals stay as they are.
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
