@@ -28,18 +28,12 @@ import numpy as np
 import torch
 
 from fastgrpo.config import load_config
-<<<<<<< HEAD
-from fastgrpo.errors import UserError
-from fastgrpo.observe.run_log import RunLog
-from fastgrpo.observe.timers import PhaseTimer, peak_memory_bytes
-from fastgrpo.training.callbacks import Callback
-from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
-=======
 from fastgrpo.errors import REQUEUE, PreemptedError, UserError
-from fastgrpo.observe.run_log import Telemetry, read_metrics
+from fastgrpo.observe.run_log import RunLog, read_metrics
 from fastgrpo.observe.timers import PhaseTimer, peak_memory_bytes
 from fastgrpo.training import signals as stop_signals
->>>>>>> fb0e73d (wip)
+from fastgrpo.training.callbacks import Callback
+from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.checkpoint import CheckpointStore, DamagedError, training_tensors
 from fastgrpo.training.trainer import Trainer
 
@@ -357,19 +351,11 @@ def soak(seconds: float = 3600) -> dict[str, Any]:
         trainer = trainer_of(Path(temporary) / "run", 10**6, "checkpoint.every=10")
         begin, memory = time.perf_counter(), []
 
-<<<<<<< HEAD
         class Watch(Callback):
             def after_iteration(self, trainer: Trainer) -> None:
                 memory.append(_resident())
                 if time.perf_counter() - begin > seconds:
                     trainer.halted = "long enough"
-=======
-        def iterate() -> None:
-            original()
-            memory.append(_resident())
-            if time.perf_counter() - begin > seconds:
-                trainer.stop.ask(signal.SIGINT)
->>>>>>> 82c62dd (Signals are wishes that ranks agree on: taken before torch is imported, never lost, 75 on every rank)
 
         trainer.callbacks.insert(0, Watch())
         with contextlib.suppress(UserError):

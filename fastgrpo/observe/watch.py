@@ -1,7 +1,7 @@
 """A line when ranks wait long for one another: which rank, and in which phase it is.
 
-Every rank says every few seconds in `run.dir/ranks/<rank>.json` what it is doing. Files, because a store in the memory of
-a rank would stop with it.
+Every rank says every few seconds in `run.dir/ranks/<rank>.json` what it is doing. Files, because a store in the memory
+of a rank would stop with it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ class Watch:
         self._over = Event()
         self._thread = Thread(target=self._run, name="watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def start(self) -> None:
+        """Looks every few seconds, in a thread."""
         if self.seconds:
             if self.ranks > 1:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Ends the thread, and what it left in the directory."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -84,7 +85,8 @@ class Watch:
                 self.say(text)
 
     def _troubles(self, now: float) -> dict[int, str]:
-        phases = {rank: said[1:] for rank, (said, _, _) in self._seen.items() if said is not None}
+        # Where ranks have been for long: a change that this rank has not read yet is no trouble.
+        still = {r: said[1:] for r, (said, _, since) in self._seen.items() if said and now - since >= self.seconds}
         found = {}
         for rank, (said, alive, since) in self._seen.items():
             iteration, phase = said[1:] if said is not None else (0, "start")
@@ -92,7 +94,7 @@ class Watch:
             if now - alive >= self.seconds:
                 found[rank] = f"rank {rank} has given no sign of life for {now - alive:.0f} s; it was in {where}"
             elif now - since >= self.seconds and phase not in WAITING:
-                others = [r for r, other in phases.items() if r != rank and other != [iteration, phase]]
+                others = [r for r, other in still.items() if r != rank and other != [iteration, phase]]
                 if others or phase == "reward":
                     wait = f", and {len(others)} of {self.ranks} ranks wait" if others else ""
                     found[rank] = f"rank {rank} has been in {where} for {now - since:.0f} s{wait}"

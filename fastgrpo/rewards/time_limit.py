@@ -51,8 +51,3 @@ class LimitedReward:
         if error is not None:
             raise error
         return scores
-
-
-def limited(reward: Reward, name: str, seconds: float | None) -> Reward:
-    """`reward` with a time limit; None: as it is."""
-    return reward if seconds is None else LimitedReward(reward, name, seconds)

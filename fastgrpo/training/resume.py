@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,21 @@ FIXED = (
 PATHS = ("path", "embedding_cache")
 
 
-@contextmanager
-def holding(store: CheckpointStore, lock: RunLock | None) -> Iterator[None]:
-    """However the block ends: a checkpoint that is being written is finished, and the run directory let go."""
-    try:
-        yield
-    except BaseException:
-        # What ended the block is what to say; a checkpoint that fails too leaves the one before it.
-        with suppress(UserError):
-            store.wait()
-        raise
-    else:
-        store.wait()
-    finally:
-        if lock is not None:
-            lock.release()
+@dataclass(frozen=True)
+class Claim:
+    """A run directory that this run has.
+
+    start: the iteration to continue from; None: start. identity: what its checkpoints say of the run. lock: main's.
+    """
+
+    start: int | None
+    identity: Mapping[str, Any]
+    lock: RunLock | None = None
+
+    def release(self) -> None:
+        """Lets other processes have it."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def identity(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -73,10 +73,8 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def claim_directory(
-    config: Config, prompts: Sequence[Prompt], store: CheckpointStore, world: World
-) -> tuple[int | None, RunLock | None]:
-    """Takes a run directory for this run: the iteration to continue from (None: start), and main's lock of it.
+def claim_directory(config: Config, prompts: Sequence[Prompt], store: CheckpointStore, world: World) -> Claim:
+    """Takes a run directory for this run.
 
     Main reads every byte of the checkpoint; a damaged one gives way to the one before it, with a note. Only what this
     accepts changes the directory. Raises UserError, on the main process for all.
@@ -98,7 +96,7 @@ def claim_directory(
         if lock is not None:
             lock.release()
         raise error or ConfigError(f"run.dir: {store.directory.parent}: rank 0 could not claim it")
-    return (None if start == -1 else start), lock
+    return Claim(None if start == -1 else start, identity(config, prompts), lock)
 
 
 def _claim(config: Config, prompts: Sequence[Prompt], store: CheckpointStore) -> int:

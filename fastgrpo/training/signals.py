@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastgrpo.errors import PreemptedError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -68,6 +70,13 @@ class StopRequest:
         """Takes in what an agreement found."""
         self.agreed = max(self.agreed, agreed)
         return self.agreed
+
+    def leave(self, text: str) -> None:
+        """Raises what ends this process where the ranks agreed: PreemptedError with a text, or KeyboardInterrupt."""
+        if self.agreed == PREEMPTED:
+            raise PreemptedError(text)
+        if self.agreed == INTERRUPTED:
+            raise KeyboardInterrupt
 
 
 _current: StopRequest | None = None

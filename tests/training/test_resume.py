@@ -14,6 +14,8 @@ from fastgrpo.config import load_config, validate
 from fastgrpo.config.sections import dump_settings
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.training.callbacks import Callback
+from fastgrpo.training.callbacks.evaluation import EvaluationCallback
 from fastgrpo.training.checkpoint import CheckpointStore
 from fastgrpo.training.resume import compare, digest_of
 from fastgrpo.training.run_lock import RunLock
@@ -62,7 +64,7 @@ def test_a_second_process_is_told_who_holds_a_directory_and_a_kill_frees_it(tmp_
 
 
 def test_a_run_holds_its_directory_until_it_ends(tiny_flux, tmp_path):
-    trainer = Trainer(tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1}))
+    trainer = Trainer.from_config(tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1}))
     assert "in use by process" in holder(tmp_path / "run").communicate("")[0]
     trainer.run()
     assert holder(tmp_path / "run").communicate("\n")[0] == "held\n"
@@ -77,7 +79,7 @@ def test_a_failed_start_does_not_use_a_directory(tiny_flux, tmp_path):
     for resume, error in ((False, "weights"), (False, "weights"), (True, "holds no checkpoint"), ("auto", "weights")):
         run = config.run.model_copy(update={"resume": resume})
         with pytest.raises(UserError, match=error):
-            Trainer(config.model_copy(update={"run": run}), broken)
+            Trainer.from_config(config.model_copy(update={"run": run}), broken)
     finished(config)
     assert len(metrics(tmp_path / "run")) == 1
 
@@ -87,7 +89,7 @@ def test_metrics_without_a_checkpoint_name_a_way_on(tiny_flux, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"iteration": 0}\n')
     with pytest.raises(ConfigError, match=r"left no checkpoint; run\.resume=auto starts anew"):
-        Trainer(config)
+        Trainer.from_config(config)
     finished(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
     assert "reward/mean" in metrics(tmp_path / "run")[0]
 
@@ -147,9 +149,9 @@ def test_prompts_may_follow_and_not_change(tiny_flux, tmp_path, capsys):
     lines = ["a red circle", "a blue square", "a green circle"]
     finished(with_prompts(tiny_flux, tmp_path, lines, 1, False))
     with pytest.raises(ConfigError, match=r"prompts.train: .*prompts.txt has other prompts than"):
-        Trainer(with_prompts(tiny_flux, tmp_path, ["a red square", *lines[1:]], 2))
+        Trainer.from_config(with_prompts(tiny_flux, tmp_path, ["a red square", *lines[1:]], 2))
     with pytest.raises(ConfigError, match="has other prompts than"):
-        Trainer(with_prompts(tiny_flux, tmp_path, lines[:2], 2))
+        Trainer.from_config(with_prompts(tiny_flux, tmp_path, lines[:2], 2))
     finished(with_prompts(tiny_flux, tmp_path, [*lines, "a red square"], 2))
     assert "1 more prompts than at the checkpoint" in capsys.readouterr().err
     # A file of the same prompts elsewhere is the same.
@@ -182,28 +184,27 @@ def test_a_run_without_its_config_is_what_its_checkpoint_says(tiny_flux, tmp_pat
     assert open_run(run)[0] == config
     other = validate({**config.model_dump(mode="json"), "run": {"dir": str(run), "seed": 8, "resume": "auto"}})
     with pytest.raises(ConfigError, match=r"run\.seed differs"):
-        Trainer(other)
+        Trainer.from_config(other)
     finished(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
     assert load_config(written).run.seed == 7
 
 
 def test_weights_that_are_not_finite_are_named_and_not_continued(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, checkpoint={"every": 1, "keep": 1})
-    trainer = Trainer(config)
-    original = trainer.iterate
+    trainer = Trainer.from_config(config)
 
-    def poison():
-        original()
-        if trainer.iteration == 2:
-            trainer.optimizer.parameters[0].data.fill_(float("nan"))
+    class Poison(Callback):
+        def after_iteration(self, trainer):
+            if trainer.iteration == 2:
+                trainer.optimizer.parameters[0].data.fill_(float("nan"))
 
-    trainer.iterate = poison
+    trainer.callbacks.insert(0, Poison())
     with pytest.raises(UserError):
         trainer.run()
     store = CheckpointStore.of_run(tmp_path / "run")
     assert store.last_finite() == 1
     with pytest.raises(UserError, match=r"weights are not finite: model/\S+.*remove the checkpoints after 000001"):
-        Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
+        Trainer.from_config(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
 
 
 def test_the_best_checkpoint_is_saved_or_said_to_be_missing(tiny_flux, tmp_path, monkeypatch):
@@ -211,28 +212,21 @@ def test_the_best_checkpoint_is_saved_or_said_to_be_missing(tiny_flux, tmp_path,
         tiny_flux, tmp_path / "run", train={"iterations": 4}, checkpoint={"every": 0, "keep": 1},
         eval={"every": 1, "images": 4},
     )  # fmt: skip
-    trainer = Trainer(config)
-    scores = iter([0.1, 0.2, 0.9, 0.3, 0.2])
-    import fastgrpo.training.trainer as module
+    trainer = Trainer.from_config(config)
+    evaluation, scores = trainer.callback(EvaluationCallback), iter([0.1, 0.2, 0.9, 0.3, 0.2])
+    evaluate = evaluation.evaluate
 
-    class Fixed:
-        def __init__(self, result):
-            self.result, self.score = result, next(scores)
+    def fixed(trainer):
+        evaluate(trainer)
+        evaluation.history[-1]["score"] = next(scores)
 
-        def __getattr__(self, name):
-            return getattr(self.result, name)
-
-        def summary(self):
-            found = self.result.summary()
-            return {**found, "rewards": {**found["rewards"], "shapes": self.score}}
-
-    evaluate = module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda *a: Fixed(evaluate(*a)))
+    monkeypatch.setattr(evaluation, "evaluate", fixed)
     trainer.run()
-    assert trainer.store.iterations() == [2, 4]
+    store = CheckpointStore.of_run(tmp_path / "run")
+    assert store.iterations() == [2, 4]
     assert open_run(tmp_path / "run", "best")[2] == 2
     assert open_run(tmp_path / "run")[2] == 4
-    trainer.store.path(2).rename(tmp_path / "away")
+    store.path(2).rename(tmp_path / "away")
     with pytest.raises(UserError, match="iteration 2 scored best, and its checkpoint is not there"):
         open_run(tmp_path / "run", "best")
 

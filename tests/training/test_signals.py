@@ -93,7 +93,9 @@ import torch
 torch.set_num_threads(1)
 from fastgrpo.training import signals
 signals.listen()
-from fastgrpo.training import trainer as module
+from fastgrpo.rollout import rollouts
+from fastgrpo.training import setup, trainer
+from fastgrpo.training.callbacks import evaluation
 moment, number, rank = sys.argv[2], signal.Signals[sys.argv[3]], sys.argv[4]
 armed = [os.environ["RANK"] == rank]
 def hit():
@@ -112,12 +114,12 @@ from fastgrpo.training.checkpoint import CheckpointStore
 from fastgrpo.training.update import Updater
 from fastgrpo.rollout.generator import Generator
 {
-    "load": lambda: before(module, "prepare_weights"),
-    "claim": lambda: before(module, "claim_directory"),
-    "evaluation": lambda: before(module, "evaluate", 2),
-    "first evaluation": lambda: before(module, "evaluate"),
+    "load": lambda: before(trainer, "prepare_weights"),
+    "claim": lambda: before(setup, "claim_directory"),
+    "evaluation": lambda: before(evaluation, "evaluate", 2),
+    "first evaluation": lambda: before(evaluation, "evaluate"),
     "rollout": lambda: before(Generator, "start", 2),
-    "gather": lambda: before(module, "gather", 2),
+    "gather": lambda: before(rollouts, "gather_scores", 2),
     "update": lambda: before(Updater, "run", 2),
     "checkpoint": lambda: before(CheckpointStore, "save"),
     "checkpoint's write": lambda: before(CheckpointStore, "_finish" if rank == "0" else "_write"),
