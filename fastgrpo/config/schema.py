@@ -375,6 +375,11 @@ class Update(Section):
 
 class Train(Section):
     iterations: PositiveInt = 300
+    max_skipped_steps: PositiveInt | None = Field(
+        default=20,
+        description="So many optimizer steps in a row that are skipped, gradients not being finite, pause the run; "
+        "null: never.",
+    )
 
 
 class Eval(Section):

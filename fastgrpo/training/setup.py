@@ -21,6 +21,7 @@ from fastgrpo.training.adamw_8bit import check_optimizer
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
+from fastgrpo.training.callbacks.finite import FiniteCallback
 from fastgrpo.training.callbacks.guard import GuardCallback
 from fastgrpo.training.callbacks.profiling import ProfilingCallback
 from fastgrpo.training.callbacks.progress import ProgressCallback
@@ -96,6 +97,7 @@ def run_callbacks(
         GuardCallback(config),
         evaluation,
         *users,
+        FiniteCallback(config.train.max_skipped_steps),
         CheckpointCallback(store, evaluation, claim),
     ]
     return [callback for callback in found if callback is not None]

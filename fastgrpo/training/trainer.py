@@ -28,6 +28,7 @@ from fastgrpo.rewards.scoring import AllScores
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.rollouts import Rollouts
 from fastgrpo.training.callbacks import Callback
+from fastgrpo.training.callbacks.finite import raise_if_not_finite
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import residency
 from fastgrpo.training.result import TrainResult, result_of
@@ -212,6 +213,7 @@ class Trainer:
         """Pauses where too many samples have no score, before they are trained on."""
         if (wrong := self.rollouts.failure(scored, self.iteration)) is None:
             return
+        raise_if_not_finite(self, wrong)
         self.rollouts.drop_ahead()
         raise RunPausedError(
             f"{wrong}; see the messages above. The run is paused with a checkpoint: mend the reward, then go on with "

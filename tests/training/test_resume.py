@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support.runs import finished, metrics
 from support.tiny import tiny_config
 
@@ -13,7 +14,7 @@ from fastgrpo.commands.runs import open_run
 from fastgrpo.config import load_config, validate
 from fastgrpo.config.sections import dump_settings
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.errors import ConfigError, RunPausedError, UserError
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
 from fastgrpo.training.checkpoint import CheckpointStore
@@ -199,7 +200,7 @@ def test_weights_that_are_not_finite_are_named_and_not_continued(tiny_flux, tmp_
                 trainer.optimizer.parameters[0].data.fill_(float("nan"))
 
     trainer.callbacks.insert(0, Poison())
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"weights are not finite: \S+; the last finite checkpoint is of iteration 1"):
         trainer.run()
     store = CheckpointStore.of_run(tmp_path / "run")
     assert store.last_finite() == 1
@@ -236,6 +237,22 @@ def stored(folder, best):
     (folder).mkdir()
     (folder / "config.yaml").write_text("x")
     store.save(3, {}, {"best_iteration": best}, 2)
+
+
+@pytest.mark.parametrize("limit", [2, None])
+def test_steps_that_are_all_skipped_pause_the_run(tiny_flux, tmp_path, limit):
+    settings = {"iterations": 5, "max_skipped_steps": limit}
+    trainer = Trainer.from_config(tiny_config(tiny_flux, tmp_path / "run", train=settings))
+    trainer.optimizer.parameters[3].register_hook(lambda grad: torch.full_like(grad, torch.nan))
+    if limit is None:
+        trainer.run()
+        assert len(metrics(tmp_path / "run")) == 5
+        return
+    with pytest.raises(RunPausedError, match=r"train\.max_skipped_steps: 2 optimizer steps .*and weights are finite"):
+        trainer.run()
+    # The third iteration's samples were rolled out, and its update never came.
+    assert CheckpointStore.of_run(tmp_path / "run").iterations() == [2]
+    assert [line["optimizer_steps/skipped"] for line in metrics(tmp_path / "run")] == [1, 1]
 
 
 @pytest.mark.parametrize("best, message", [(0, "the base model scored best"), (None, "no evaluation has said yet")])
