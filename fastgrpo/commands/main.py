@@ -43,6 +43,11 @@ def train(
 
     So do SIGTERM and SIGUSR1, with exit code 75: start the same command again.
     """
+    if not check:
+        # Before torch is imported, which takes a while.
+        from fastgrpo.training.signals import listen
+
+        listen()
     require_extra("train", "fastgrpo train")
     from fastgrpo.config import load_config
 

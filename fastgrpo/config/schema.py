@@ -303,6 +303,11 @@ class Scoring(Section):
         default=0.5,
         description="A larger share of samples without a score pauses the run, with a checkpoint before that update.",
     )
+    timeout: PositiveFloat | None = Field(
+        default=1800.0,
+        description="Seconds that a reward in this process may take for a chunk; later its samples have failed. null: "
+        "no limit.",
+    )
 
 
 class Guard(Section):
@@ -396,6 +401,11 @@ class Update(Section):
 
 class Train(Section):
     iterations: PositiveInt = 300
+    max_skipped_steps: PositiveInt | None = Field(
+        default=20,
+        description="So many optimizer steps in a row that are skipped, gradients not being finite, pause the run; "
+        "null: never.",
+    )
 
 
 class Eval(Section):
@@ -423,6 +433,11 @@ class Telemetry(Section):
     tensorboard: bool = False
     wandb_project: str | None = Field(default=None, description="null: no Weights & Biases.")
     progress: bool = Field(default=True, description="A live line on the terminal.")
+    stall_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=60.0,
+        description="A rank that others wait for, a reward, or a rank without a sign of life for so long is named on "
+        "stderr, with its phase; 0: never.",
+    )
     profile: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=list,
         description="Iterations of which each rank writes a torch profiler trace into the run's profile/, as [20, 22].",
@@ -452,6 +467,9 @@ class Parallel(Section):
         default="whole",
         description="Of full fine-tuning's float32 weights. whole: every rank loads all, then keeps its shard; "
         "sharded: each reads its shards from safetensors, and none ever holds all.",
+    )
+    timeout: PositiveFloat = Field(
+        default=1800.0, description="Seconds that a rank waits for the others in a collective before the run ends."
     )
     frozen: Literal["shard", "replicate"] = Field(
         default="shard",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from fastgrpo.config import RewardSpec
+from fastgrpo.config import Config, RewardSpec
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.registry import Registry
 from fastgrpo.rewards.base import Reward, Scores, release
@@ -33,7 +33,7 @@ REGISTERED = {
     "shapes": "fastgrpo.rewards.shapes:ShapesReward",
 }
 
-__all__ = ["REGISTERED", "Reward", "Scores", "available", "load_reward", "release"]
+__all__ = ["REGISTERED", "Reward", "Scores", "available", "load_reward", "load_rewards", "release"]
 
 
 REWARDS = Registry("reward", "fastgrpo.rewards", REGISTERED, also="module:Class, or file.py:Class")
@@ -67,6 +67,15 @@ def load_reward(spec: RewardSpec) -> Reward:
     from fastgrpo.rewards.composite import Routed
 
     return Routed(reward, spec.when)
+
+
+def load_rewards(config: Config) -> dict[str, Reward]:
+    """The rewards of a run by their names in logs, with scoring.timeout. Raises ConfigError, as `load_reward` does."""
+    from fastgrpo.rewards.time_limit import LimitedReward
+
+    found = {spec.key: load_reward(spec) for spec in config.scored}
+    limit = config.scoring.timeout
+    return found if limit is None else {name: LimitedReward(reward, name, limit) for name, reward in found.items()}
 
 
 def _first(error: ValidationError) -> str:

@@ -130,7 +130,9 @@ class Rollouts:
     def restore(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """Takes in the data of `state`. Returns the tensors, to be filled from the checkpoint."""
         if isinstance(self.sampler, SpreadSampler):
-            self.sampler.spread[:] = np.array(state["prompt_spread"], dtype=np.float64)
+            # More prompts may have come at the end since.
+            spread = np.array(state["prompt_spread"], dtype=np.float64)
+            self.sampler.spread[: len(spread)] = spread
         flying = state["in_flight"]
         if flying is None:
             return {}

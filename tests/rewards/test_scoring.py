@@ -8,7 +8,7 @@ from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.world import World
 from fastgrpo.rewards import Scores
 from fastgrpo.rewards.failures import FailureLog
-from fastgrpo.rewards.scoring import joined, score_samples
+from fastgrpo.rewards.scoring import gather_scores, joined, score_samples
 
 IMAGES, PROMPTS = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), [Prompt("a red circle")] * 4
 ALONE = World(0, 1, torch.device("cpu"))

@@ -56,6 +56,8 @@ class EvaluationCallback(Callback):
         strict = "" if summary["strict_pass"] is None else f", strict pass {summary['strict_pass']:.1%}"
         if trainer.world.main:
             trainer.note(f"iteration {iteration}: held-out reward {score:.3f}{strict}")
+        # An evaluation takes a while: signals that came during it stop the run here.
+        trainer.stop.agree(trainer.world)
 
     def state(self) -> dict[str, Any]:
         best = self.best
