@@ -18,9 +18,9 @@ TOKEN = "a token of the tests"
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The URL of an ASGI application while it is served."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+def serving(app: Any, **options: Any) -> Iterator[str]:
+    """The URL of an ASGI application while it is served, with uvicorn's options."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -28,7 +28,7 @@ def serving(app: Any) -> Iterator[str]:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http{'s' if 'ssl_certfile' in options else ''}://127.0.0.1:{port}"
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)

@@ -1,4 +1,5 @@
-"""What a run survives, measured: kills, corruption, other world sizes, and what staying up costs.
+"""What a run survives, measured: kills, signals, two processes at once, corruption, other world sizes; and what staying
+up costs.
 
 Every trial is a process forked from this one, which has imported everything: the runs are of the shipped FLUX with four
 samples an iteration.
@@ -27,9 +28,10 @@ import numpy as np
 import torch
 
 from fastgrpo.config import load_config
-from fastgrpo.errors import UserError
-from fastgrpo.observe.run_log import RunLog
+from fastgrpo.errors import REQUEUE, PreemptedError, UserError
+from fastgrpo.observe.run_log import RunLog, read_metrics
 from fastgrpo.observe.timers import PhaseTimer, peak_memory_bytes
+from fastgrpo.training import signals as stop_signals
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.checkpoint import CheckpointStore, DamagedError, training_tensors
@@ -55,11 +57,17 @@ def trainer_of(folder: Path, iterations: int, *settings: str) -> Trainer:
 
 
 def fork(work: Callable[[], None], rank: int = 0, ranks: int = 1, port: int = 0) -> int:
-    """The process id of a copy of this process that does `work` and ends with 0, or with 1 and its error printed."""
+    """The process id of a copy of this process that does `work` and ends as the command line does: with 0, 2 and an
+    error printed, 75 after a signal; or with 1."""
+    # A signal that comes before the copy listens waits until it does.
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals.STOPS)
     process = os.fork()
     if process:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals.STOPS)
         return process
     try:
+        stop_signals.listen()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals.STOPS)
         # The parent's thread pools did not survive the fork. Asked for here, they are made anew before the loaders'
         # threads ask at once, which is a race in PyTorch ("Invalid thread pool!").
         torch.set_num_threads(1)
@@ -69,6 +77,11 @@ def fork(work: Callable[[], None], rank: int = 0, ranks: int = 1, port: int = 0)
         work()
         sys.stdout.flush()
         os._exit(0)
+    except PreemptedError:
+        os._exit(REQUEUE)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     except BaseException as error:
         print(f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[:1]}", file=sys.stderr, flush=True)
         os._exit(1)
@@ -139,6 +152,83 @@ def kills(count: int, iterations: int = 3, seed: int = 0) -> dict[str, Any]:
             shutil.rmtree(folder)
             print(outcome, file=sys.stderr, flush=True)
     return outcome | {"slowest end of the other rank, seconds": round(slowest, 1)}
+
+
+def signals(count: int = 100, iterations: int = 3, seed: int = 0) -> dict[str, Any]:
+    """SIGTERM or SIGUSR1 at a random moment at one of two ranks: 75 on both; resumed, the end is bit-identical.
+
+    A moment after the last agreement of the ranks finds a run that ends by itself: 0 on both.
+    """
+    chance = random.Random(seed)
+    settings = ("eval.every=2", "eval.images=4", "parallel.timeout=120")
+    outcome = {"trials": 0, "75 on both": 0, "ended before the signal, 0 on both": 0, "other": 0, "identical": 0}
+    slowest = 0.0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        begin = time.perf_counter()
+        reference = complete(folder, 2, iterations, *settings)
+        span = time.perf_counter() - begin
+        shutil.rmtree(folder)
+        for _ in range(count):
+            number, rank = chance.choice([signal.SIGTERM, signal.SIGUSR1]), chance.randrange(2)
+            processes = start(folder, 2, iterations, *settings)
+            time.sleep(chance.uniform(0, 0.9 * span))
+            ended = (folder / "end.txt").exists()
+            os.kill(processes[rank], number)
+            begin = time.perf_counter()
+            codes = finish(processes)
+            slowest = max(slowest, time.perf_counter() - begin)
+            late = ended and codes == [0, 0]
+            outcome["75 on both"] += codes == [REQUEUE] * 2
+            outcome["ended before the signal, 0 on both"] += late
+            if codes != [REQUEUE] * 2 and not late:
+                outcome["other"] += 1
+                print(f"{number!r} at rank {rank}: {codes}", file=sys.stderr, flush=True)
+            (folder / "end.txt").unlink(missing_ok=True)
+            outcome["identical"] += complete(folder, 2, iterations, *settings) == reference
+            outcome["trials"] += 1
+            shutil.rmtree(folder)
+            print(outcome, file=sys.stderr, flush=True)
+    return outcome | {"slowest end, seconds": round(slowest, 1)}
+
+
+def pairs(count: int = 50, iterations: int = 3, seed: int = 0) -> dict[str, Any]:
+    """Two processes on one run directory, the second at a random moment of the first: one trains, the other says who
+    does, and nothing is lost."""
+    chance = random.Random(seed)
+    outcome = {"pairs": 0, "one trained, the other said so": 0, "one after the other": 0, "all iterations": 0}
+    outcome["identical"] = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        begin = time.perf_counter()
+        reference = complete(root / "straight", 1, iterations)
+        span = time.perf_counter() - begin
+        for _ in range(count):
+            folder = root / "run"
+            said = root / "said"
+            first = start(folder, 1, iterations)
+            time.sleep(chance.uniform(0, 0.8 * span))
+            second = fork(lambda folder=folder, said=said: _told(folder, said, iterations))
+            codes = finish([*first, second])
+            text = said.read_text() if said.exists() else ""
+            outcome["one trained, the other said so"] += sorted(codes) == [0, 2] and "is in use by process" in text
+            outcome["one after the other"] += codes == [0, 0]
+            outcome["all iterations"] += [line["iteration"] for line in read_metrics(folder)] == [*range(iterations)]
+            outcome["identical"] += (folder / "end.txt").read_text() == reference
+            outcome["pairs"] += 1
+            shutil.rmtree(folder)
+            said.unlink(missing_ok=True)
+            print(outcome, file=sys.stderr, flush=True)
+    return outcome
+
+
+def _told(folder: Path, said: Path, iterations: int) -> None:
+    """Trains, and leaves what it was refused with."""
+    try:
+        train(folder, iterations)
+    except UserError as error:
+        said.write_text(str(error))
+        raise
 
 
 def ranks(iterations: int = 2) -> dict[str, Any]:
@@ -286,4 +376,12 @@ def _resident() -> int:
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
-MEASURES = {"kills": kills, "ranks": ranks, "corruptions": corruptions, "costs": costs, "soak": soak}
+MEASURES = {
+    "kills": kills,
+    "signals": signals,
+    "pairs": pairs,
+    "ranks": ranks,
+    "corruptions": corruptions,
+    "costs": costs,
+    "soak": soak,
+}

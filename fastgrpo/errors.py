@@ -11,7 +11,14 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A setting, or a file that a setting names, that cannot be used."""
+    """A setting, or a file that a setting names, that cannot be used.
+
+    Of several problems the message is the first; `problems` has them all.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems[:1])
+        self.problems = problems
 
 
 class RunPausedError(UserError):
@@ -53,6 +60,15 @@ def require(module: str, needed_by: str) -> None:
     """Raises UserError, naming the extra to install, unless `module` is installed. Imports nothing."""
     if importlib.util.find_spec(module) is None:
         raise missing(module, needed_by)
+
+
+def nearest_sizes(size: int, step: int, first: int = 0) -> str:
+    """`the nearest is 48` of the sizes first + step·k, k ≥ 1 (k ≥ 0 with a `first`), for one that is none of them."""
+    below = first + (size - first) // step * step
+    options = [n for n in (below, below + step) if n >= max(first, 1)]
+    distance = min(abs(n - size) for n in options)
+    best = [str(n) for n in options if abs(n - size) == distance]
+    return f"the nearest {'are' if len(best) > 1 else 'is'} {' and '.join(best)}"
 
 
 def nearest(word: str, options: Iterable[str], cutoff: float = 0.5) -> str:

@@ -13,7 +13,7 @@ def arithmetic(config: Config, world: int = 1) -> str:
     if isinstance(roll.trained, WindowSteps):
         trained, start = roll.trained.size, f"from step {roll.trained.start}"
     else:
-        trained, start = int(roll.trained.fraction * (roll.steps - 1)), "drawn per sample"
+        trained, start = int(roll.trained.fraction * roll.subset_candidates), "drawn per sample"
     pairs = rows = samples * trained
     if roll.shared_noise and roll.share_prefix and isinstance(roll.trained, WindowSteps):
         # The first stochastic step is one row a prompt, not one a sample.

@@ -6,7 +6,7 @@ Everything here is Python floats and numpy on the host; nothing depends on a ten
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -108,7 +108,7 @@ def window_start(trained: WindowSteps, steps: int, iteration: int, seed: int) ->
 
 
 def trained_steps(rollout: Rollout, samples: int, iteration: int, seed: int) -> np.ndarray:
-    """[T, samples] bool: the transitions that each sample of an iteration trains; never the last one.
+    """[T, samples] bool: the transitions that each sample of an iteration trains; the last one where a subset may.
 
     Samples are indexed globally, so the draw is the same on every rank.
     """
@@ -117,7 +117,7 @@ def trained_steps(rollout: Rollout, samples: int, iteration: int, seed: int) -> 
         start = window_start(rollout.trained, rollout.steps, iteration, seed)
         chosen[start : start + rollout.trained.size] = True
         return chosen
-    candidates = rollout.steps - 1
+    candidates = rollout.subset_candidates
     count = int(rollout.trained.fraction * candidates)
     draws = np.random.default_rng([seed, noise.STREAM_SUBSET, iteration]).random((samples, candidates))
     picked = np.argsort(draws, axis=1)[:, :count]
@@ -151,6 +151,8 @@ def schedule_steps(
 
     With `deterministic` no step is stochastic and nothing is trained (evaluation).
     """
+    if rollout.truncate_timesteps and levels.prediction == "flow":
+        levels = replace(levels, times=truncated_times(levels, rollout.shift))
     steps = levels.steps
     if deterministic:
         trained = np.zeros((steps, samples), dtype=bool)
@@ -162,8 +164,8 @@ def schedule_steps(
             trained = trained[:steps]
     stochastic = [bool(row.any()) for row in trained]
     if not deterministic and isinstance(rollout.trained, SubsetSteps):
-        # Untrained transitions are stochastic too; the last one never is.
-        stochastic = [True] * (steps - 1) + [False]
+        # Untrained transitions are stochastic too.
+        stochastic = [True] * (steps - 1) + [rollout.last_step != "deterministic"]
     moves = tuple(
         stochastic_transition(rollout.sampler, levels, t, rollout.eta)
         if stochastic[t]
@@ -171,15 +173,33 @@ def schedule_steps(
         for t in range(steps)
     )
     first = stochastic.index(True) if any(stochastic) else steps
-    times = levels.times
-    if rollout.truncate_timesteps and levels.prediction == "flow":
-        times = tuple(int(1000 * time) / 1000 for time in times)
+    if any(moves[t].s == 0 for t in np.flatnonzero(trained.any(axis=1))):
+        raise ConfigError(
+            f"rollout.last_step: trained needs noise, and the last step of {rollout.sampler} has none here; set it to "
+            "stochastic or deterministic"
+        )
     gaps = tuple(levels.gap(t) for t in range(steps))
     weights = (0.0,) * steps
     if not deterministic and rollout.suffix_solver == "dpmpp_2m":
         weights = second_order_weights(levels, max(t for t in range(steps) if stochastic[t]) + 1)
     clean = tuple(clean_sample(levels, t) for t in range(steps)) if any(weights) else ((0.0, 0.0),) * steps
-    return StepSchedule(times, levels.modules, gaps, moves, trained, first, weights, clean)
+    return StepSchedule(levels.times, levels.modules, gaps, moves, trained, first, weights, clean)
+
+
+def truncated_times(levels: NoiseLevels, shift: float | str) -> tuple[float, ...]:
+    """⌊1000σ⌋/1000 of a flow's steps, [T], by float32 arithmetic in the order of DanceGRPO's scripts.
+
+    float64 arithmetic differs at many levels, such as step 18 of 20 at shift 3. Levels that are not those of a numeric
+    shift, which that project does not have, are taken as they are.
+    """
+    steps, sigmas = levels.steps, np.array(levels.start, dtype=np.float32)
+    if not isinstance(shift, str):
+        # torch.linspace(1, 0, T + 1), which counts from the nearer end and rounds once for each level.
+        number, stride = np.arange(steps), float(np.float32(-1.0) / np.float32(steps))
+        even = np.where(number < (steps + 1) // 2, 1 + stride * number, -stride * (steps - number)).astype(np.float32)
+        theirs = np.float32(shift) * even / (np.float32(1) + np.float32(shift - 1) * even)
+        sigmas = theirs if np.allclose(theirs, sigmas, rtol=0, atol=1e-5) else sigmas
+    return tuple(int(np.float32(1000) * sigma) / 1000 for sigma in sigmas)
 
 
 def second_order_weights(levels: NoiseLevels, begin: int) -> tuple[float, ...]:
@@ -239,6 +259,23 @@ def check_sampler(sampler: str, paradigm: str, family: str) -> None:
         raise ConfigError(
             f"rollout.sampler: '{sampler}' does not sample {kind}, which {family} is (one of: {', '.join(allowed)})"
         )
+
+
+def kl_factors(kind: str, sampler: str, schedule: StepSchedule) -> np.ndarray:
+    """[T] float64: what turns the Gaussian KL of each stochastic step, Q/2, into objective.kl's; 0 elsewhere.
+
+    With Δμ = b·(v − v_ref) the means' difference: gaussian M[Δμ²]/(2s²) = Q/2; flow_grpo M[Δμ²]/(2·std²), where
+    s = std·√|Δσ| for the samplers that integrate an SDE; x M[Δμ²] = s²Q; v M[(v − v_ref)²] = Q·s²/b².
+    """
+    factors = np.zeros(schedule.steps)
+    for t, (_, b, s) in enumerate(schedule.transitions):
+        if s == 0:
+            continue
+        if kind == "flow_grpo":
+            factors[t] = schedule.gaps[t] ** 2 if sampler in ("dance_sde", "flow_sde") else 1.0
+        else:
+            factors[t] = {"gaussian": 1.0, "x": 2 * s**2, "v": 2 * (s / b) ** 2}[kind]
+    return factors
 
 
 def loss_scale(objective: ObjectiveConfig, schedule: StepSchedule) -> float:

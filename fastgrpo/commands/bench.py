@@ -141,10 +141,12 @@ def curves(iterations: Annotated[int, typer.Option(min=1, help="Timed iterations
 
 @app.command()
 def stay(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="kills, ranks, corruptions, costs or soak.")],
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="kills, signals, pairs, ranks, corruptions, costs or soak.")
+    ],
     count: Annotated[int | None, typer.Option(min=1, help="Trials; for ranks, iterations; for soak, seconds.")] = None,
 ) -> None:
-    """Measure what a run survives (kills, corruption, other world sizes), and what staying up costs."""
+    """Measure what a run survives (kills, signals, corruption, other world sizes), and what staying up costs."""
     measures = load("stay").MEASURES
     if what not in measures:
         raise UserError(f"bench stay: unknown measure '{what}'; (one of: {', '.join(measures)})")

@@ -23,6 +23,7 @@ from fastgrpo.models import load_family
 from fastgrpo.observe.media import write_frames, write_grid
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.clip import ClipReward
+from fastgrpo.rewards.failures import FailureLog
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,15 @@ def evaluate_target(target: str | Path, request: Request | None = None, note: Ca
     prompts = [distinct[i] for i in unit]
 
     family = load_family(config.model, world.device)
-    base = evaluate(family, rewards, prompts, config, world, note)
+    failures = FailureLog(note)
+    base = evaluate(family, rewards, prompts, config, world, failures)
     record(base, out / "final", 0, config.eval.grid, config.model.fps, config.eval.mp4)
     features = {"base": embedder.embed(base.images).double().numpy()}
     summary: dict[str, Any] = {"base": described(base, unit)}
     if store is not None:
         state = store.state(iteration)
         apply_checkpoint(family, config, store, iteration)
-        tuned = evaluate(family, rewards, prompts, config, world, note)
+        tuned = evaluate(family, rewards, prompts, config, world, failures)
         record(tuned, out / "final", iteration, config.eval.grid, config.model.fps, config.eval.mp4)
         features["tuned"] = embedder.embed(tuned.images).double().numpy()
         _side_by_side(base, tuned, config, out / "final")

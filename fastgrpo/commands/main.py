@@ -43,6 +43,11 @@ def train(
 
     So do SIGTERM and SIGUSR1, with exit code 75: start the same command again.
     """
+    if not check:
+        # Before torch is imported, which takes a while.
+        from fastgrpo.training.signals import listen
+
+        listen()
     require_extra("train", "fastgrpo train")
     from fastgrpo.config import load_config
 
@@ -200,6 +205,29 @@ def plan_table(
     for path in paths:
         typer.echo(planning.table_row(path))
         sys.stdout.flush()
+
+
+@app.command("reward-test")
+def reward_test(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A reward, module:Class, file.py:Class, or a .yaml file.")
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE…", help="Its settings, such as path=… or options.scale=2.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples to score.")] = 4,
+    prompts: Annotated[str | None, typer.Option(help="A file, shapes:heldout …; else the samples' own.")] = None,
+    images: Annotated[str | None, typer.Option(help="A folder of pictures; else scenes of coloured shapes.")] = None,
+    video: Annotated[bool, typer.Option("--video", help="Score videos.")] = False,
+) -> None:
+    """Score a few samples with a reward and print what it says; where it fails, the traceback goes to a file."""
+    require_extra("train", "fastgrpo reward-test")
+    from fastgrpo.commands.reward_test import a_few_samples, shown, specs_of, try_reward
+
+    samples, texts = a_few_samples(count, prompts, images, video)
+    for spec in specs_of(name, settings or ()):
+        scores, seconds = try_reward(spec, samples, texts, _note)
+        typer.echo("\n".join(shown(spec, scores, texts, seconds)))
 
 
 @app.command("convert-reward")

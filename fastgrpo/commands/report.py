@@ -13,11 +13,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
 from fastgrpo import __version__
 from fastgrpo.config import RewardSpec, flatten_rewards
-from fastgrpo.config.yaml import parse_yaml
+from fastgrpo.config.yaml import dump_yaml, parse_yaml
 from fastgrpo.errors import UserError
 from fastgrpo.observe.charts import curve_chart, time_chart
 from fastgrpo.observe.media import read_tiles
@@ -330,7 +328,7 @@ def _config(runs: list[RunData]) -> str:
         rows = [(key, *(str(settings.get(key)) for settings in flat)) for key in differing]
         parts.append(_table(("differs", *(run.name for run in runs)), rows))
     for run in runs:
-        name, text = html.escape(run.name), yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+        name, text = html.escape(run.name), dump_yaml(run.config)
         opened = " open" if len(runs) == 1 else ""
         parts.append(f"<details{opened}><summary>{name}</summary><pre>{html.escape(text)}</pre></details>")
         if run.summary is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrpo.config import Config, RewardSpec, flatten_rewards, load_config
+from fastgrpo.config import Config, RewardSpec, flatten_rewards, load_config, validate
 from fastgrpo.config.sections import Section, load_settings
-from fastgrpo.errors import UserError
+from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.models import ModelFamily
 from fastgrpo.models.trainable import make_trainable
 from fastgrpo.training.checkpoint import CheckpointStore, load_weights
@@ -45,24 +45,44 @@ def choose_rewards(config: Config, wanted: Sequence[str]) -> list[RewardSpec]:
 
 
 def open_run(run_dir: Path, checkpoint: str = "latest") -> tuple[Config, CheckpointStore, int]:
-    """A run's resolved config, its checkpoints, and the iteration that `checkpoint` names."""
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: not a run directory (it has no config.yaml)")
-    config = load_config(run_dir / "config.yaml")
+    """A run's resolved config, its checkpoints, and the iteration that `checkpoint` (latest, best, a number) names.
+
+    The config is that of the checkpoint where config.yaml is gone or broken. Raises UserError for what is not there.
+    """
     store = CheckpointStore.of_run(run_dir)
     there = store.iterations()
+    written = run_dir / "config.yaml"
+    if not there and not written.is_file():
+        raise UserError(f"{run_dir}: not a run directory (it has no config.yaml)")
     if not there:
         raise UserError(f"{run_dir}: holds no checkpoint yet")
     if checkpoint == "latest":
-        return config, store, there[-1]
-    if checkpoint == "best":
-        best = store.state(there[-1])["best_iteration"]
-        return config, store, there[-1] if best not in there else best
-    if not checkpoint.isdigit() or int(checkpoint) not in there:
+        iteration = there[-1]
+    elif checkpoint == "best":
+        iteration = _best(run_dir, store, there)
+    elif checkpoint.isdigit() and int(checkpoint) in there:
+        iteration = int(checkpoint)
+    else:
         raise UserError(
             f"{run_dir}: no checkpoint '{checkpoint}'; (one of: latest, best, {', '.join(map(str, there))})"
         )
-    return config, store, int(checkpoint)
+    try:
+        return load_config(written), store, iteration
+    except ConfigError:
+        return validate(store.state(iteration)["config"]), store, iteration
+
+
+def _best(run_dir: Path, store: CheckpointStore, there: list[int]) -> int:
+    """The checkpoint that scored best in the run's own evaluations; never another one."""
+    best = store.state(there[-1])["best_iteration"]
+    others = f"name latest or an iteration (one of: {', '.join(map(str, there))})"
+    if best is None:
+        raise UserError(f"{run_dir}: no evaluation has said yet which checkpoint is best; {others}")
+    if best == 0 and best not in there:
+        raise UserError(f"{run_dir}: the base model scored best, before training, and has no checkpoint; {others}")
+    if best not in there:
+        raise UserError(f"{run_dir}: iteration {best} scored best, and its checkpoint is not there; {others}")
+    return best
 
 
 def apply_checkpoint(family: ModelFamily, config: Config, store: CheckpointStore, iteration: int) -> None:

@@ -19,6 +19,7 @@ from fastgrpo.evaluation.heldout import draw
 from fastgrpo.models import ModelFamily, load_family
 from fastgrpo.observe.media import write_samples
 from fastgrpo.rewards import Reward, load_reward
+from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import score_samples
 
 # Images in memory at a time while the best of many are looked for.
@@ -79,12 +80,12 @@ def scored_chunks(
 
     scores: [chunk] by reward, NaN where there is none.
     """
-    total = len(prompts) * samples
+    total, failures = len(prompts) * samples, FailureLog(note)
     for start in range(0, total, CHUNK):
         numbers = np.arange(start, min(start + CHUNK, total))
         of = [prompts[n // samples] for n in numbers.tolist()]
         images = draw(family, of, config, world, first=start)
-        scores = score_samples(rewards, images, of, config.model.fps if images.ndim == 5 else None, note)
+        scores = score_samples(rewards, images, of, config.model.fps if images.ndim == 5 else None, failures)
         yield numbers, images, {name: np.where(s.counted, s.values, np.nan) for name, s in scores.items()}
 
 

@@ -2,74 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from fastgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastgrpo.config.schema import Config
 
 
 def check_combinations(config: Config) -> None:
-    """Raises ValueError, naming the setting and what to use instead, for the first combination that cannot be."""
+    """Raises ConfigError with every combination that cannot be, each naming the setting and what to use instead."""
+    if problems := list(_impossible(config)):
+        raise ConfigError(*problems)
+
+
+def _impossible(config: Config) -> Iterator[str]:
     from fastgrpo.config.schema import SubsetSteps, WindowSteps
 
     roll, trained = config.rollout, config.rollout.trained
     if isinstance(trained, WindowSteps):
-        trained.check(roll.steps)
+        yield from trained.problems(roll.steps)
     for key, plain in (("suffix_steps", None), ("suffix_solver", "first_order")):
         if isinstance(trained, SubsetSteps) and getattr(roll, key) != plain:
-            raise ValueError(f"rollout.{key}: needs a window of trained steps; set rollout.trained.kind to window")
-    if isinstance(trained, SubsetSteps) and int(trained.fraction * (roll.steps - 1)) < 1:
-        raise ValueError(
-            f"rollout.trained.fraction: {trained.fraction} of {roll.steps - 1} transitions is less than one step"
+            yield (f"rollout.{key}: needs a window of trained steps; set rollout.trained.kind to window")
+    if isinstance(trained, SubsetSteps) and int(trained.fraction * roll.subset_candidates) < 1:
+        yield (
+            f"rollout.trained.fraction: {trained.fraction} of {roll.subset_candidates} transitions is less than one "
+            "step"
+        )
+    if isinstance(trained, WindowSteps) and roll.last_step != "deterministic":
+        yield (
+            f"rollout.last_step: {roll.last_step} is for a subset of trained steps; set it to deterministic, or "
+            "rollout.trained.kind to subset"
         )
     if roll.sampler == "cps" and roll.eta >= 1:
-        raise ValueError(f"rollout.eta: {roll.eta} is not below 1, as the noise level of cps must be")
+        yield (f"rollout.eta: {roll.eta} is not below 1, as the noise level of cps must be")
     objective = config.objective
     if roll.old_values == "log_prob" and (
         objective.ratio != "gaussian" or objective.kl_weight or objective.dppo_threshold is not None
     ):
-        raise ValueError(
+        yield (
             "rollout.old_values: log_prob knows the ratio alone; another objective.ratio than gaussian, kl_weight "
             "and dppo_threshold need velocity"
         )
     if roll.best_of is not None and (roll.best_of < roll.group_size or roll.group_size % 2):
-        raise ValueError(
+        yield (
             f"rollout.best_of: half the best and half the worst of {roll.best_of} cannot be {roll.group_size} "
             "(rollout.group_size), which must be even and no more than it"
         )
     if roll.best_of is not None and roll.prompts_per_iteration % config.update.optimizer_steps:
-        raise ValueError(
+        yield (
             f"update.optimizer_steps: {config.update.optimizer_steps} does not divide the "
             f"{roll.prompts_per_iteration} prompts of an iteration, whose groups rollout.best_of keeps whole"
         )
     if late := next((r.key for r in config.scored if r.every > 1 and r.weight), None):
-        raise ValueError(f"rewards: '{late}' is trained, so it is scored every iteration; drop every, or its weight")
+        yield (f"rewards: '{late}' is trained, so it is scored every iteration; drop every, or its weight")
     samples = roll.prompts_per_iteration * roll.candidates
     if samples % config.update.optimizer_steps:
-        raise ValueError(
+        yield (
             f"update.optimizer_steps: {config.update.optimizer_steps} does not divide the {samples} samples of an "
             "iteration (rollout.prompts_per_iteration × rollout.group_size)"
         )
     if config.eval.every and config.prompts.heldout is None:
-        raise ValueError("eval.every: needs prompts.heldout; give held-out prompts, or set eval.every to 0")
+        yield ("eval.every: needs prompts.heldout; give held-out prompts, or set eval.every to 0")
     names = [reward.key for reward in config.scored]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"rewards: '{twice}' is named twice; give its weights as one, or each a label")
+        yield (f"rewards: '{twice}' is named twice; give its weights as one, or each a label")
     if sum(abs(r.weight) for r in config.scored) == 0:
-        raise ValueError("rewards: every weight is 0, so nothing would be learned; give one a weight")
+        yield ("rewards: every weight is 0, so nothing would be learned; give one a weight")
     if config.guard.action != "off" and all(r.weight for r in config.scored):
-        raise ValueError(f"guard.action: {config.guard.action} needs a held-out reward; give one weight 0")
+        yield (f"guard.action: {config.guard.action} needs a held-out reward; give one weight 0")
     if config.guard.action == "raise_kl" and not objective.kl_weight:
-        raise ValueError("guard.action: raise_kl needs a KL term to raise; set objective.kl_weight above 0")
+        yield ("guard.action: raise_kl needs a KL term to raise; set objective.kl_weight above 0")
     if config.model.trainable and config.model.lora:
-        raise ValueError("model.trainable: chooses among full weights, and model.lora trains none; drop one of them")
+        yield ("model.trainable: chooses among full weights, and model.lora trains none; drop one of them")
     if config.model.text_encoders == "drop" and config.model.embedding_cache is None:
-        raise ValueError("model.text_encoders: drop needs a place for what they encode; set model.embedding_cache")
+        yield ("model.text_encoders: drop needs a place for what they encode; set model.embedding_cache")
     if config.parallel.load == "sharded" and config.model.lora:
-        raise ValueError("parallel.load: sharded is for full fine-tuning, and model.lora is set; set it to whole")
+        yield ("parallel.load: sharded is for full fine-tuning, and model.lora is set; set it to whole")
     if config.model.quantize and not config.model.lora:
-        raise ValueError(
+        yield (
             f"model.quantize: {config.model.quantize} weights cannot be trained; set model.lora, or quantize to null"
         )
     if config.model.dtype == "bfloat16" and config.parallel.fsdp == "off":
-        raise ValueError("parallel.fsdp: off cannot serve model.dtype bfloat16, whose float32 masters FSDP2 keeps")
+        yield ("parallel.fsdp: off cannot serve model.dtype bfloat16, whose float32 masters FSDP2 keeps")

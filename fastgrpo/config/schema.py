@@ -5,7 +5,7 @@ An unknown key, a wrong type or an impossible combination raises `ConfigError` (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from fastgrpo.config.checks import check_combinations
 from fastgrpo.config.sections import (
     NonEmpty,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -25,7 +26,7 @@ from fastgrpo.config.sections import (
 
 
 class Run(Section):
-    dir: NonEmpty = Field(default="runs/default", description="Where everything this run writes goes.")
+    dir: PathText = Field(default="runs/default", description="Where everything this run writes goes.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="The 64-bit key of all noise and all draws."
     )
@@ -46,7 +47,7 @@ class Lora(Section):
 
 class Model(Section):
     family: NonEmpty = Field(description="Which model family serves it, such as flux or stable_diffusion.")
-    path: NonEmpty = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
+    path: PathText = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of the forward pass; masters are float32."
     )
@@ -63,7 +64,7 @@ class Model(Section):
     negative_prompt: str = Field(
         default="", description="What classifier-free guidance leads away from, where a prompt has none of its own."
     )
-    embedding_cache: NonEmpty | None = Field(
+    embedding_cache: PathText | None = Field(
         default=None,
         description="Directory of encoded prompts; with it the text encoders load only for a prompt it lacks. "
         "null: encoded prompts are kept in memory only.",
@@ -105,7 +106,7 @@ class Model(Section):
 
 
 class Prompts(Section):
-    train: NonEmpty = Field(
+    train: PathText = Field(
         description="A .txt, .jsonl or .csv file, shapes:train, moving:train, hf:<dataset>[:split[:column]] on the "
         "hub, or a source of an installed package."
     )
@@ -113,7 +114,7 @@ class Prompts(Section):
         default="epochs",
         description="epochs: every prompt equally often; spread: more often where its last groups' rewards differed.",
     )
-    heldout: str | None = Field(default=None, description="Prompts never trained on, for evaluation; same forms.")
+    heldout: PathText | None = Field(default=None, description="Prompts never trained on, for evaluation; same forms.")
 
 
 class WindowSteps(Section):
@@ -134,22 +135,23 @@ class WindowSteps(Section):
     every: PositiveInt = Field(default=25, description="Iterations between moves.")
     stride: PositiveInt = 1
 
-    def check(self, steps: int) -> None:
-        """Raises ValueError unless the window, and what it moves over, lies among the trainable transitions."""
+    def problems(self, steps: int) -> Iterator[str]:
+        """What is wrong unless the window, and what it moves over, lies among the trainable transitions."""
         if self.start + self.size > steps - 1:
-            raise ValueError(
+            yield (
                 f"rollout.trained: the window of {self.size} from step {self.start} reaches the last of "
                 f"{steps} transitions, which is never trained; start + size must be at most {steps - 1}"
             )
-        if self.stop is not None and not self.start + self.size <= self.stop <= steps - 1:
-            raise ValueError(
+        elif self.stop is not None and not self.start + self.size <= self.stop <= steps - 1:
+            yield (
                 f"rollout.trained.stop: {self.stop} should be from {self.start + self.size} (start + size) to "
                 f"{steps - 1} (the last of {steps} transitions, which is never trained)"
             )
 
 
 class SubsetSteps(Section):
-    """All transitions but the last are stochastic; each sample trains a random subset (DanceGRPO)."""
+    """All transitions but the last (see rollout.last_step) are stochastic; each sample trains a random subset of them
+    (DanceGRPO)."""
 
     kind: Literal["subset"] = "subset"
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -172,7 +174,13 @@ class Rollout(Section):
     )
     eta: PositiveFloat = Field(default=0.3, description="Noise level of the sampler: η, or n for flow_sde and cps.")
     truncate_timesteps: bool = Field(
-        default=False, description="Tell a flow's model ⌊1000σ⌋/1000 for σ, as DanceGRPO does; for parity only."
+        default=False,
+        description="Tell a flow's model ⌊1000σ⌋/1000 for σ, in DanceGRPO's float32 arithmetic; for parity only.",
+    )
+    last_step: Literal["deterministic", "stochastic", "trained"] = Field(
+        default="deterministic",
+        description="For parity, of the last transition, where trained.kind is subset. stochastic: it adds its noise, "
+        "as Flow-GRPO's does, and is not trained; trained: it is drawn like the others too.",
     )
     trained: WindowSteps | SubsetSteps = Field(
         default_factory=WindowSteps, discriminator="kind", description="Which steps are stochastic and trained."
@@ -216,6 +224,11 @@ class Rollout(Section):
     )
 
     @property
+    def subset_candidates(self) -> int:
+        """The transitions that a random subset is drawn from."""
+        return self.steps if self.last_step == "trained" else self.steps - 1
+
+    @property
     def candidates(self) -> int:
         """Samples of each prompt that are rolled out."""
         return self.best_of or self.group_size
@@ -232,7 +245,7 @@ class RewardSpec(Section):
     label: NonEmpty | None = Field(default=None, description="What logs call it; null: its name.")
     weight: float = Field(default=1.0, description="0: watched, not trained.")
     every: PositiveInt = Field(default=1, description="With weight 0: scored in every so many iterations.")
-    path: NonEmpty | None = Field(
+    path: PathText | None = Field(
         default=None, description="Of its weights: a directory, file, hub id or shapes:<name>."
     )
     when: dict[str, list[str | int | float | bool]] = Field(
@@ -290,6 +303,11 @@ class Scoring(Section):
         default=0.5,
         description="A larger share of samples without a score pauses the run, with a checkpoint before that update.",
     )
+    timeout: PositiveFloat | None = Field(
+        default=1800.0,
+        description="Seconds that a reward in this process may take for a chunk; later its samples have failed. null: "
+        "no limit.",
+    )
 
 
 class Guard(Section):
@@ -326,7 +344,13 @@ class ObjectiveConfig(Section):
     clip_high: PositiveFloat = Field(default=1e-4, description="… and above 1 + this.")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(default=None, description="Bounds the loss where A < 0.")
     kl_weight: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="Of the Gaussian KL to the reference model."
+        default=0.0, description="Of the KL to the reference model, in the convention of `kl`."
+    )
+    kl: Literal["gaussian", "flow_grpo", "x", "v"] = Field(
+        default="gaussian",
+        description="gaussian: that of a step's two Gaussians, per element; flow_grpo: its standard deviation without "
+        "√Δσ, as in that project's image scripts; x: the mean squared difference of the steps' means; v: of the "
+        "model's outputs.",
     )
     dppo_threshold: PositiveFloat | None = Field(
         default=None, description="Flow-DPPO: drop a pair whose KL exceeds this and whose ratio moves further out."
@@ -356,6 +380,13 @@ class Update(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no EMA.")
+    ema_per: Literal["optimizer_step", "iteration"] = Field(
+        default="optimizer_step", description="What the EMA's decay counts: it is averaged after each of these."
+    )
+    ema_warmup: bool = Field(
+        default=True,
+        description="The n-th average has a decay of at most (1 + n)/(10 + n), so that the start weights fade sooner.",
+    )
     gather: Literal["auto", "once", "per_block"] = Field(
         default="auto",
         description="Sharded weights: once: kept gathered over the micro-batches of an optimizer step; per_block: "
@@ -370,6 +401,11 @@ class Update(Section):
 
 class Train(Section):
     iterations: PositiveInt = 300
+    max_skipped_steps: PositiveInt | None = Field(
+        default=20,
+        description="So many optimizer steps in a row that are skipped, gradients not being finite, pause the run; "
+        "null: never.",
+    )
 
 
 class Eval(Section):
@@ -397,6 +433,11 @@ class Telemetry(Section):
     tensorboard: bool = False
     wandb_project: str | None = Field(default=None, description="null: no Weights & Biases.")
     progress: bool = Field(default=True, description="A live line on the terminal.")
+    stall_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=60.0,
+        description="A rank that others wait for, a reward, or a rank without a sign of life for so long is named on "
+        "stderr, with its phase; 0: never.",
+    )
     profile: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=list,
         description="Iterations of which each rank writes a torch profiler trace into the run's profile/, as [20, 22].",
@@ -426,6 +467,9 @@ class Parallel(Section):
         default="whole",
         description="Of full fine-tuning's float32 weights. whole: every rank loads all, then keeps its shard; "
         "sharded: each reads its shards from safetensors, and none ever holds all.",
+    )
+    timeout: PositiveFloat = Field(
+        default=1800.0, description="Seconds that a rank waits for the others in a collective before the run ends."
     )
     frozen: Literal["shard", "replicate"] = Field(
         default="shard",

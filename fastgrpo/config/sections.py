@@ -6,6 +6,7 @@ What cannot be used raises `ConfigError`, naming the key, the value, what is all
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import types
 import typing
@@ -13,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from fastgrpo.config.overrides import load_data
+from fastgrpo.config.paths import expand_user
 from fastgrpo.config.yaml import dump_yaml
 from fastgrpo.errors import ConfigError, nearest
 
@@ -24,6 +26,8 @@ PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+# A path, or what may also be another source: with a home directory in place of ~.
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_user)]
 
 
 class Section(BaseModel):
@@ -47,7 +51,7 @@ def validate_settings(kind: type[SectionType], data: Any, where: str = "") -> Se
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{where}.{_one_line(kind, error)}".lstrip(".")) from None
+        raise ConfigError(*(f"{where}.{line}".lstrip(".") for line in _problems(kind, error))) from None
 
 
 def dump_settings(settings: Section) -> str:
@@ -55,29 +59,97 @@ def dump_settings(settings: Section) -> str:
     return dump_yaml(settings.model_dump(mode="json"))
 
 
-def _one_line(kind: type[BaseModel], error: ValidationError) -> str:
+def _problems(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    """A line for every setting that is wrong: the misspelt ones first, then in the order of the sections."""
     errors = error.errors(include_url=False)
+    found: dict[str, list[str]] = {}
+    for one in sorted(errors, key=lambda e: e["type"] != "extra_forbidden"):
+        key = _place(kind, one["loc"], one["type"] == "extra_forbidden")[0]
+        # Of a union's members each has its own error, and one line says them all.
+        if key not in found or one["type"] == "value_error":
+            found[key] = _lines(kind, one, errors)
+    lines = [line for lines in found.values() for line in lines]
     # A misspelt key is often a missing one too: the misspelling is what to mend.
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    key, sections = _place(kind, first["loc"], first["type"] == "extra_forbidden")
-    given, context = first.get("input"), first.get("ctx", {})
-    match first["type"]:
+    meant = set(re.findall(r"(\S+): unknown setting; did you mean '(\w+)'", "\n".join(lines)))
+    missing = {f"{'.'.join([*key.split('.')[:-1], name])}: this setting is required" for key, name in meant}
+    return [line for line in lines if line not in missing]
+
+
+def _lines(kind: type[BaseModel], error: ErrorDetails, errors: list[ErrorDetails]) -> list[str]:
+    """What is wrong with one setting; several lines only where the check of a whole section says several."""
+    key, sections = _place(kind, error["loc"], error["type"] == "extra_forbidden")
+    given, context = error.get("input"), error.get("ctx", {})
+    match error["type"]:
         case "value_error":
-            return _flat(f"{context['error']}")
+            return [_flat(text) for text in getattr(context["error"], "problems", None) or [str(context["error"])]]
         case "missing":
-            return f"{key}: this setting is required"
+            return [f"{key}: this setting is required"]
         case "extra_forbidden":
-            names = sorted({name for section in sections for name in section.model_fields})
-            return f"{key}: unknown setting; {nearest(str(first['loc'][-1]), names)}(one of: {', '.join(names)})"
+            return [_unknown(kind, key, str(error["loc"][-1]), sections)]
         case "union_tag_not_found":
-            return f"{key}.kind: this setting is required (one of: {', '.join(filter(None, map(_tag, sections)))})"
+            return [f"{key}.kind: this setting is required (one of: {', '.join(filter(None, map(_tag, sections)))})"]
         case "union_tag_invalid":
             tag, options = context["tag"], context["expected_tags"]
-            return f"{key}.kind: {_shown(tag)} is not valid; {_near(tag, options)}it should be {_either([options])}"
-    same = [e for e in errors if _place(kind, e["loc"])[0] == key and e["type"] != "missing"]
+            return [f"{key}.kind: {_shown(tag)} is not valid; {_near(tag, options)}it should be {_either([options])}"]
+    same = [e for e in errors if _place(kind, e["loc"])[0] == key and e["type"] not in ("missing", "extra_forbidden")]
     wishes = list(dict.fromkeys(_wish(e) for e in same))
     hint = _near(given, ", ".join(str(e.get("ctx", {}).get("expected", "")) for e in same))
-    return f"{key}: {_shown(given)} is not valid; {hint}it should be {_either(wishes)}"
+    return [f"{key}: {_shown(given)} is not valid; {hint}it should be {_either(wishes)}"]
+
+
+# What other trainers call a setting, where the name itself does not lead to it.
+OTHER_NAMES = {
+    "learning_rate": "update.optimizer.lr", "adam_beta1": "update.optimizer.beta1",
+    "adam_beta2": "update.optimizer.beta2", "lr_scheduler": "update.optimizer.schedule",
+    "lr_warmup_steps": "update.optimizer.warmup", "warmup_steps": "update.optimizer.warmup", "ema": "update.ema_decay",
+    "num_generations": "rollout.group_size", "num_samples_per_prompt": "rollout.group_size",
+    "num_inference_steps": "rollout.steps", "sampling_steps": "rollout.steps", "num_steps": "rollout.steps",
+    "batch_size": "rollout.forward_batch", "train_batch_size": "rollout.forward_batch", "noise_level": "rollout.eta",
+    "guidance_scale": "model.guidance", "cfg": "model.guidance", "resolution": "model.height",
+    "num_frames": "model.frames", "mixed_precision": "model.dtype", "precision": "model.dtype", "bf16": "model.dtype",
+    "pretrained_model_name_or_path": "model.path", "lora_rank": "model.lora.rank", "lora_alpha": "model.lora.alpha",
+    "gradient_checkpointing": "model.activation_checkpointing", "torch_compile": "model.compile",
+    "clip_range": "objective.clip_high", "epsilon": "objective.clip_high", "beta": "objective.kl_weight",
+    "kl_coeff": "objective.kl_weight", "num_epochs": "train.iterations", "max_train_steps": "train.iterations",
+    "max_steps": "train.iterations", "output_dir": "run.dir", "resume_from_checkpoint": "run.resume",
+    "dataset": "prompts.train", "prompt": "prompts.train", "save_steps": "checkpoint.every",
+    "eval_steps": "eval.every", "wandb": "telemetry.wandb_project", "use_wandb": "telemetry.wandb_project",
+}  # fmt: skip
+
+
+def _unknown(kind: type[BaseModel], key: str, name: str, sections: list[type[BaseModel]]) -> str:
+    """The line for a setting that does not exist: what was meant here, or in which other section it is."""
+    names, every = sorted({name for section in sections for name in section.model_fields}), settings_of(kind)
+    meant = [place for place in every if place.rpartition(".")[2] == name]
+    meant += [place for place in [OTHER_NAMES.get(name)] if place in every]
+    hint = "" if meant else nearest(name, names)
+    if not meant and not hint:
+        lasts = {place.rpartition(".")[2] for place in every}
+        close = difflib.get_close_matches(name, lasts, n=1, cutoff=0.75)
+        meant = [place for place in every if place.rpartition(".")[2] in close]
+    if meant:
+        hint = f"did you mean {_either([f'{place!r}' for place in meant[:4]])}? "
+    return f"{key}: unknown setting; {hint}(one of: {', '.join(names)})"
+
+
+@functools.cache
+def settings_of(kind: type[BaseModel]) -> tuple[str, ...]:
+    """The dotted names of every setting below a section; a list of sections is entered by its first."""
+    found: dict[str, None] = {}
+    for name, field in kind.model_fields.items():
+        found[name] = None
+        listed = ".0" if _holds_list(field.annotation) else ""
+        for section in _sections_in(field.annotation):
+            found.update(dict.fromkeys(f"{name}{listed}.{inner}" for inner in settings_of(section)))
+    return tuple(found)
+
+
+def _holds_list(annotation: Any) -> bool:
+    if typing.get_origin(annotation) is list:
+        return True
+    return typing.get_origin(annotation) in (Union, types.UnionType, Annotated) and any(
+        _holds_list(argument) for argument in typing.get_args(annotation)
+    )
 
 
 _WISHES = {

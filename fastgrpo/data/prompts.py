@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgrpo.config.paths import expand_user
 from fastgrpo.errors import ConfigError, nearest, require
 from fastgrpo.registry import Registry
 
@@ -27,6 +31,9 @@ class Prompt:
     image: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+
+# Of files of every system, the oldest too; other characters that Python would split at are text.
+LINE_END = re.compile(r"\r\n|\n|\r")
 
 # What reads a source: by what stands before its colon, called with what follows it; or by a file's suffix, called with
 # the path.
@@ -137,11 +144,12 @@ def _ready_made(name: str) -> list[Prompt]:
 
 
 def open_image(image: str) -> Image.Image:
-    """The RGB picture of a prompt: a file, or `moving:<seed>:<caption>`, a first frame of the moving world.
+    """The RGB picture of a prompt, turned as its EXIF orientation says (as diffusers' `load_image` does): a file, or
+    `moving:<seed>:<caption>`, a first frame of the moving world.
 
     Raises ConfigError where it cannot be read.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if image.startswith("moving:"):
         from fastgrpo.shapes.moving_render import first_frame
@@ -149,9 +157,38 @@ def open_image(image: str) -> Image.Image:
         _, seed, caption = image.split(":", 2)
         return Image.fromarray(first_frame(caption, int(seed)))
     try:
-        return Image.open(image).convert("RGB")
-    except OSError as error:
-        raise ConfigError(f"{image}: cannot read the image: {error.strerror or 'not a picture'}") from None
+        with Image.open(image) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ConfigError(f"{image}: the image has more than {limit:,} pixels, PIL's limit; make it smaller") from None
+    except Image.UnidentifiedImageError:
+        raise ConfigError(f"{image}: cannot read the image: not a picture") from None
+    except MemoryError:
+        raise ConfigError(f"{image}: the image does not fit into memory; make it smaller") from None
+    # Its readers raise whatever a damaged file makes them stumble over: struct.error, SyntaxError, ValueError …
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{image}: cannot read the image: {reason}") from None
+
+
+def open_pictures(prompts: Iterable[Prompt]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Opens every picture of the prompts once, whole: (width, height) of those that can be read, a line for others."""
+    names = list(dict.fromkeys(p.image for p in prompts if p.image is not None))
+
+    def size(image: str) -> tuple[int, int] | str:
+        if image.startswith("moving:"):
+            # Drawn here, and never damaged; a long list would take minutes.
+            return 32, 32
+        try:
+            return open_image(image).size
+        except ConfigError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        found = dict(zip(names, pool.map(size, names), strict=True))
+    sizes = {name: result for name, result in found.items() if not isinstance(result, str)}
+    return sizes, [result for result in found.values() if isinstance(result, str)]
 
 
 def _hub(spec: str) -> list[Prompt]:
@@ -185,41 +222,43 @@ def _hub(spec: str) -> list[Prompt]:
 
 
 def _txt(path: str) -> Iterator[Prompt]:
-    return _file(Path(path), _text_records)
+    return _file(Path(expand_user(path)), _text_records)
 
 
 def _jsonl(path: str) -> Iterator[Prompt]:
-    return _file(Path(path), _json_records)
+    return _file(Path(expand_user(path)), _json_records)
 
 
 def _csv(path: str) -> Iterator[Prompt]:
-    return _file(Path(path), _csv_records)
+    return _file(Path(expand_user(path)), _csv_records)
 
 
 def _file(path: Path, reader: Callable[[str, Path], Iterator[tuple[int, dict]]]) -> Iterator[Prompt]:
     try:
         raw = path.read_bytes()
-    except OSError as error:
-        siblings = [p.name for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
+    except (OSError, ValueError) as error:
+        # A ValueError is of a name that no file can have.
+        reason = error.strerror if isinstance(error, OSError) else error
+        siblings = [p.name for p in path.parent.glob(f"*{path.suffix}")] if not os.path.exists(path) else []
         hint = nearest(path.name, siblings).strip()
-        raise ConfigError(f"{path}: cannot read the prompts: {error.strerror}{'; ' + hint if hint else ''}") from None
+        raise ConfigError(f"{path}: cannot read the prompts: {reason}{'; ' + hint if hint else ''}") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = len(LINE_END.split(raw[: error.start].decode("utf-8-sig")))
         raise ConfigError(f"{path}:{line}: not UTF-8 text") from None
     for line, record in reader(text, path):
         yield _prompt(record, f"{path}:{line}", path.parent)
 
 
 def _text_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(LINE_END.split(text), 1):
         if line.strip():
             yield number, {"prompt": line.strip()}
 
 
 def _json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(LINE_END.split(text), 1):
         if not line.strip():
             continue
         try:
@@ -227,9 +266,20 @@ def _json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be read"
             raise ConfigError(f"{path}:{number}: not valid JSON: {reason}") from None
+        if "\\u" in line and _broken(record):
+            raise ConfigError(f"{path}:{number}: half of a character by itself (a lone surrogate, such as \\ud83d)")
         if not isinstance(record, dict):
             raise ConfigError(f'{path}:{number}: a line should be an object such as {{"prompt": "a red circle"}}')
         yield number, record
+
+
+def _broken(record: Any) -> bool:
+    """Whether its text cannot be written: a lone surrogate, which no tokenizer takes either."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return True
+    return False
 
 
 def _csv_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
@@ -263,7 +313,7 @@ def _prompt(record: dict, where: str, folder: Path | None) -> Prompt:
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{where}: '{key}' should be text, not {value!r:.60}")
     if image is not None:
-        image = str((folder or Path()) / image)
-        if not Path(image).is_file():
+        image = str((folder or Path()) / expand_user(image))
+        if not os.path.isfile(image):
             raise ConfigError(f"{where}: 'image': no such file: {image}")
     return Prompt(text, negative, image, record)

@@ -22,3 +22,22 @@ def local_bytes(tensor: torch.Tensor) -> int:
     """Returns the bytes of this rank's shard."""
     shard = local(tensor)
     return shard.numel() * shard.element_size()
+
+
+def place(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shape of the shard that this rank holds, and where it begins in the whole tensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(tensor, DTensor):
+        return tuple(tensor.shape), (0,) * tensor.ndim
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(offset)
+
+
+def first_replica(tensor: DTensor) -> bool:
+    """Returns whether no rank before this one holds the same shard."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return not any(
+        here for here, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()
+    )

@@ -83,7 +83,7 @@ def start_world(config: Config) -> World:
     if (sharded(config, ranks)) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout), **alone)
     world = make_world(config, ranks, rank, device)
     return replace(world, memory=int(world.gather(np.array([float(memory)])).min()))
 

@@ -6,7 +6,7 @@ What compares a run with its base stands in fastgrpo/evaluation/compare.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily
 from fastgrpo.observe.media import animate, write_frames, write_grid, write_mp4, write_webp
 from fastgrpo.rewards import Reward, release
+from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import gather_scores, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
 from fastgrpo.rollout.sampler import rollout
@@ -106,11 +107,11 @@ def evaluate(
     prompts: list[Prompt],
     config: Config,
     world: World,
-    note: Callable[[str], None] = print,
+    failures: FailureLog,
 ) -> Evaluation:
     """Draws and scores `prompts`; every rank gets the whole result, the images of its own share only.
 
-    A reward that fails leaves NaN; `note` is told.
+    A reward that fails leaves NaN.
     """
     images = draw(family, prompts, config, world)
     share, last = len(images), len(prompts) - 1
@@ -120,9 +121,9 @@ def evaluate(
         return np.minimum(np.arange(begin, begin + share), last)
 
     mine = [prompts[i] for i in owned(world.process)]
-    scores = score_samples(rewards, images, mine, config.model.fps if images.ndim == 5 else None, note)
+    scores = score_samples(rewards, images, mine, config.model.fps if images.ndim == 5 else None, failures)
     release(rewards.values())
-    scored = gather_scores(scores, owned, world)
+    scored = gather_scores(scores, owned, world, failures)
     counted = np.where(scored.valid & scored.asked, scored.values, np.nan)
     columns = dict(zip(rewards, counted, strict=True)) | scored.components
     ordered = sorted(columns, key=lambda name: (list(rewards).index(_reward_of(name, rewards)), name))

@@ -102,7 +102,8 @@ class EmbeddingCache:
         assert self.directory is not None
         image = prompt.image
         if image is not None and not image.startswith("moving:"):
-            image = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+            # Pictures are turned as their orientation says: those that were encoded before they were have other names.
+            image = "turned:" + hashlib.sha256(Path(image).read_bytes()).hexdigest()
         return self.directory / f"{_digest({'text': prompt.text, 'image': image})}.safetensors"
 
 

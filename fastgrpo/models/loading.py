@@ -23,7 +23,7 @@ from fastgrpo.models.trainable import check_targets, without_weights
 if TYPE_CHECKING:
     from fastgrpo.models.protocol import ModelFamily
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 
 
 def from_config(cls: type[ModelFamily], config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastgrpo.distributed.shards import place
 from fastgrpo.errors import ConfigError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -70,12 +71,10 @@ def load_shards(module: nn.Module, files: Mapping[str, Path], device: torch.devi
 
 def _shard(stored: Any, target: Tensor, device: torch.device) -> Tensor:
     """What of a stored tensor this rank holds, as `target` is sharded."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     if not isinstance(target, DTensor):
         return stored[...].to(device, target.dtype, copy=True)
     mesh, placements = target.device_mesh, target.placements
-    shape, offset = compute_local_shape_and_global_offset(target.shape, mesh, placements)
+    shape, offset = place(target)
     rows = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     part = stored[rows] if all(shape) else torch.empty(shape)
     # A copy: what is read is a view of the mapped file.

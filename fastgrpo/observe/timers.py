@@ -24,6 +24,8 @@ class PhaseTimer:
         self.clock = clock
         self._cuda = torch.device(device).type == "cuda"
         self.peak = 0
+        # The phase that is under way; "": none.
+        self.current = ""
         self._seconds: dict[str, float] = {}
         self._memory: dict[str, int] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -33,11 +35,20 @@ class PhaseTimer:
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time of the block to `name`, its name in a profiler's trace too; phases do not nest."""
         self._mark()
-        with torch.profiler.record_function(name):
+        with torch.profiler.record_function(name), self.doing(name):
             try:
                 yield from self._timed(name)
             finally:
                 self._memory[name] = max(self._memory.get(name, 0), self._mark())
+
+    @contextlib.contextmanager
+    def doing(self, name: str) -> Iterator[None]:
+        """`current` is `name` in the block: for those who look in from another thread."""
+        before, self.current = self.current, name
+        try:
+            yield
+        finally:
+            self.current = before
 
     def _mark(self) -> int:
         """The most memory since the last mark."""

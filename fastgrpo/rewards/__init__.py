@@ -1,16 +1,16 @@
-"""The rewards by name; a package adds its own by the entry point group `fastgrpo.rewards`, anyone by module:Class."""
+"""The rewards by name; a package adds its own by the entry point group `fastgrpo.rewards`, anyone by module:Class or
+file.py:Class (fastgrpo/rewards/custom.py)."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from pydantic import ValidationError
 
-from fastgrpo.config import RewardSpec
-from fastgrpo.errors import ConfigError
+from fastgrpo.config import Config, RewardSpec
+from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.registry import Registry
 from fastgrpo.rewards.base import Reward, Scores, release
+from fastgrpo.rewards.custom import find, make
+from fastgrpo.rewards.failures import described
 
 REGISTERED = {
     "aesthetic": "fastgrpo.rewards.clip:AestheticReward",
@@ -33,10 +33,10 @@ REGISTERED = {
     "shapes": "fastgrpo.rewards.shapes:ShapesReward",
 }
 
-__all__ = ["REGISTERED", "Reward", "Scores", "available", "load_reward", "release"]
+__all__ = ["REGISTERED", "Reward", "Scores", "available", "load_reward", "load_rewards", "release"]
 
 
-REWARDS = Registry("reward", "fastgrpo.rewards", REGISTERED, also="module:Class")
+REWARDS = Registry("reward", "fastgrpo.rewards", REGISTERED, also="module:Class, or file.py:Class")
 
 
 def available() -> list[str]:
@@ -47,18 +47,21 @@ def available() -> list[str]:
 def load_reward(spec: RewardSpec) -> Reward:
     """The reward of a config entry; weights are loaded when it first scores.
 
-    Raises ConfigError for an unknown name, a failing import, a path that is not there or bad options.
+    Raises ConfigError for an unknown name, a failing import, a path that is not there or bad options; UserError for a
+    package that is not installed.
     """
-    factory = _factory(spec)
+    found = None if ":" in spec.name else REWARDS.load(spec.name, "rewards")
     options = spec.options if spec.path is None else {"path": spec.path, **spec.options}
     try:
-        reward = factory(**options)
+        reward = make(found or find(spec.name), spec.name, options)
     except ValidationError as error:
         raise ConfigError(f"rewards.{spec.key}: {_first(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"rewards.{spec.key}: {error}") from None
-    except TypeError as error:
-        raise ConfigError(f"rewards: '{spec.key}' does not take its options: {error}") from None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"rewards.{spec.key}: cannot be made: {described(error, spec.key)}") from None
     if not spec.when:
         return reward
     from fastgrpo.rewards.composite import Routed
@@ -66,14 +69,13 @@ def load_reward(spec: RewardSpec) -> Reward:
     return Routed(reward, spec.when)
 
 
-def _factory(spec: RewardSpec) -> Any:
-    module, colon, attribute = spec.name.partition(":")
-    if not colon:
-        return REWARDS.load(spec.name, "rewards")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"rewards: '{spec.name}' cannot be imported: {error}") from None
+def load_rewards(config: Config) -> dict[str, Reward]:
+    """The rewards of a run by their names in logs, with scoring.timeout. Raises ConfigError, as `load_reward` does."""
+    from fastgrpo.rewards.time_limit import LimitedReward
+
+    found = {spec.key: load_reward(spec) for spec in config.scored}
+    limit = config.scoring.timeout
+    return found if limit is None else {name: LimitedReward(reward, name, limit) for name, reward in found.items()}
 
 
 def _first(error: ValidationError) -> str:

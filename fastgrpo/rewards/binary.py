@@ -14,7 +14,7 @@ from fastgrpo.config import RewardSpec
 from fastgrpo.config.sections import validate_settings
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError, nearest
-from fastgrpo.rewards.base import Reward, Scores, release
+from fastgrpo.rewards.base import Reward, Scores, ask, release
 from fastgrpo.rewards.neural import options
 
 
@@ -50,7 +50,7 @@ class BinaryReward:
             self.threshold = percentile_of(Path(reference), self.name, percentile)
 
     def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
-        inner = self.reward.score(samples, prompts, fps)
+        inner = ask(self.reward, samples, prompts, fps)
         if self.component is None:
             values = inner.values
         elif self.component in inner.components:

@@ -12,7 +12,7 @@ from fastgrpo.config import CompositeOptions
 from fastgrpo.config.sections import validate_settings
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.rewards.base import Reward, Scores, matches, release, take
+from fastgrpo.rewards.base import Reward, Scores, ask, matches, release, take
 
 
 class Routed:
@@ -25,7 +25,7 @@ class Routed:
         chosen = np.array([matches(p, self.when) for p in prompts], dtype=bool)
         if not chosen.any():
             return Scores(np.zeros(len(chosen)), ~chosen, {}, chosen)
-        return self.reward.score(*take(samples, prompts, chosen), fps).scatter(chosen)
+        return ask(self.reward, *take(samples, prompts, chosen), fps).scatter(chosen)
 
     def release(self) -> None:
         release([self.reward])
@@ -49,7 +49,7 @@ class CompositeReward:
         total, count = np.zeros(len(prompts)), np.zeros(len(prompts), dtype=int)
         valid, components = np.ones(len(prompts), dtype=bool), {}
         for name, reward in self.parts.items():
-            part = reward.score(samples, prompts, fps)
+            part = ask(reward, samples, prompts, fps)
             total += self.weights[name] * part.values
             count += part.asked
             valid &= part.valid

@@ -16,6 +16,8 @@ from torch import Tensor
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.world import World
 from fastgrpo.rewards import Reward, Scores
+from fastgrpo.rewards.base import ask
+from fastgrpo.rewards.failures import FailureLog
 
 
 @dataclass(frozen=True)
@@ -42,33 +44,26 @@ def score_samples(
     images: Tensor,
     prompts: Sequence[Prompt],
     fps: float | None,
-    note: Callable[[str], None],
+    failures: FailureLog,
 ) -> dict[str, Scores]:
     """Scores of every reward for these samples. One that raises, or answers nonsense, has failed for all of them.
 
-    images: [n, 3, H, W] or [n, 3, F, H, W] in [0, 1], of `fps` frames a second; `note` is told of failures. A sample
-    with a pixel that is not finite has failed every reward.
+    images: [n, 3, H, W] or [n, 3, F, H, W] in [0, 1], of `fps` frames a second. A sample with a pixel that is
+    not finite has failed every reward.
     """
     scores = {}
     finite = images.isfinite().flatten(1).all(dim=1).numpy()
     if not finite.all():
-        note(f"{int((~finite).sum())} of {len(finite)} samples are not finite and count as failed")
+        failures.failed(f"{int((~finite).sum())} of {len(finite)} samples are not finite and count as failed")
         images = images.nan_to_num(0.0, 0.0, 0.0)
     for name, reward in rewards.items():
         try:
-            scores[name] = checked(reward.score(images, prompts, fps), len(prompts))
-        except Exception as error:
-            note(f"reward '{name}' failed for {len(prompts)} samples: {type(error).__name__}: {error}")
+            scores[name] = ask(reward, images, prompts, fps)
+        except (Exception, SystemExit) as error:
+            failures.failed(f"reward '{name}' failed for {len(prompts)} samples", name, error)
             scores[name] = Scores.failed(len(prompts))
         if not finite.all():
             scores[name] = replace(scores[name], valid=scores[name].valid & finite)
-    return scores
-
-
-def checked(scores: Scores, count: int) -> Scores:
-    """The scores, if they are of `count` samples. Raises ValueError for another length."""
-    if len(scores.values) != count:
-        raise ValueError(f"there are {len(scores.values)} scores, and {count} samples")
     return scores
 
 
@@ -78,7 +73,7 @@ def joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
 
 
 def gather_scores(
-    scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], world: World, stop: int = 0
+    scores: Mapping[str, Scores], owned: Callable[[int], np.ndarray], world: World, failures: FailureLog, stop: int = 0
 ) -> AllScores:
     """Returns the scores of every process, the same on all of them.
 
@@ -86,10 +81,11 @@ def gather_scores(
         scores: This process's scores, by reward.
         owned: Gives the global samples that a process scored, in the order of its scores.
         world: The processes.
+        failures: Of this process; the first one tells those of all.
         stop: This process's wish to stop; the largest of all is in the result.
     """
     mine = sorted((name, component) for name in scores for component in scores[name].components)
-    names = _agreed(mine, world)
+    names = _agreed(mine, world, failures)
     count = len(next(iter(scores.values())).values)
     missing = np.full(count, np.nan)
     rows = [getattr(s, column) for column in ("values", "valid", "asked") for s in scores.values()]
@@ -105,12 +101,13 @@ def gather_scores(
     return AllScores(table[:R], table[R : 2 * R] > 0, table[2 * R : 3 * R] > 0, components, int(everyone[:, -1].max()))
 
 
-def _agreed(names: list[tuple[str, str]], world: World) -> list[tuple[str, str]]:
-    """The components that any rank has: one whose reward failed does not know of them."""
+def _agreed(names: list[tuple[str, str]], world: World, failures: FailureLog) -> list[tuple[str, str]]:
+    """The components that any rank has: one whose reward failed does not know of them. Why it failed goes with them."""
     if world.ranks == 1:
         return names
-    text = json.dumps(names).encode()
+    text = json.dumps([names, failures.untold()]).encode()
     length = int(world.gather_all(np.array([float(len(text))])).max())
     padded = np.frombuffer(text.ljust(length), dtype=np.uint8).astype(np.float64)
-    rows = world.gather_all(padded)
-    return sorted({tuple(pair) for row in rows for pair in json.loads(row.astype(np.uint8).tobytes())})
+    said = [json.loads(row.astype(np.uint8).tobytes()) for row in world.gather_all(padded)]
+    failures.tell_others([lines for _, lines in said])
+    return sorted({tuple(pair) for pairs, _ in said for pair in pairs})

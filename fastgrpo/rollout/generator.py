@@ -27,6 +27,7 @@ from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Reward, Scores, release
+from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import AllScores, joined, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
 from fastgrpo.rollout.sampler import rollout
@@ -73,12 +74,12 @@ class Generator:
 
     def __init__(
         self, family: ModelFamily, config: Config, rewards: Mapping[str, Reward], mine: np.ndarray,
-        levels: NoiseLevels, note: Callable[[str], None], context: int = 1, context_rank: int = 0,
+        levels: NoiseLevels, failures: FailureLog, context: int = 1, context_rank: int = 0,
     ) -> None:  # fmt: skip
         self.family, self.config, self.rewards, self.mine = family, config, rewards, mine
         self.sharers = sharers(config.rollout, context)
         self.sharer = context_rank if self.sharers > 1 else 0
-        self.levels, self.note = levels, note
+        self.levels, self.failures = levels, failures
         self.samples = config.rollout.prompts_per_iteration * config.rollout.candidates
         self.weights = np.array([spec.weight for spec in config.scored])
         settings = config.scoring
@@ -175,7 +176,7 @@ class Generator:
         fps = self.config.model.fps if images.ndim == 5 else None
         due = {s.key: s.weight != 0 or iteration % s.every == 0 for s in self.config.scored}
         asked = {name: reward for name, reward in self.rewards.items() if due[name]}
-        scores = score_samples(asked, images, texts, fps, self.note)
+        scores = score_samples(asked, images, texts, fps, self.failures)
         return {name: scores.get(name) or Scores.not_asked(len(texts)) for name in self.rewards}
 
     def _fold(self, batch: Batch, timer: PhaseTimer, leave: int) -> None:

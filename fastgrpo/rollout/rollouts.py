@@ -19,6 +19,7 @@ from fastgrpo.errors import UserError
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Reward
+from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import AllScores, gather_scores
 from fastgrpo.rollout.generator import Batch, Generator, flight_scores, flight_state, keep_extremes
 from fastgrpo.rollout.trajectory import tensors
@@ -34,7 +35,7 @@ class Rollouts:
         prompts: What the sampler draws from.
         rewards: The rewards by name.
         timer: Times the phases.
-        note: Is told what went wrong without ending the run.
+        failures: Is told of rewards that fail.
         unsharded: A context in which weights stay whole, entered around each rollout.
 
     Raises:
@@ -43,7 +44,7 @@ class Rollouts:
 
     def __init__(
         self, family: ModelFamily, config: Config, world: World, prompts: Sequence[Prompt],
-        rewards: Mapping[str, Reward], timer: PhaseTimer, note: Callable[[str], None],
+        rewards: Mapping[str, Reward], timer: PhaseTimer, failures: FailureLog,
         unsharded: Callable[[], AbstractContextManager[object]],
     ) -> None:  # fmt: skip
         roll, steps = config.rollout, config.update.optimizer_steps
@@ -61,7 +62,7 @@ class Rollouts:
         self.mine = np.sort(shares.reshape(-1))
         self.levels = family.noise_levels(roll.steps, roll.shift)
         self.generator = Generator(
-            family, config, rewards, self.mine, self.levels, note, world.context, world.context_rank
+            family, config, rewards, self.mine, self.levels, failures, world.context, world.context_rank
         )
         # With staleness 1: the next iteration's samples, rolled out already.
         self._ahead: Batch | None = None
@@ -82,7 +83,7 @@ class Rollouts:
         if batch.scored is None:
             self.generator.finish(batch, self.timer)
             with self.timer.phase("sync"):
-                batch.scored = gather_scores(batch.scores, self._owned, self.world, stop)
+                batch.scored = gather_scores(batch.scores, self._owned, self.world, self.generator.failures, stop)
         return batch.scored
 
     def kept(self, scored: AllScores) -> np.ndarray:
@@ -129,7 +130,9 @@ class Rollouts:
     def restore(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """Takes in the data of `state`. Returns the tensors, to be filled from the checkpoint."""
         if isinstance(self.sampler, SpreadSampler):
-            self.sampler.spread[:] = np.array(state["prompt_spread"], dtype=np.float64)
+            # More prompts may have come at the end since.
+            spread = np.array(state["prompt_spread"], dtype=np.float64)
+            self.sampler.spread[: len(spread)] = spread
         flying = state["in_flight"]
         if flying is None:
             return {}

@@ -1,7 +1,8 @@
-"""Checkpoints: DCP for tensors, JSON for the rest; complete or absent, verified before anything is read.
+"""Checkpoints: safetensors and JSON; complete or absent, verified before anything is read.
 
-`run.dir/checkpoints/<iteration>/` holds DCP's files, `state.json` and `manifest.json` (SHA-256 of every file). It is
-written beside and renamed, so a crash at any byte leaves the last good one; a thread writes it while training goes on.
+`run.dir/checkpoints/<iteration>/` holds a shard file a rank with their index (fastgrpo/training/shard_files.py),
+`state.json` and `manifest.json` (SHA-256 of every file). It is written beside and renamed, so a crash at any byte
+leaves the last good one; a thread writes it while training goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -19,14 +21,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from fastgrpo.distributed.shards import first_replica, local
 from fastgrpo.errors import UserError
 from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.shard_files import Part, flatten, part_of, read_shards, write_index, write_shard
 
-FORMAT = 1
+# 1 was a directory of torch.distributed.checkpoint, whose index is a pickle.
+FORMAT = 2
 
 
 class DamagedError(UserError):
@@ -38,10 +42,13 @@ class CheckpointStore:
 
     def __init__(self, directory: Path, main: bool = True) -> None:
         self.directory, self.main = directory, main
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
+        # In host memory, the copies that the writing thread reads.
+        self._copies: dict[str, Tensor] = {}
         self._group: Any = None
         self._writing: Thread | None = None
         self._error: Exception | None = None
+        # What could not be removed, so that it is said once.
+        self._stuck: set[Path] = set()
 
     @staticmethod
     def of_run(run_dir: str | Path, main: bool = True) -> CheckpointStore:
@@ -60,9 +67,11 @@ class CheckpointStore:
         self, iteration: int, tensors: Mapping[str, Any], state: Mapping[str, Any], keep: int, best: int | None = None,
         background: bool = False, extra: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Writes the checkpoint of `iteration`, then removes all but the latest `keep` and the best one.
+        """Writes the checkpoint of `iteration`, then removes all but the latest `keep`, the best one, and the latest
+        whose weights are finite.
 
-        extra: more tensors, of any shape, that nothing changes any more: they are not copied.
+        tensors, extra: nested mappings of tensors; those that are not sharded are written by the first process that
+        has their name. extra: tensors that nothing changes any more; they are not copied.
 
         In the background it returns once the tensors are copied to host memory; what then fails is raised by the next
         `save` or `wait`. Raises UserError (disk full, no permission); the earlier checkpoints stay.
@@ -70,16 +79,16 @@ class CheckpointStore:
         self.wait()
         if self.path(iteration).exists():
             return
-        if self._group is None and dist.is_initialized() and dist.get_world_size() > 1:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if self._group is None and several:
             # Of its own, so that the writing thread's collectives never meet those of training.
             self._group = dist.new_group(backend="gloo")
+        parts = [part_of(*named) for named in flatten(tensors) if _ours(named[1])]
         if background:
-            if not torch.cuda.is_available() and self._stager.state_dict_cache is None:
-                # Without a GPU there is no pinned memory, which the stager would ask for.
-                self._stager.state_dict_cache = BlockingAsyncStager().stage(dict(tensors))
-            tensors = self._stager.stage(dict(tensors))
-        tensors = {**tensors, **(extra or {})}
-        work = partial(self._write, iteration, tensors, dict(state), keep, best)
+            parts = self._copied(parts)
+        parts += [part_of(*named) for named in flatten(extra or {}) if _ours(named[1])]
+        plain = {name for name, t in flatten({**tensors, **(extra or {})}) if not isinstance(t, DTensor)}
+        work = partial(self._write, iteration, parts, plain, dict(state), keep, best)
         if background:
             self._writing = Thread(target=work, name=f"checkpoint {iteration}", daemon=True)
             self._writing.start()
@@ -96,13 +105,31 @@ class CheckpointStore:
         if error is not None:
             raise error
 
-    def _write(self, iteration: int, tensors: Any, state: dict[str, Any], keep: int, best: int | None) -> None:
+    def _copied(self, parts: list[Part]) -> list[Part]:
+        """Copies in host memory (page-locked, of a GPU's tensors), which the next checkpoint uses again."""
+        copies = []
+        for part in parts:
+            copy = self._copies.get(part.name)
+            if copy is None or copy.shape != part.data.shape:
+                copy = torch.empty_like(part.data, device="cpu", pin_memory=part.data.is_cuda)
+                self._copies[part.name] = copy
+            copies.append(Part(part.name, part.shape, part.offset, copy.copy_(part.data, non_blocking=True)))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _write(
+        self, iteration: int, parts: list[Part], plain: set[str], state: dict[str, Any], keep: int, best: int | None
+    ) -> None:
         final, scratch = self.path(iteration), self.directory / f"tmp-{iteration:06d}"
+        rank = dist.get_rank(self._group) if self._group is not None else 0
         try:
-            self._together(partial(_fresh, scratch))
-            dcp.save(tensors, checkpoint_id=str(scratch), process_group=self._group, no_dist=not dist.is_initialized())
-            self._together(partial(self._finish, scratch, final, state, keep, best))
-        except (OSError, dcp.api.CheckpointException) as error:
+            others = self._named_before(sorted(plain), rank)
+            mine = [part for part in parts if part.name not in others]
+            self._together(partial(_fresh, scratch), main_only=True)
+            self._together(partial(write_shard, scratch / f"shard-{rank:05d}.safetensors", mine))
+            self._together(partial(self._finish, scratch, final, state, keep, best), main_only=True)
+        except OSError as error:
             if self.main:
                 shutil.rmtree(scratch, ignore_errors=True)
             last = self.iterations()
@@ -111,36 +138,77 @@ class CheckpointStore:
         except Exception as error:
             self._error = error
 
-    def _together(self, work: Callable[[], None]) -> None:
-        """Main does it; where it fails, every rank raises its OSError."""
-        code = 0
-        if self.main:
+    def _named_before(self, names: Sequence[str], rank: int) -> set[str]:
+        """Which of the tensors that are not sharded an earlier process has too; that one writes them."""
+        if self._group is None:
+            return set()
+        text = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(lengths, torch.tensor([len(text)]), group=self._group)
+        padded = torch.full((int(max(lengths)),), ord(" "), dtype=torch.uint8)
+        padded[: len(text)] = text
+        everyone = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(everyone, padded, group=self._group)
+        return {name for other in everyone[:rank] for name in json.loads(bytes(other.tolist()))}
+
+    def _together(self, work: Callable[[], object], main_only: bool = False) -> None:
+        """Every process, or main alone, does it; where it fails on any, every one raises an OSError, or its own."""
+        code, other = 0, None
+        if self.main or not main_only:
             try:
                 work()
             except OSError as error:
                 code = error.errno or errno.EIO
+            except Exception as error:
+                code, other = errno.EIO, error
         if self._group is not None:
             status = torch.tensor([code])
-            dist.broadcast(status, 0, group=self._group)
+            dist.all_reduce(status, dist.ReduceOp.MAX, group=self._group)
             code = int(status)
+        if other is not None:
+            raise other
         if code:
             raise OSError(code, os.strerror(code))
 
     def _finish(self, scratch: Path, final: Path, state: dict[str, Any], keep: int, best: int | None) -> None:
         """Main: completes the files, renames them into place, and removes what is old."""
-        (scratch / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+        state = {"format": FORMAT, "not_finite": write_index(scratch), **state}
+        (scratch / "state.json").write_text(json.dumps(state, indent=1))
         sums = {p.name: _checksum(p) for p in sorted(scratch.iterdir())}
         (scratch / "manifest.json").write_text(_canonical(sums))
-        for file in scratch.iterdir():
+        for file in scratch.glob("*.json"):
             _sync(file)
         _sync(scratch)
         scratch.rename(final)
         _sync(self.directory)
-        for iteration in self.iterations()[:-keep]:
-            if iteration != best:
-                # Renamed first: a crash while files are removed leaves nothing that looks complete.
-                old = self.path(iteration).rename(self.directory / f"tmp-old-{iteration:06d}")
-                shutil.rmtree(old)
+        there = self.iterations()
+        kept = {*there[-keep:], best, next(filter(self._is_finite, reversed(there)), None)}
+        for iteration in there:
+            if iteration not in kept:
+                self._remove(iteration)
+
+    def _remove(self, iteration: int) -> None:
+        """Removes a checkpoint; where that cannot be, it stays, with a warning."""
+        path = self.path(iteration)
+        try:
+            # Renamed first: a crash while files are removed leaves nothing that looks complete.
+            old = path.rename(self.directory / f"tmp-old-{iteration:06d}")
+            shutil.rmtree(old)
+        except OSError as error:
+            if path not in self._stuck:
+                self._stuck.add(path)
+                reason = _reason(error)
+                print(f"warning: {path}: cannot remove this old checkpoint: {reason}", file=sys.stderr, flush=True)
+
+    def _is_finite(self, iteration: int) -> bool:
+        try:
+            return not json.loads((self.path(iteration) / "state.json").read_text()).get("not_finite")
+        except (OSError, ValueError):
+            return False
+
+    def last_finite(self) -> int | None:
+        """The latest checkpoint whose weights are finite, as its state.json says, or None."""
+        return next(filter(self._is_finite, reversed(self.iterations())), None)
 
     def verify(self, iteration: int) -> None:
         """Reads every byte of a checkpoint. Raises DamagedError, naming the file that is not what was written."""
@@ -192,7 +260,7 @@ class CheckpointStore:
         if state.get("format") != FORMAT:
             raise UserError(
                 f"{self.path(iteration)}: written by another version of fastgrpo "
-                f"(format {state.get('format')}, not {FORMAT})"
+                f"(format {state.get('format')}, not {FORMAT}); use that version, or start anew in another run.dir"
             )
         return state
 
@@ -200,9 +268,14 @@ class CheckpointStore:
         """Fills `tensors` in place. Raises UserError where the checkpoint holds others than these."""
         path = self.path(iteration)
         try:
-            dcp.load(dict(tensors), checkpoint_id=str(path), no_dist=not dist.is_initialized())
-        except (OSError, ValueError, KeyError, RuntimeError, dcp.api.CheckpointException) as error:
+            read_shards(path, tensors)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{path}: does not fit this model and config: {_reason(error)}") from None
+
+
+def _ours(tensor: Tensor) -> bool:
+    """Whether this process may have to write its part of a tensor."""
+    return local(tensor).numel() > 0 and (not isinstance(tensor, DTensor) or first_replica(tensor))
 
 
 def training_tensors(optimizer: OptimizerState) -> dict[str, Any]:
@@ -249,9 +322,7 @@ def _canonical(manifest: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause, in one line; DCP wraps the exceptions of its ranks."""
-    if isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    """The cause, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]

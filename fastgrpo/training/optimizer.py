@@ -81,14 +81,24 @@ class OptimizerState:
         if self.eight_bit is not None:
             self.eight_bit.step(self.learning_rate(self.steps), skipped)
         self.steps += 1
-        if self.ema is not None:
-            torch._foreach_lerp_(locals_of(self.ema), locals_of(self.parameters), 1 - self._ema_decay())
+        if self.config.ema_per == "optimizer_step":
+            self._average(self.steps)
         return norm, skipped
 
-    def _ema_decay(self) -> float:
-        """The decay, lower in the first steps so that the EMA is not held at the start weights."""
-        assert self.config.ema_decay is not None
-        return min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps))
+    def end_iteration(self, iteration: int) -> None:
+        """After the optimizer steps of the 0-based iteration, whether or not it had any: the EMA that counts these."""
+        if self.config.ema_per == "iteration":
+            self._average(iteration + 1)
+
+    @torch.no_grad()
+    def _average(self, count: int) -> None:
+        """The `count`-th average of the EMA, if there is one."""
+        decay = self.config.ema_decay
+        if self.ema is None or decay is None:
+            return
+        if self.config.ema_warmup:
+            decay = min(decay, (1 + count) / (10 + count))
+        torch._foreach_lerp_(locals_of(self.ema), locals_of(self.parameters), 1 - decay)
 
     @contextmanager
     def averaged(self, use: bool = True) -> Iterator[None]:

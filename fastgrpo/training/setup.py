@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
-from fastgrpo.distributed.world import start_world
+from fastgrpo.distributed.world import World, start_world
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import heldout_prompts
 from fastgrpo.models import ModelFamily, check_family
 from fastgrpo.observe.run_log import RunLog
-from fastgrpo.rewards import load_reward
+from fastgrpo.rewards import load_rewards
 from fastgrpo.rollout.rollouts import prompts_to_come
 from fastgrpo.training.adamw_8bit import check_optimizer
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
+from fastgrpo.training.callbacks.finite import FiniteCallback
 from fastgrpo.training.callbacks.guard import GuardCallback
 from fastgrpo.training.callbacks.profiling import ProfilingCallback
 from fastgrpo.training.callbacks.progress import ProgressCallback
+from fastgrpo.training.callbacks.stalls import StallCallback
 from fastgrpo.training.checkpoint import CheckpointStore
-from fastgrpo.training.resume import claim_directory
+from fastgrpo.training.resume import Claim, claim_directory
+from fastgrpo.training.signals import StopRequest, stop_request
 from fastgrpo.training.state import restore
 
 if TYPE_CHECKING:
@@ -38,25 +42,37 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     check_resolved(config)
     prompts = load_prompts(config.prompts.train)
     heldout = heldout_prompts(config, config.eval.images) if config.eval.every else []
-    rewards = {spec.key: load_reward(spec) for spec in config.scored}
+    rewards = load_rewards(config)
     users = [load_callback(name) for name in config.callbacks]
     check_family(config)
     check_optimizer(config.update.optimizer)
+    stop = stop_request()
     world = start_world(config)
+    leave_if_asked(stop, world, config)
     directory = Path(config.run.dir)
     store = CheckpointStore.of_run(directory, world.main)
-    start = claim_directory(config, store, world)
-    family = load(config.model, world.device, config.parallel.load == "sharded")
-    if config.model.text_encoders == "drop":
-        come = prompts_to_come(config, prompts) + list(dict.fromkeys(heldout))
-        family.encode_ahead(come[world.rank :: world.size])
-        world.barrier()
-    callbacks = run_callbacks(config, world.main, heldout, store, users)
-    log = RunLog(directory, config, world.main)
-    trainer = kind(config, family, world, prompts=prompts, rewards=rewards, log=log, callbacks=callbacks)
-    if start is not None:
-        restore(trainer, store, start)
+    claim = claim_directory(config, prompts, store, world)
+    with ExitStack() as on_failure:
+        on_failure.callback(claim.release)
+        family = load(config.model, world.device, config.parallel.load == "sharded")
+        if config.model.text_encoders == "drop":
+            come = prompts_to_come(config, prompts) + list(dict.fromkeys(heldout))
+            family.encode_ahead(come[world.rank :: world.size])
+            world.barrier()
+        callbacks = run_callbacks(config, world, heldout, store, claim, users)
+        log = RunLog(directory, config, world.main)
+        trainer = kind(config, family, world, prompts=prompts, rewards=rewards, log=log, callbacks=callbacks, stop=stop)
+        if claim.start is not None:
+            restore(trainer, store, claim.start)
+        leave_if_asked(stop, world, config)
+        on_failure.pop_all()
     return trainer
+
+
+def leave_if_asked(stop: StopRequest, world: World, config: Config) -> None:
+    """Before the first iteration there is nothing to save."""
+    stop.agree(world)
+    stop.leave(f"{config.run.dir}: stopped before its first iteration, to be requeued")
 
 
 def check_resolved(config: Config) -> None:
@@ -69,17 +85,20 @@ def check_resolved(config: Config) -> None:
 
 
 def run_callbacks(
-    config: Config, main: bool, heldout: Sequence[Prompt], store: CheckpointStore, users: Sequence[Callback]
-) -> list[Callback]:
+    config: Config, world: World, heldout: Sequence[Prompt], store: CheckpointStore, claim: Claim,
+    users: Sequence[Callback],
+) -> list[Callback]:  # fmt: skip
     """Returns the callbacks of a run, in their order: a user's come after the evaluation and before the checkpoint."""
     evaluation = EvaluationCallback(heldout) if config.eval.every else None
     found: list[Callback | None] = [
         ProfilingCallback(store.directory.parent / "profile", config.telemetry.profile),
-        ProgressCallback(config.telemetry.progress and main),
+        ProgressCallback(config.telemetry.progress and world.main),
+        StallCallback(store.directory.parent, config.telemetry.stall_seconds),
         GuardCallback(config),
         evaluation,
         *users,
-        CheckpointCallback(store, evaluation),
+        FiniteCallback(config.train.max_skipped_steps),
+        CheckpointCallback(store, evaluation, claim),
     ]
     return [callback for callback in found if callback is not None]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,19 +13,21 @@ if TYPE_CHECKING:
     from fastgrpo.training.trainer import Trainer
 
 
-def save(trainer: Trainer, store: CheckpointStore, best: int | None) -> None:
+def save(trainer: Trainer, store: CheckpointStore, best: int | None, identity: Mapping[str, Any]) -> None:
     """Writes a checkpoint of everything that training changes.
 
     Args:
         trainer: Between two iterations.
         store: Where the checkpoint goes; in the background with checkpoint.background.
         best: The iteration of the best evaluation, whose checkpoint stays beside the latest ones.
+        identity: What the checkpoint says of its run (fastgrpo/training/resume.py).
 
     Raises:
         UserError: If the checkpoint before this one could not be written (disk full, no permission).
     """
     rollouts, flying = trainer.rollouts.state()
     state = {
+        **identity,
         "iteration": trainer.iteration,
         "optimizer_steps": trainer.optimizer.steps,
         "train_seconds": trainer.train_seconds,

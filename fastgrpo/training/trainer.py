@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,22 +19,24 @@ from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.distributed.fsdp import unsharded
 from fastgrpo.distributed.world import World
-from fastgrpo.errors import PreemptedError, RunPausedError, UserError
+from fastgrpo.errors import RunPausedError, UserError
 from fastgrpo.models import ModelFamily, load_family
 from fastgrpo.models.trainable import reference_of
 from fastgrpo.observe.metrics import RankMonitor, advantage_metrics, rank_metrics, reward_metrics, update_metrics
 from fastgrpo.observe.run_log import RunLog
 from fastgrpo.observe.timers import Lap, PhaseTimer
-from fastgrpo.rewards import Reward, load_reward
+from fastgrpo.rewards import Reward, load_rewards
+from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import AllScores
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.rollouts import Rollouts
 from fastgrpo.training.callbacks import Callback
+from fastgrpo.training.callbacks.finite import raise_if_not_finite
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import residency
 from fastgrpo.training.result import TrainResult, result_of
-from fastgrpo.training.resume import ENDS, GOING_ON, PREEMPTED, listening
 from fastgrpo.training.setup import open_trainer
+from fastgrpo.training.signals import ENDS, StopRequest, listening, stop_request
 from fastgrpo.training.update import Updater, UpdateResult, packed
 from fastgrpo.training.weights import prepare_weights
 
@@ -63,6 +66,7 @@ class Trainer:
         rewards: The rewards by name; None: those of the config.
         log: Where metrics and events go; None: nowhere.
         callbacks: What happens around iterations, in this order.
+        stop: What signals ask for; None: one of its own, which `run` listens with.
 
     Raises:
         UserError: For what the user can mend in config, prompts or rewards.
@@ -71,12 +75,15 @@ class Trainer:
     def __init__(
         self, config: Config, family: ModelFamily, world: World, *, prompts: Sequence[Prompt] | None = None,
         rewards: Mapping[str, Reward] | None = None, log: RunLog | None = None, callbacks: Sequence[Callback] = (),
+        stop: StopRequest | None = None,
     ) -> None:  # fmt: skip
         self.config, self.family, self.world = config, family, world
-        self.rewards = {spec.key: load_reward(spec) for spec in config.scored} if rewards is None else dict(rewards)
+        self.rewards = load_rewards(config) if rewards is None else dict(rewards)
         self.log = RunLog(None, config) if log is None else log
         self.callbacks = list(callbacks)
         self.timer, self.monitor = PhaseTimer(world.device), RankMonitor(world.device)
+        errors = None if log is None else Path(config.run.dir) / "errors"
+        self.failures = FailureLog(self.note, errors, world.process)
         prompts = load_prompts(config.prompts.train) if prompts is None else prompts
         frozen = prepare_weights(family, config, world)
         steps = config.train.iterations * config.update.optimizer_steps
@@ -85,13 +92,13 @@ class Trainer:
         reference = reference_of(family.policy, frozen) if config.objective.kl_weight else None
         self.updater = Updater(family, config, world, self.optimizer, reference, self.residency)
         self.rollouts = Rollouts(
-            family, config, world, prompts, self.rewards, self.timer, self.note, self._unsharded
+            family, config, world, prompts, self.rewards, self.timer, self.failures, self._unsharded
         )  # fmt: skip
         self.kl_weight = config.objective.kl_weight
         self.iteration, self.train_seconds = 0, 0.0
-        # Why the run ends before its last iteration: a callback's reason, and signals that all ranks know of.
+        # Why the run ends before its last iteration: a callback's reason, or signals that all ranks know of.
         self.halted: str | None = None
-        self.stopping = self._stop_wish = GOING_ON
+        self.stop = stop_request() if stop is None else stop
         self._pending: _Pending | None = None
         self._metrics: dict[str, float] = {}
         self._outside: dict[str, float] = {}
@@ -116,29 +123,28 @@ class Trainer:
         self.log.event("start", self.iteration, ranks=self.world.size, device=str(self.world.device))
         with ExitStack() as stack:
             stack.callback(self.log.close)
-            stack.enter_context(listening(self._stop))
+            stack.enter_context(listening(self.stop))
             for callback in self.callbacks:
                 stack.callback(callback.close)
             self._each("on_start")
             try:
-                while self.iteration < self.config.train.iterations and not (self.stopping or self.halted):
+                while self.iteration < self.config.train.iterations and not (self.stop.agreed or self.halted):
                     self._each("before_iteration")
-                    self._iterate()
+                    if not self._iterate():
+                        break
                     self._each("after_iteration")
             except RunPausedError:
                 self._each("on_end")
                 raise
             self.flush()
             self._each("on_end")
-            self.log.event("end", self.iteration, why=self.halted or ENDS[self.stopping])
+            self.stop.agree(self.world)
+            self.log.event("end", self.iteration, why=self.halted or ENDS[self.stop.agreed])
         if self.halted:
             raise UserError(self.halted)
-        if self.stopping == PREEMPTED:
-            raise PreemptedError(
-                f"{self.log.directory}: stopped at iteration {self.iteration} with a checkpoint, to be requeued"
-            )
-        if self.stopping:
-            raise KeyboardInterrupt
+        self.stop.leave(
+            f"{self.config.run.dir}: stopped at iteration {self.iteration} with a checkpoint, to be requeued"
+        )
         return self.result()
 
     def step(self) -> dict[str, float]:
@@ -181,19 +187,24 @@ class Trainer:
     def outside_iteration(self, name: str) -> Iterator[None]:
         """Times what is not part of an iteration; logged with the next one, outside its total."""
         begin = time.perf_counter()
-        yield
+        with self.timer.doing(name):
+            yield
         seconds = time.perf_counter() - begin
         self._outside[name] = self._outside.get(name, 0.0) + seconds
         self.log.event(name, self.iteration, seconds=seconds)
         self.monitor.skip()
 
-    def _iterate(self) -> None:
+    def _iterate(self) -> bool:
+        """Returns whether there was an update: none where the ranks agree to stop before it."""
         begin, iteration = time.perf_counter(), self.iteration
         self.timer.lap()
         batch = self.rollouts.take(iteration)
-        scored = self.rollouts.collect(batch, self._stop_wish)
+        scored = self.rollouts.collect(batch, self.stop.wish)
         with self.timer.phase("sync"):
             self.flush()
+        if self.stop.take(scored.stop) and not self.config.scoring.staleness:
+            # A resumed run rolls the same samples out again, to the bit; with staleness it could not.
+            return False
         self._check(scored)
         advantages = self._advantages(scored)
         self.rollouts.observe(batch, scored)
@@ -201,12 +212,13 @@ class Trainer:
             result = self.updater.run(batch, advantages, self.kl_weight)
         self._emit(batch, scored, advantages, result)
         self.train_seconds += time.perf_counter() - begin
+        return True
 
     def _check(self, scored: AllScores) -> None:
-        """Takes in what ranks agreed on; pauses where too many samples have no score, before they are trained on."""
-        self.stopping = max(self.stopping, scored.stop)
+        """Pauses where too many samples have no score, before they are trained on."""
         if (wrong := self.rollouts.failure(scored, self.iteration)) is None:
             return
+        raise_if_not_finite(self, wrong)
         self.rollouts.drop_ahead()
         raise RunPausedError(
             f"{wrong}; see the messages above. The run is paused with a checkpoint: mend the reward, then go on with "
@@ -238,10 +250,3 @@ class Trainer:
 
     def _unsharded(self) -> AbstractContextManager[object]:
         return unsharded(self.family.modules.values(), self.residency.rollout_unsharded)
-
-    def _stop(self, why: int) -> None:
-        """A signal's wish; what stops the loop is what the ranks agree on at the next scores."""
-        self._stop_wish = max(self._stop_wish, why)
-        if self.world.ranks == 1:
-            self.stopping = self._stop_wish
-        self.note("stopping after this iteration, with a checkpoint; once more to stop at once")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.objectives.grpo import Statistics, policy_loss
-from fastgrpo.algorithms.schedule import loss_scale
+from fastgrpo.algorithms.schedule import kl_factors, loss_scale
 from fastgrpo.config import Config
 from fastgrpo.distributed.fsdp import hold_weights, set_gradient_sync
 from fastgrpo.distributed.world import World
@@ -76,7 +76,8 @@ class Updater:
             Statistics on the device; nothing is read back to the host.
         """
         device, schedule = self.family.device, batch.schedule
-        inputs = _Inputs.of(batch, advantages, device)
+        factors = kl_factors(self.config.objective.kl, self.config.rollout.sampler, schedule)
+        inputs = _Inputs.of(batch, advantages, factors, device)
         result = UpdateResult(Statistics.zeros(device), Statistics.zeros(device))
         steps, samples = self.config.update.optimizer_steps, len(advantages.terms)
         worth = advantages.valid & ((advantages.terms != 0).any(axis=1) | (kl_weight > 0))
@@ -103,6 +104,7 @@ class Updater:
             norm, skipped = self.optimizer.step()
             result.grad_norms.append(norm)
             result.skipped_steps.append(skipped)
+        self.optimizer.end_iteration(batch.iteration)
         return result
 
     def _loss(self, micro: MicroBatch, batch: Batch, inputs: _Inputs, kl_weight: float) -> tuple[Tensor, Statistics]:
@@ -131,6 +133,7 @@ class Updater:
                 other = model if frozen is None else frozen[micro.module]
                 v_reference = _per_pair(self.family.predict(x, time, condition, other), micro)
             _, Q_reference = shift_moments(v, v_reference, b, s, eps)
+            Q_reference = Q_reference * inputs.kl.index_select(0, pairs)
         return policy_loss(P, Q, s.float(), advantage, weight, objective, kl_weight, Q_reference)
 
     def _noise(self, micro: MicroBatch, trajectory: Trajectory, iteration: int) -> Tensor | noise.NoiseKey:
@@ -150,15 +153,18 @@ class _Inputs:
     a: Tensor  # [M] float64
     b: Tensor  # [M] float64
     s: Tensor  # [M] float64
+    kl: Tensor  # [M] float32, `kl_factors` of each pair's step
     advantage: Tensor  # [M, T] float32
 
     @staticmethod
-    def of(batch: Batch, advantages: Advantages, device: torch.device) -> _Inputs:
+    def of(batch: Batch, advantages: Advantages, factors: np.ndarray, device: torch.device) -> _Inputs:
         layout, schedule = batch.trajectory.layout, batch.schedule
         coefficients = np.array([schedule.transitions[t] for t in layout.row_step], dtype=np.float64).reshape(-1, 3)
         a, b, s = (to_device(coefficients[layout.pair_row, column], device) for column in range(3))
+        time = to_device(np.array(schedule.times, dtype=np.float32)[layout.row_step], device)
+        kl = to_device(factors[layout.row_step[layout.pair_row]], device).float()
         terms = to_device(advantages.terms[layout.samples[layout.pair_sample]], device).float()
-        return _Inputs(to_device(np.array(schedule.times, dtype=np.float32)[layout.row_step], device), a, b, s, terms)
+        return _Inputs(time, a, b, s, kl, terms)
 
 
 def _per_pair(rows: Tensor, micro: MicroBatch) -> Tensor:

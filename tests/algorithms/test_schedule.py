@@ -4,8 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from fastgrpo.algorithms.schedule import (
+    NoiseLevels,
     flow_levels,
     linear_levels,
     loss_scale,
@@ -16,6 +18,7 @@ from fastgrpo.algorithms.schedule import (
     window_start,
 )
 from fastgrpo.config import ObjectiveConfig, Rollout, SubsetSteps, WindowSteps
+from fastgrpo.errors import ConfigError
 from fastgrpo_kernels import transitions
 
 
@@ -37,6 +40,71 @@ def test_a_subset_has_its_size_differs_by_sample_and_never_trains_the_last(steps
     assert len(np.unique(chosen, axis=1).T) > 1
     assert not np.array_equal(chosen, trained_steps(roll, 200, 4, seed=0))
     assert np.array_equal(chosen, trained_steps(roll, 200, 3, seed=0))
+
+
+def dance_grpo_timesteps(shift, steps):
+    """What DanceGRPO's rollout loop tells its model: a float32 schedule on the CPU, and int() of each product."""
+    schedule = torch.linspace(1, 0, steps + 1)
+    schedule = (shift * schedule) / (1 + (shift - 1) * schedule)
+    return [int(schedule[i] * 1000) for i in range(steps)]
+
+
+def truncated_plan(shift, steps):
+    levels = flow_levels(shifted(linear_levels(steps), shift), "transformer")
+    roll = Rollout(steps=steps, shift=shift, truncate_timesteps=True, trained=WindowSteps(size=1))
+    return schedule_steps(roll, levels, 1, 0, 0, deterministic=True)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.5, 2.0, 3.0, 5.0, 6.5, 7.0])
+def test_truncated_timesteps_are_dance_grpos(shift):
+    in_float64 = 0
+    for steps in range(4, 61):
+        times = truncated_plan(shift, steps).times
+        assert [round(1000 * t) for t in times] == dance_grpo_timesteps(shift, steps)
+        assert all(t == round(1000 * t) / 1000 for t in times)
+        in_float64 += times != tuple(int(1000 * t) / 1000 for t in shifted(linear_levels(steps), shift)[:-1])
+    assert in_float64 > 0
+
+
+def test_the_truncated_step_that_float64_gets_wrong():
+    """Our Qwen-Image parity recipe: 20 steps at shift 3. σ = 0.25 at step 18, a hair less in float64."""
+    assert truncated_plan(3.0, 20).times[18] == 0.25
+    assert int(1000 * shifted(linear_levels(20), 3.0)[18]) == 249
+
+
+def test_levels_of_another_schedule_are_truncated_as_they_are():
+    levels = flow_levels([1.0, 0.7505, 0.1239, 0.0], "transformer")
+    roll = Rollout(steps=3, shift=3.0, truncate_timesteps=True, trained=WindowSteps(size=1))
+    assert schedule_steps(roll, levels, 1, 0, 0).times == (1.0, 0.75, 0.123)
+
+
+@pytest.mark.parametrize(
+    "last, stochastic, trained", [("stochastic", 8, 7), ("trained", 8, 8), ("deterministic", 7, 7)]
+)
+def test_the_last_step_is_stochastic_where_parity_asks_for_it(last, stochastic, trained):
+    levels = flow_levels(shifted(linear_levels(8), 3.0), "transformer")
+    roll = Rollout(steps=8, sampler="flow_sde", eta=0.7, last_step=last, trained=SubsetSteps(fraction=1.0))
+    plan = schedule_steps(roll, levels, 4, 0, 0)
+    assert sum(t.s > 0 for t in plan.transitions) == stochastic
+    assert plan.pairs_per_sample == trained
+    still = schedule_steps(roll, levels, 4, 0, 0, deterministic=True)
+    assert not any(t.s for t in still.transitions)
+    # Flow-GRPO's last step: σ' = 0, noise of std·√σ.
+    sigma = levels.start[-1]
+    if stochastic == 8:
+        assert plan.transitions[-1].s == pytest.approx(0.7 * (sigma / (1 - sigma)) ** 0.5 * sigma**0.5)
+
+
+@pytest.mark.parametrize("sampler, prediction", [("cps", "flow"), ("ddim", "epsilon")])
+def test_a_last_step_without_noise_is_not_trained(sampler, prediction):
+    levels = flow_levels(shifted(linear_levels(4), 3.0), "transformer")
+    if prediction == "epsilon":
+        levels = NoiseLevels(
+            (0.1, 0.3, 0.5, 0.9), (0.3, 0.5, 0.9, 1.0), (900.0, 600.0, 300.0, 1.0), ("unet",) * 4, "epsilon"
+        )
+    roll = Rollout(steps=4, sampler=sampler, eta=0.5, last_step="trained", trained=SubsetSteps(fraction=1.0))
+    with pytest.raises(ConfigError, match=rf"rollout\.last_step: trained needs noise, and the last step of {sampler}"):
+        schedule_steps(roll, levels, 2, 0, 0)
 
 
 def test_dance_grpo_trains_nine_of_sixteen():

@@ -13,7 +13,7 @@ from fastgrpo.commands.main import main
 from fastgrpo.config import Config, SubsetSteps, dump, load_config, validate
 from fastgrpo.config.sections import load_settings
 from fastgrpo.config.yaml import parse_yaml
-from fastgrpo.errors import ConfigError
+from fastgrpo.errors import ConfigError, nearest_sizes
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,6 +159,13 @@ SAYS = {
     "model.lora.targets.0=": "model.lora.targets.0: null is not valid; it should be text",
     "model.activation_checkpointing=some": "model.activation_checkpointing: 'some' is not valid; it should be 'none', "
     "'selective', 'all', 'auto' or a whole number",
+    "update.lr=1e-5": "update.lr: unknown setting; did you mean 'update.optimizer.lr'? (one of: ema_decay, …",
+    "lr=1e-5": "lr: unknown setting; did you mean 'update.optimizer.lr'? (one of: advantage, …",
+    "train.learning_rate=1": "train.learning_rate: unknown setting; did you mean 'update.optimizer.lr'? (one of: …",
+    "update.kl_weigth=1": "update.kl_weigth: unknown setting; did you mean 'objective.kl_weight'? (one of: …",
+    "model.group_size=4": "model.group_size: unknown setting; did you mean 'rollout.group_size'? (one of: …",
+    "train.steps=4": "train.steps: unknown setting; did you mean 'rollout.steps' or 'eval.steps'? (one of: …",
+    "rewards.0.kind=x": "rewards.0.kind: unknown setting; did you mean …",
     "rewards=[]": "rewards: [] is not valid; it should be a list of at least 1",
     "rewards=shapes": "rewards: 'shapes' is not valid; it should be a list",
     "rewards.1.name=x": "rewards.1.name: '1' is not an index of a list of 1, which counts from 0",
@@ -193,6 +200,53 @@ def test_a_misspelt_key_is_named_before_the_one_it_leaves_missing(error_of):
     data = copy.deepcopy(FULL)
     data["model"]["famly"] = data["model"].pop("family")
     assert error_of(json.dumps(data)).startswith("model.famly: unknown setting; did you mean 'family'?")
+
+
+def test_every_problem_is_there_the_first_in_the_message(error_of, tmp_path):
+    overrides = ["model.famly=x", "rollout.steps=0", "update.lr=1", "rollout.shift=abc", "rewards.0.weight=x"]
+    first = error_of(yaml.safe_dump(FULL), *overrides)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "config.yaml", overrides)
+    problems = caught.value.problems
+    assert problems[0] == first
+    assert [p.partition(":")[0] for p in problems] == [
+        "model.famly", "update.lr", "rollout.steps", "rollout.shift", "rewards.0.weight"
+    ]  # fmt: skip
+    # Combinations too, once each setting is valid by itself.
+    overrides = ["rollout.best_of=3", "update.optimizer_steps=5", "prompts.heldout=", "rewards.0.weight=0"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "config.yaml", overrides)
+    assert [p.partition(":")[0] for p in caught.value.problems] == [
+        "rollout.best_of", "update.optimizer_steps", "update.optimizer_steps", "eval.every", "rewards"
+    ]  # fmt: skip
+
+
+def test_an_override_is_taken_whole(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
+    config = load_config(
+        tmp_path / "c.yaml",
+        ["model.negative_prompt=blurry #1, low # quality", "run.dir=#x", 'prompts.train="a #b.txt"', "run.seed=3"],
+    )
+    assert config.model.negative_prompt == "blurry #1, low # quality"
+    assert (config.run.dir, config.prompts.train, config.run.seed) == ("#x", "a #b.txt", 3)
+
+
+def test_home_directories_are_expanded_wherever_a_path_stands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
+    keys = ["run.dir", "model.path", "model.embedding_cache", "prompts.train", "prompts.heldout", "rewards.0.path"]
+    config = load_config("~/c.yaml", [f"{key}=~/x/{i}" for i, key in enumerate(keys)])
+    found = [config.run.dir, config.model.path, config.model.embedding_cache, config.prompts.train]
+    assert [*found, config.prompts.heldout, config.rewards[0].path] == [str(tmp_path / "x" / str(i)) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "size, step, first, said",
+    [(47, 8, 0, "is 48"), (41, 8, 0, "is 40"), (44, 8, 0, "are 40 and 48"), (3, 8, 0, "is 8"), (2, 4, 1, "is 1"),
+     (7, 4, 1, "are 5 and 9"), (80, 4, 1, "is 81")],
+)  # fmt: skip
+def test_the_nearest_size_is_the_nearest(size, step, first, said):
+    assert nearest_sizes(size, step, first) == f"the nearest {said}"
 
 
 @pytest.mark.parametrize(

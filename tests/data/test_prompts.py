@@ -1,12 +1,15 @@
 """Prompt sources, what they say about a bad line, and the sampler."""
 
+import json
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastgrpo.data import Prompt, available, load_prompts
+from fastgrpo.data.prompts import open_image, open_pictures
 from fastgrpo.data.samplers import PromptSampler, SpreadSampler
 from fastgrpo.errors import ConfigError, UserError
 
@@ -24,6 +27,62 @@ def write(tmp_path):
 def test_text_is_one_prompt_a_line(write):
     source = write("p.txt", "\ufeffa red circle\n\n  two squares \r\na cross")
     assert load_prompts(source) == [Prompt("a red circle"), Prompt("two squares"), Prompt("a cross")]
+
+
+def test_lines_may_end_as_on_any_system(write):
+    both = [Prompt("a red\x0bcircle"), Prompt("two\u2028squares")]
+    for end in ("\n", "\r\n", "\r"):
+        assert load_prompts(write("p.txt", end.join([both[0].text, "", both[1].text, ""]))) == both
+        assert load_prompts(write("p.jsonl", end.join(json.dumps({"prompt": p.text}) for p in both))) == both
+        assert load_prompts(write("p.csv", end.join(["prompt", *(p.text for p in both)]))) == both
+
+
+def test_a_home_directory_is_expanded(write, tmp_path, monkeypatch):
+    write("p.jsonl", '{"prompt": "x", "image": "~/first.png"}')
+    write("first.png", b"png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_prompts("~/p.jsonl") == [Prompt("x", image=str(tmp_path / "first.png"))]
+
+
+@pytest.mark.parametrize("source", ["a\0b.txt", "x" * 5000 + ".jsonl", "~nobody-has-this-name/x.csv"])
+def test_a_name_that_no_file_can_have_is_one_line(source):
+    with pytest.raises(ConfigError, match="cannot read the prompts"):
+        load_prompts(source)
+
+
+def test_a_picture_is_turned_as_diffusers_turns_it(tmp_path):
+    diffusers = pytest.importorskip("diffusers.utils")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8))
+    for orientation in range(1, 9):
+        exif = picture.getexif()
+        exif[0x0112] = orientation
+        path = str(tmp_path / f"{orientation}.png")
+        picture.save(path, exif=exif)
+        opened = open_image(path)
+        assert opened.size == ((8, 16) if orientation > 4 else (16, 8))
+        assert np.array_equal(np.asarray(opened), np.asarray(diffusers.load_image(path)))
+
+
+def test_pictures_that_cannot_be_read_are_one_line_each(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "damaged.png").write_bytes(whole[:40] + b"\0" * 30 + whole[70:])
+    Image.new("L", (100, 100)).save(tmp_path / "huge.png")
+    Image.new("P", (10, 20)).save(tmp_path / "palette.gif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4500)
+    paths = {p.name: str(p) for p in tmp_path.iterdir()}
+    sizes, problems = open_pictures([Prompt("x", image=path) for path in paths.values()] * 2)
+    assert sizes == {paths["whole.png"]: (64, 64), paths["palette.gif"]: (10, 20)}
+    assert len(problems) == 4
+    assert all("\n" not in line for line in problems)
+    words = {
+        "cut.png": "cannot read the image: ", "text.png": "cannot read the image: not a picture",
+        "damaged.png": "cannot read the image: ", "huge.png": "the image has more than 9,000 pixels, PIL's limit",
+    }  # fmt: skip
+    for name, said in words.items():
+        assert [line for line in problems if line.startswith(f"{paths[name]}: {said}")]
 
 
 def test_jsonl_and_csv_give_the_same_prompts(write, tmp_path):
@@ -55,6 +114,12 @@ def test_jsonl_and_csv_give_the_same_prompts(write, tmp_path):
         ("p.jsonl", '{"prompt": "x", "negative_prompt": 3}\n', 1, "'negative_prompt' should be text, not 3"),
         ("p.jsonl", '{"prompt": "x", "image": "none.png"}\n', 1, "no such file"),
         ("p.jsonl", "[" * 100_000, 1, "not valid JSON"),
+        ("p.jsonl", '{"prompt": "x"}\r{"prompt": 3}\r', 2, "'prompt' should be text, not 3"),
+        ("p.jsonl", '{"prompt": ["a", "b"]}', 1, "'prompt' should be text, not ['a', 'b']"),
+        ("p.jsonl", '{"prompt": "a \\ud83d square"}', 1, "half of a character"),
+        ("p.jsonl", '{"prompt": "a", "tag": {"x": ["\\udc00"]}}', 1, "half of a character"),
+        ("p.txt", b"fine\rna\xefve\r", 2, "not UTF-8 text"),
+        ("p.csv", "prompt,tag\rx,1\r,2\r", 3, "'prompt' should be text"),
         ("p.csv", "text,tag\nx,y\n", 1, "no column 'prompt' among the columns text, tag"),
         ("p.csv", "prompt,tag,tag\nx,y,z\n", 1, "named twice"),
         ("p.csv", 'prompt,tag\n"x\ny",1\nz\n', 4, "has not 2 fields"),

@@ -279,9 +279,9 @@ def test_each_transformer_of_two_serves_its_side_of_the_boundary(families):
 @pytest.mark.parametrize(
     "kind, model, message",
     [
-        ("hunyuan_video", {"frames": 8}, r"model\.frames: 8 is not 4k \+ 1, .*nearest are 5 and 9"),
-        ("hunyuan_video", {"height": 40}, r"model\.height: 40 is not a multiple of 16; the nearest is 32"),
-        ("skyreels", {"width": 24}, r"model\.width: 24 is not a multiple of 16; the nearest is 16"),
+        ("hunyuan_video", {"frames": 8}, r"model\.frames: 8 is not 4k \+ 1, .*nearest is 9"),
+        ("hunyuan_video", {"height": 40}, r"model\.height: 40 is not a multiple of 16; the nearest are 32 and 48"),
+        ("skyreels", {"width": 24}, r"model\.width: 24 is not a multiple of 16; the nearest are 16 and 32"),
         ("wan", {"frames": 1 + 2}, r"model\.frames: 3 is not 4k \+ 1"),
         ("wan", {"height": 40}, r"model\.height: 40 is not a multiple of 16"),
         ("wan_i2v", {"max_sequence_length": 14}, r"model\.max_sequence_length: 14, but Wan 2\.1's image"),

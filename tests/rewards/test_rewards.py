@@ -51,7 +51,7 @@ def test_names_are_listed_and_the_nearest_is_named():
     assert {"shapes", "composite"} <= set(available())
     with pytest.raises(ConfigError, match="unknown reward 'shape'; did you mean 'shapes'"):
         load_reward(RewardSpec(name="shape"))
-    with pytest.raises(ConfigError, match="cannot be imported"):
+    with pytest.raises(ConfigError, match="there is no module 'no_such_module'"):
         load_reward(RewardSpec(name="no_such_module:Class"))
     with pytest.raises(ConfigError, match="does not take its options"):
         load_reward(RewardSpec(**BRIGHTNESS, options={"colour": 1}))

@@ -69,7 +69,7 @@ def test_ranks_that_roll_out_the_same_samples_score_a_share_each(tiny_flux, tmp_
                 trainer.rewards,
                 trainer.rollouts.mine,
                 trainer.rollouts.levels,
-                print,
+                trainer.failures,
                 context,
                 rank,
             )

@@ -146,7 +146,7 @@ def test_resume_with_another_config_names_the_setting(tiny_flux, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-@pytest.mark.parametrize("suffix", [".distcp", ".metadata", "state.json"])
+@pytest.mark.parametrize("suffix", [".safetensors", "index.json", "state.json"])
 def test_a_damaged_checkpoint_is_never_loaded(tiny_flux, tmp_path, damage, suffix):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 1})
     finished(config)
@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_flux, tmp_path, c
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 2}, checkpoint={"every": 1})
     done = weights(finished(config))
     store = CheckpointStore.of_run(tmp_path / "run")
-    [file] = store.path(2).glob("*.distcp")
+    [file] = store.path(2).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
     again = Trainer.from_config(config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})}))
     assert again.iteration == 1
@@ -221,15 +221,15 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, t
     trainer = Trainer.from_config(config)
     import fastgrpo.training.checkpoint as module
 
-    save, count = module.dcp.save, []
+    write, count = module.write_shard, []
 
     def full(*args, **kwargs):
         count.append(1)
         if len(count) == 2:
             raise OSError(28, "No space left on device")
-        return save(*args, **kwargs)
+        return write(*args, **kwargs)
 
-    monkeypatch.setattr(module.dcp, "save", full)
+    monkeypatch.setattr(module, "write_shard", full)
     with pytest.raises(UserError, match="No space left on device; the checkpoint of iteration 1 is intact"):
         trainer.run()
     assert [p.name for p in trainer.callback(CheckpointCallback).store.directory.iterdir()] == ["000001"]

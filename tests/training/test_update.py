@@ -12,6 +12,7 @@ from fastgrpo.training.micro_batches import micro_batches, rows_to_train
 
 WINDOW = {"kind": "window", "size": 2, "start": 1}
 SUBSET = {"kind": "subset", "fraction": 0.6}
+LAST = {"trained": {"kind": "subset", "fraction": 1.0}, "last_step": "trained", "sampler": "flow_sde", "eta": 0.7}
 
 
 @pytest.mark.parametrize("trained", [WINDOW, SUBSET], ids=["window", "subset"])
@@ -56,6 +57,17 @@ def test_gradient_is_that_of_the_textbook_loss(tiny_flux, trained, move):
                 parameter.sub_(direction, alpha=sign * 1e-4)
         slope = (values[0] - values[1]) / 2e-4
         assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-3, abs=1e-7)
+
+
+def test_a_trained_last_step_starts_at_ratio_one_and_has_a_gradient(tiny_flux):
+    config = tiny_config(tiny_flux, rollout=LAST)
+    _, plan, trajectory, conditioning, updater = prepare(config)
+    A = advantages(config)
+    result = updater.run(plan, trajectory, conditioning, A, np.ones(len(A), bool), 0)
+    assert plan.pairs_per_sample == config.rollout.steps
+    assert result.statistics.max_deviation.item() == 0
+    assert result.statistics.sums[-1].item() == 6 * config.rollout.steps
+    assert max(g.abs().max().item() for g in updater.optimizer.seen[0] if g is not None) > 0
 
 
 def test_skipping_zero_advantages_changes_no_gradient(tiny_flux):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from fastgrpo.evaluation.heldout import Evaluation, evaluate
 from fastgrpo.models import ModelFamily, family_class, load_family
 from fastgrpo.observe.media import write_frames, write_grid
 from fastgrpo.rewards import load_reward
+from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.shapes.world import eval_set
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -72,10 +73,10 @@ def noised(
     shape = (-1,) + (1,) * (x0.ndim - 1)
     if family.paradigm == "flow":
         sigma = torch.randn(len(x0), generator=generator).sigmoid()
-        shift = family.pipeline_shift()
+        shift = family.pipeline_shift() or 1.0
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         return torch.lerp(x0, noise, sigma.view(shape)), sigma, noise - x0
-    scheduler = cast(Any, family).scheduler
+    scheduler = family.sampling_scheduler("pipeline")
     time = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
     x: Any = scheduler.add_noise(x0, noise, time)
     targets = {
@@ -151,7 +152,8 @@ def measure(path: Path, config: PretrainConfig, n: int) -> Evaluation:
     chosen = eval_set(world.prompts[1], n, config.seed, world.categories)
     prompts = [replace(p, image=f"moving:{i}:{p.text}") for i, p in enumerate(as_prompts(chosen))]
     family = load_family(settings.model, ALONE.device)
-    return evaluate(family, {world.reward: load_reward(settings.rewards[0])}, prompts, settings, ALONE)
+    rewards = {world.reward: load_reward(settings.rewards[0])}
+    return evaluate(family, rewards, prompts, settings, ALONE, FailureLog(print))
 
 
 def save_bfloat16(pipeline: Any, path: Path) -> None:

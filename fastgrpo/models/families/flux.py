@@ -57,14 +57,18 @@ class Flux(ModelFamily):
         rows, columns = self.grid
         return rows * columns, self.pipeline.transformer.config.in_channels
 
-    def pipeline_shift(self) -> float:
+    def pipeline_shift(self) -> float | None:
         """exp(μ) with μ linear in the number of image tokens where the scheduler shifts by resolution."""
         config = self.pipeline.scheduler.config
-        if not config.use_dynamic_shifting:
-            return float(config.shift)
+        if not config.get("use_dynamic_shifting"):
+            return super().pipeline_shift()
         mu = dynamic_mu(config, self.latent_shape[0])
         # time_shift_type "linear" takes μ itself as the factor.
         return float(mu if config.time_shift_type == "linear" else torch.tensor(mu, dtype=torch.float64).exp())
+
+    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        given = {} if scheduler.config.get("use_flow_sigmas") else super().timestep_arguments(scheduler, steps)
+        return given | {"mu": dynamic_mu(scheduler.config, self.latent_shape[0])}
 
     @cached_property
     def position_ids(self) -> tuple[Tensor, Tensor]:

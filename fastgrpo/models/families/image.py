@@ -1,13 +1,13 @@
-"""What the image families share: what their autoencoder and text take, and the levels that a flow's scheduler has."""
+"""What the image families share: what their autoencoder and text take, and how a flow's scheduler shifts by size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from fastgrpo.algorithms.schedule import NoiseLevels, flow_levels
 from fastgrpo.config import Model
 from fastgrpo.errors import ConfigError
+from fastgrpo.models.families.shared import uneven_sides
 
 # Text tokens of a CLIP, whatever it is given.
 CLIP_TOKENS = 77
@@ -20,13 +20,11 @@ def vae_factor(config: Mapping[str, Any]) -> int:
 
 def check_image_size(config: Model, multiple: int, family: str) -> None:
     """Raises ConfigError unless model.height and width are multiples of `multiple` and model.frames is 1."""
-    for key in ("height", "width"):
-        size = getattr(config, key)
-        if size % multiple:
-            below = max(size // multiple, 1) * multiple
-            raise ConfigError(f"model.{key}: {size} is not a multiple of {multiple}; the nearest is {below}")
+    problems = uneven_sides(config, multiple)
     if config.frames != 1:
-        raise ConfigError(f"model.frames: {config.frames}, but {family} makes images; set it to 1")
+        problems.append(f"model.frames: {config.frames}, but {family} makes images; set it to 1")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def check_text_length(config: Model, longest: int, family: str) -> None:
@@ -40,13 +38,7 @@ def check_text_length(config: Model, longest: int, family: str) -> None:
 
 def dynamic_mu(config: Any, tokens: int) -> float:
     """μ of a scheduler that shifts by resolution: linear in the number of image tokens, as the pipelines have it."""
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return config.base_shift + slope * (tokens - config.base_image_seq_len)
-
-
-def scheduler_levels(scheduler: Any, module: str, **settings: Any) -> NoiseLevels:
-    """The levels of a flow that a FlowMatchEulerDiscreteScheduler has after `set_timesteps(**settings)`."""
-    # A copy, as the pipeline's own may be in use.
-    own = type(scheduler).from_config(scheduler.config)
-    own.set_timesteps(**settings)
-    return flow_levels(own.sigmas.tolist(), module)
+    base, largest = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    slope = (largest - base) / (longest - shortest)
+    return base + slope * (tokens - shortest)

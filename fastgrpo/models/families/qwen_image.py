@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.models.families.image import check_image_size, check_text_length, dynamic_mu, scheduler_levels
+from fastgrpo.models.families.image import check_image_size, check_text_length, dynamic_mu
 from fastgrpo.models.families.shared import guide, to_pixels
 from fastgrpo.models.protocol import Conditioning, ModelFamily
 
@@ -59,12 +57,13 @@ class QwenImage(ModelFamily):
         mean, std = (torch.tensor(v, device=self.device) for v in (vae.latents_mean, vae.latents_std))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
-    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
-        if shift != "pipeline":
-            return super().noise_levels(steps, shift)
-        scheduler = self.pipeline.scheduler
-        mu = dynamic_mu(scheduler.config, self.latent_shape[0])
-        return scheduler_levels(scheduler, "transformer", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        given = super().timestep_arguments(scheduler, steps)
+        return given | {"mu": dynamic_mu(scheduler.config, self.latent_shape[0])}
+
+    def pipeline_arguments(self, steps: int) -> dict[str, Any]:
+        called = super().pipeline_arguments(steps)
+        return called | {"true_cfg_scale": called.pop("guidance_scale")}
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config

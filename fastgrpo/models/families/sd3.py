@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
@@ -18,7 +17,6 @@ from fastgrpo.models.families.image import (
     check_image_size,
     check_text_length,
     dynamic_mu,
-    scheduler_levels,
     vae_factor,
 )
 from fastgrpo.models.families.shared import guide, to_pixels
@@ -59,16 +57,14 @@ class StableDiffusion3(ModelFamily):
         factor = self.pipeline.vae_scale_factor
         return self.pipeline.transformer.config.in_channels, self.config.height // factor, self.config.width // factor
 
-    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
-        scheduler = self.pipeline.scheduler
-        if shift != "pipeline":
-            scheduler = type(scheduler).from_config(scheduler.config, shift=float(shift), use_dynamic_shifting=False)
-        settings: dict[str, Any] = {"num_inference_steps": steps}
-        if scheduler.config.use_dynamic_shifting:
-            _, height, width = self.latent_shape
-            patch = self.pipeline.transformer.config.patch_size
-            settings["mu"] = dynamic_mu(scheduler.config, (height // patch) * (width // patch))
-        return scheduler_levels(scheduler, "transformer", **settings)
+    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        if not scheduler.config.get("use_dynamic_shifting"):
+            return {}
+        _, height, width = self.latent_shape
+        patch = self.pipeline.transformer.config.patch_size
+        # Its pipeline's own default, where the config is silent.
+        settings = {"max_shift": 1.16, **scheduler.config}
+        return {"mu": dynamic_mu(settings, (height // patch) * (width // patch))}
 
     @cached_property
     def encoder(self) -> Any:

@@ -1,9 +1,12 @@
-"""What every family may use: classifier-free guidance, and pixels of what a VAE decodes."""
+"""What every family may use: classifier-free guidance, pixels of what a VAE decodes, sizes that it takes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fastgrpo.config import Model
+from fastgrpo.errors import nearest_sizes
 
 
 def guide(branches: Tensor, scale: float, rescale_norm: bool = False) -> Tensor:
@@ -23,3 +26,13 @@ def guide(branches: Tensor, scale: float, rescale_norm: bool = False) -> Tensor:
 def to_pixels(decoded: Tensor) -> Tensor:
     """A VAE's output in −1..1 as float32 pixels in 0..1."""
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def uneven_sides(config: Model, multiple: int) -> list[str]:
+    """What is wrong unless model.height and model.width are multiples of `multiple`."""
+    sizes = {"height": config.height, "width": config.width}
+    return [
+        f"model.{key}: {size} is not a multiple of {multiple}; {nearest_sizes(size, multiple)}"
+        for key, size in sizes.items()
+        if size % multiple
+    ]

@@ -66,3 +66,7 @@ class SkyReels(HunyuanVideo):
         both = torch.cat([inputs, inputs])
         output = self.evaluate(both, torch.cat([time, time]), conditioning, module, EMBEDDED_GUIDANCE, guided=True)
         return guide(output, self.config.guidance)
+
+    def pipeline_arguments(self, steps: int) -> dict[str, Any]:
+        called = super().pipeline_arguments(steps)
+        return called | {"true_cfg_scale": called["guidance_scale"], "guidance_scale": EMBEDDED_GUIDANCE}

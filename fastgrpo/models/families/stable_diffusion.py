@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.models.families.image import CLIP_TOKENS, check_image_size, vae_factor
 from fastgrpo.models.families.shared import guide, to_pixels
 from fastgrpo.models.protocol import Conditioning, ModelFamily
+from fastgrpo.models.schedulers import check_diffusion_scheduler, ddim_steps
 
 # Of XL's larger CLIP.
 POOLED_WIDTH = 1280
@@ -32,12 +34,7 @@ class StableDiffusion(ModelFamily):
     @classmethod
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
         check_image_size(config, vae_factor(parts["vae"]) * unet_factor(parts["unet"]), cls.name)
-        for setting in ("clip_sample", "thresholding"):
-            if parts["scheduler"].get(setting):
-                raise ConfigError(
-                    f"model.path: the scheduler of '{config.path}' asks for {setting}, and a clipped step is not "
-                    f"affine in the model's output; set {setting} to false in its scheduler_config.json"
-                )
+        check_diffusion_scheduler(config, parts["scheduler"])
 
     @classmethod
     def word_tokenizers(cls, length: int) -> dict[str, Any]:
@@ -58,29 +55,25 @@ class StableDiffusion(ModelFamily):
         factor = vae_factor(self.pipeline.vae.config)
         return self.pipeline.unet.config.in_channels, self.config.height // factor, self.config.width // factor
 
-    @cached_property
-    def scheduler(self) -> Any:
+    def sampling_scheduler(self, shift: float | str) -> Any:
         """DDIM with the betas, timesteps and prediction type of the pipeline's own scheduler, whatever its class."""
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        # A config without clip_sample (PNDM's) would turn it on.
-        return DDIMScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False, thresholding=False)
-
-    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
         if shift != "pipeline":
             raise ConfigError(
                 f"rollout.shift: {shift}, but a diffusion model's levels are its betas'; set it to pipeline"
             )
-        self.scheduler.set_timesteps(steps)
-        times = self.scheduler.timesteps.tolist()
-        alphas = self.scheduler.alphas_cumprod.double()
-        stride = self.scheduler.config.num_train_timesteps // steps
-        start = [float(alphas[t]) for t in times]
-        # A step goes back by the stride, wherever rounding has put the next timestep.
-        final = float(self.scheduler.final_alpha_cumprod)
-        end = [float(alphas[t - stride]) if t >= stride else final for t in times]
-        kind = self.scheduler.config.prediction_type
-        return NoiseLevels(tuple(start), tuple(end), tuple(map(float, times)), ("unet",) * steps, kind)
+        # A config without clip_sample (PNDM's) would turn it on.
+        return DDIMScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False, thresholding=False)
+
+    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
+        levels = ddim_steps(self.sampling_scheduler(shift), steps, self.config.path)
+        return replace(levels, modules=self.acting_modules(levels))
+
+    def pipeline_arguments(self, steps: int) -> dict[str, Any]:
+        called = super().pipeline_arguments(steps)
+        del called["max_sequence_length"]
+        return called
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config
@@ -120,16 +113,29 @@ class StableDiffusion(ModelFamily):
         )[0]
         return guide(output, self.config.guidance) if self.guided else output
 
+    @cached_property
+    def latent_statistics(self) -> tuple[float | Tensor, float | Tensor]:
+        """Mean and scale of the VAE's latents: by channel [1, C, 1, 1] where XL's VAE has statistics, else 0 and its
+        scaling factor. The other pipelines of this family do not look at a VAE's statistics."""
+        vae = self.pipeline.vae.config
+        mean, std = vae.get("latents_mean"), vae.get("latents_std")
+        if not self.xl or mean is None or std is None:
+            return 0.0, vae.scaling_factor
+        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (mean, std))
+        return mean, vae.scaling_factor / std
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        return to_pixels(vae.decode((latents / vae.config.scaling_factor).to(self.vae_dtype), return_dict=False)[0])
+        mean, scale = self.latent_statistics
+        return to_pixels(vae.decode((latents / scale + mean).to(self.vae_dtype), return_dict=False)[0])
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         vae = self.pipeline.vae
         drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator)
-        return drawn.float() * vae.config.scaling_factor
+        mean, scale = self.latent_statistics
+        return (drawn.float() - mean) * scale
 
 
 def unet_factor(config: Mapping[str, Any]) -> int:

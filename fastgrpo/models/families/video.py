@@ -10,22 +10,18 @@ from torch import Tensor
 
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt, open_image
-from fastgrpo.errors import ConfigError
+from fastgrpo.errors import ConfigError, nearest_sizes
+from fastgrpo.models.families.shared import uneven_sides
 
 
 def check_video_size(config: Model, multiple: int, stride: int) -> None:
     """Raises ConfigError unless height and width are multiples of `multiple`, and frames are stride·k + 1."""
-    for key in ("height", "width"):
-        size = getattr(config, key)
-        if size % multiple:
-            below = max(size // multiple, 1) * multiple
-            raise ConfigError(f"model.{key}: {size} is not a multiple of {multiple}; the nearest is {below}")
+    problems = uneven_sides(config, multiple)
     if (config.frames - 1) % stride:
-        below = (config.frames - 1) // stride * stride + 1
-        raise ConfigError(
-            f"model.frames: {config.frames} is not {stride}k + 1, as the VAE takes them; the nearest are {below} and "
-            f"{below + stride}"
-        )
+        near = nearest_sizes(config.frames, stride, 1)
+        problems.append(f"model.frames: {config.frames} is not {stride}k + 1, as the VAE takes them; {near}")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def latent_frames(config: Model, stride: int) -> int:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.algorithms.schedule import NoiseLevels, flow_levels
+from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt, open_image
 from fastgrpo.errors import ConfigError
@@ -85,16 +86,14 @@ class Wan(ModelFamily):
         mean, std = (torch.tensor(v, device=self.device) for v in (vae.latents_mean, vae.latents_std))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
-    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
-        scheduler = self.pipeline.scheduler
-        if shift != "pipeline":
-            name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
-            scheduler = type(scheduler).from_config(scheduler.config, **{name: float(shift)})
-        scheduler.set_timesteps(steps)
-        sigmas = scheduler.sigmas.tolist()
+    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        return {}
+
+    def acting_modules(self, levels: NoiseLevels) -> tuple[str, ...]:
         boundary = self.pipeline.config.boundary_ratio
-        names = ["transformer" if boundary is None or s >= boundary else "transformer_2" for s in sigmas[:-1]]
-        return flow_levels(sigmas, names)
+        # Of timesteps in float32, as the pipeline compares them.
+        noisy = [boundary is None or np.float32(1000) * np.float32(t) >= 1000 * boundary for t in levels.times]
+        return tuple("transformer" if first else "transformer_2" for first in noisy)
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config

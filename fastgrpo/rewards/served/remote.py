@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import random
+import ssl
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 # What another attempt may mend: a timeout, too many requests, or the server's own trouble.
 RETRIED = {408, 425, 429}
-MAX_ANSWER = 2**24
+# Of an answer: bytes, and bytes for each sample.
+ANSWER, ANSWER_EACH = 2**16, 2**12
 
 
 class RemoteReward:
@@ -35,7 +37,8 @@ class RemoteReward:
     token_env: the environment variable with the servers' token. batch: samples a call. connections: calls at a time.
     encoding: raw (float32, exact), uint8, png or webp. timeout: seconds of a call; deadline: of all a sample's
     attempts, after which it is late and has no score. retries: attempts after the first, each waiting `backoff` times
-    2ⁿ seconds. hedge_after: seconds after which a second call is sent beside a slow one; null: never.
+    2ⁿ seconds. hedge_after: seconds after which a second call is sent beside a slow one; null: never. ca_file: the PEM
+    file of the authority that signed the certificate of an https server; null: those that this machine trusts.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class RemoteReward:
         retries: int = 4,
         backoff: float = 0.25,
         hedge_after: float | None = None,
+        ca_file: str | None = None,
     ) -> None:
         require("httpx", "the reward 'remote'")
         self.urls = [u.rstrip("/") for u in ([url] if isinstance(url, str) else url)]
@@ -65,6 +69,7 @@ class RemoteReward:
         self.encoding: Encoding = encoding
         self.timeout, self.deadline, self.retries = timeout, deadline, retries
         self.backoff, self.hedge_after = backoff, hedge_after
+        self._trusted = _trusted(ca_file)
         self._token = os.environ.get(token_env, "")
         if not self._token:
             raise ConfigError(f"rewards: remote: the environment variable {token_env} (token_env) holds no token")
@@ -95,7 +100,7 @@ class RemoteReward:
             threading.Thread(target=self._loop.run_forever, daemon=True, name="remote reward").start()
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=2 * self.connections)
             # Proxies of the environment are for the outside world; a reward server is named by its own address.
-            self._client = httpx.AsyncClient(timeout=self.timeout, limits=limits, trust_env=False)
+            self._client = httpx.AsyncClient(timeout=self.timeout, limits=limits, trust_env=False, verify=self._trusted)
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _all(self, chunks: list[tuple[Tensor, Sequence[Prompt], float | None]], until: float) -> list[Any]:
@@ -161,8 +166,8 @@ class RemoteReward:
         ):
             async for part in response.aiter_bytes():
                 answer += part
-                if len(answer) > MAX_ANSWER:
-                    raise WireError(f"an answer of more than {MAX_ANSWER} bytes")
+                if len(answer) > ANSWER + count * ANSWER_EACH:
+                    raise WireError(f"an answer of more than {ANSWER + count * ANSWER_EACH} bytes")
         if response.status_code == 200:
             return decode_scores(bytes(answer), count)
         said = bytes(answer[:200]).decode(errors="replace")
@@ -170,6 +175,16 @@ class RemoteReward:
         if response.status_code in RETRIED or response.status_code >= 500:
             raise RuntimeError(message)
         raise _FinalError(message)
+
+
+def _trusted(ca_file: str | None) -> ssl.SSLContext | bool:
+    """What httpx verifies a server's certificate by. Raises ConfigError for a file that holds no authority's."""
+    if ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=os.path.expanduser(ca_file))
+    except OSError as error:
+        raise ConfigError(f"rewards: remote: ca_file '{ca_file}' cannot be used: {error.strerror or error}") from None
 
 
 class _FinalError(Exception):

@@ -14,6 +14,7 @@ import asyncio
 import hmac
 import logging
 import os
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -27,13 +28,16 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import Field
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastgrpo.config import RewardSpec
-from fastgrpo.config.sections import PositiveFloat, PositiveInt, Section
+from fastgrpo.config.sections import PathText, PositiveFloat, PositiveInt, Section
 from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import load_reward
-from fastgrpo.rewards.base import Reward, Scores
+from fastgrpo.rewards.base import Reward, Scores, ask
+from fastgrpo.rewards.failures import FailureLog
+from fastgrpo.rewards.served.connections import server_options
 from fastgrpo.rewards.served.wire import ScoreRequest, WireError, decode_request, encode_scores
 
 log = logging.getLogger(__name__)
@@ -53,8 +57,14 @@ class Serve(Section):
     )
     max_pending: PositiveInt = Field(default=4096, description="Samples that may wait; what comes then is a 429.")
     body_timeout: PositiveFloat = Field(default=60.0, description="Seconds in which a request's body has to come.")
-    tls_certificate: str | None = Field(default=None, description="A PEM file; null: plain HTTP.")
-    tls_key: str | None = None
+    head_timeout: PositiveFloat = Field(default=10.0, description="Seconds in which a request's headers have to come.")
+    max_connections: PositiveInt = Field(
+        default=2048, description="Connections at a time; above it, the one that has been idle longest is closed."
+    )
+    tls_certificate: PathText | None = Field(
+        default=None, description="A PEM file, the server's and those between it and its authority's; null: plain HTTP."
+    )
+    tls_key: PathText | None = Field(default=None, description="The PEM file of its key; null: it is in the same file.")
 
 
 class ServiceConfig(Section):
@@ -179,10 +189,8 @@ class Batcher:
         parts = []
         for start in range(0, len(prompts), self.config.max_batch):
             part = slice(start, start + self.config.max_batch)
-            parts.append(self.reward.score(samples[part], prompts[part], requests[0].fps))
+            parts.append(ask(self.reward, samples[part], prompts[part], requests[0].fps))
         scores = Scores.concatenate(parts)
-        if len(scores.values) != len(prompts):
-            raise ValueError(f"{len(scores.values)} scores for {len(prompts)} samples")
         self.metrics.seconds.labels(self.name).observe(perf_counter() - begin)
         self.metrics.batch.labels(self.name).observe(len(prompts))
         self.metrics.samples.labels(self.name).inc(len(prompts))
@@ -232,6 +240,7 @@ def create_app(config: ServiceConfig, token: str, rewards: Mapping[str, Reward] 
     """The ASGI application; `rewards` by name where they are loaded already."""
     loaded = rewards if rewards is not None else {spec.key: load_reward(spec) for spec in config.rewards}
     metrics = Metrics()
+    failures = FailureLog(log.warning)
     limits = config.serve
 
     @asynccontextmanager
@@ -272,8 +281,10 @@ def create_app(config: ServiceConfig, token: str, rewards: Mapping[str, Reward] 
             return _refusal(error.status, str(error), metrics, name)
         except TimeoutError:
             return _refusal(408, f"the body did not come in {limits.body_timeout:g} s", metrics, name)
+        except ClientDisconnect:
+            return Response(status_code=400)
         except Exception as error:
-            log.warning("reward '%s' failed: %s: %s", name, type(error).__name__, error)
+            failures.failed(f"reward '{name}' failed", name, error)
             return _refusal(500, f"the reward failed: {type(error).__name__}", metrics, name)
         metrics.requests.labels(name, "200").inc()
         return JSONResponse(encode_scores(scores))
@@ -288,10 +299,25 @@ def serve(config: ServiceConfig) -> None:
     token, limits = config.token(), config.serve
     if limits.host not in LOOPBACK and limits.tls_certificate is None:
         log.warning("serve.host %s: other machines reach it, and the token travels in the clear", limits.host)
+    check_certificate(limits)
     uvicorn.run(
         create_app(config, token), host=limits.host, port=limits.port, log_level="warning",
         ssl_certfile=limits.tls_certificate, ssl_keyfile=limits.tls_key, server_header=False,
+        **server_options(limits.max_connections, limits.head_timeout),
     )  # fmt: skip
+
+
+def check_certificate(limits: Serve) -> None:
+    """Raises ConfigError where TLS cannot be served with these files."""
+    if limits.tls_certificate is None:
+        if limits.tls_key is not None:
+            raise ConfigError("serve.tls_key: is given without tls_certificate, so nothing would be encrypted")
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(limits.tls_certificate, limits.tls_key)
+    except OSError as error:
+        files = " and ".join(filter(None, (limits.tls_certificate, limits.tls_key)))
+        raise ConfigError(f"serve.tls_certificate: {files} cannot be used: {error.strerror or error}") from None
 
 
 def _length(request: Request, limit: int) -> int:

@@ -24,6 +24,9 @@ from fastgrpo.data.prompts import Prompt
 from fastgrpo.rewards.base import Scores
 
 VERSION = 1
+# Of a request: bytes of safetensors' own header (three tensors), bytes of its JSON, and values in it (each of which
+# takes some hundred bytes once it is read).
+MAX_HEADER, MAX_HEAD, MAX_VALUES = 2**12, 2**23, 2**18
 MEDIA_TYPE = "application/x-fastgrpo"
 Encoding = Literal["raw", "uint8", "png", "webp"]
 Size = Annotated[int, Field(ge=1, le=2**20)]
@@ -92,12 +95,17 @@ def decode_request(body: bytes, max_bytes: int) -> ScoreRequest:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    if int.from_bytes(body[:8], "little") > MAX_HEADER:
+        raise WireError(f"a safetensors header above {MAX_HEADER} bytes")
     try:
         tensors = load(body)
         head = tensors["request"]
         if head.dtype != torch.uint8 or head.ndim != 1:
             raise WireError("'request' should be uint8 text")
-        request = _Request.model_validate_json(head.numpy().tobytes())
+        text = head.numpy().tobytes()
+        if len(text) > MAX_HEAD or sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_VALUES:
+            raise WireError(f"'request' is above {MAX_HEAD} bytes or {MAX_VALUES} values", 413)
+        request = _Request.model_validate_json(text)
     except WireError:
         raise
     except (SafetensorError, ValidationError, KeyError, ValueError, TypeError, RuntimeError, RecursionError) as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgrpo.errors import UserError
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
 from fastgrpo.training.checkpoint import CheckpointStore
+from fastgrpo.training.resume import Claim
 from fastgrpo.training.state import save
 
 if TYPE_CHECKING:
@@ -15,12 +18,15 @@ if TYPE_CHECKING:
 
 
 class CheckpointCallback(Callback):
-    """Writes checkpoints into a store. It stands after the evaluation in the trainer's list, whose best it keeps."""
+    """Writes checkpoints into a store, and holds its run directory. It stands after the evaluation in the trainer's
+    list, whose best it keeps."""
 
     name = "checkpoint"
 
-    def __init__(self, store: CheckpointStore, evaluation: EvaluationCallback | None = None) -> None:
-        self.store, self.evaluation = store, evaluation
+    def __init__(
+        self, store: CheckpointStore, evaluation: EvaluationCallback | None = None, claim: Claim | None = None
+    ) -> None:
+        self.store, self.evaluation, self.claim = store, evaluation, claim
         self.saved = -1
 
     def on_start(self, trainer: Trainer) -> None:
@@ -37,7 +43,11 @@ class CheckpointCallback(Callback):
         self.store.wait()
 
     def close(self) -> None:
-        self.store.wait()
+        # After an error: what ended the run is what to say; a checkpoint that fails too leaves the one before it.
+        with suppress(UserError):
+            self.store.wait()
+        if self.claim is not None:
+            self.claim.release()
 
     @property
     def best(self) -> int | None:
@@ -54,5 +64,5 @@ class CheckpointCallback(Callback):
         """Writes the checkpoint of the iterations done so far."""
         trainer.flush()
         with trainer.outside_iteration("checkpoint"):
-            save(trainer, self.store, self.best)
+            save(trainer, self.store, self.best, {} if self.claim is None else self.claim.identity)
         self.saved = trainer.iteration

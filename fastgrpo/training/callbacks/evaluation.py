@@ -43,7 +43,7 @@ class EvaluationCallback(Callback):
         config, iteration = trainer.config, trainer.iteration
         trainer.flush()
         with trainer.outside_iteration("eval"), trainer.optimizer.averaged(config.eval.ema):
-            result = evaluate(trainer.family, trainer.rewards, self.prompts, config, trainer.world, trainer.note)
+            result = evaluate(trainer.family, trainer.rewards, self.prompts, config, trainer.world, trainer.failures)
         summary = result.summary()
         score = sum(spec.weight * summary["rewards"][spec.key] for spec in config.scored)
         self.history.append({"iteration": iteration, "score": score, "rewards": summary["rewards"]})
@@ -56,6 +56,8 @@ class EvaluationCallback(Callback):
         strict = "" if summary["strict_pass"] is None else f", strict pass {summary['strict_pass']:.1%}"
         if trainer.world.main:
             trainer.note(f"iteration {iteration}: held-out reward {score:.3f}{strict}")
+        # An evaluation takes a while: signals that came during it stop the run here.
+        trainer.stop.agree(trainer.world)
 
     def state(self) -> dict[str, Any]:
         best = self.best

@@ -1,0 +1,86 @@
+"""objective.kl: the KL to a reference as each project writes it, from its own step's mean and standard deviation."""
+
+import copy
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import tiny_config
+from support.updates import prepare
+
+from fastgrpo.algorithms.schedule import flow_levels, kl_factors, linear_levels, schedule_steps, shifted
+from fastgrpo.config import Rollout, SubsetSteps
+
+STEPS = 10
+KINDS = ("gaussian", "flow_grpo", "x", "v")
+
+
+def step_of_project(sampler, eta, levels, t, x, v):
+    """(mean of the next latents, std without √Δσ, √−Δσ) as Flow-GRPO's and DanceGRPO's scripts compute them."""
+    sigma, following = levels[t], levels[t + 1]
+    dt = following - sigma
+    if sampler == "cps":
+        std = following * math.sin(eta * math.pi / 2)
+        clean, noise = x - sigma * v, x + (1 - sigma) * v
+        return clean * (1 - following) + noise * math.sqrt(following**2 - std**2), std, 1.0
+    std = eta if sampler == "dance_sde" else math.sqrt(sigma / (1 - (levels[1] if sigma == 1 else sigma))) * eta
+    mean = x * (1 + std**2 / (2 * sigma) * dt) + v * (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
+    return mean, std, math.sqrt(-dt)
+
+
+def kl_of_project(kind, sampler, eta, levels, t, x, v, v_ref):
+    mean, std, root = step_of_project(sampler, eta, levels, t, x, v)
+    mean_ref, _, _ = step_of_project(sampler, eta, levels, t, x, v_ref)
+    return {
+        "gaussian": ((mean - mean_ref) ** 2).mean() / (2 * (std * root) ** 2),
+        "flow_grpo": ((mean - mean_ref) ** 2).mean() / (2 * std**2),
+        "x": ((mean - mean_ref) ** 2).mean(),
+        "v": ((v - v_ref) ** 2).mean(),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler, eta", [("dance_sde", 0.3), ("flow_sde", 0.7), ("cps", 0.8)])
+def test_it_is_each_projects_own_value(kind, sampler, eta):
+    levels = shifted(linear_levels(STEPS), 3.0)
+    roll = Rollout(steps=STEPS, sampler=sampler, eta=eta, trained=SubsetSteps(fraction=1.0))
+    plan = schedule_steps(roll, flow_levels(levels, "transformer"), 2, 0, 0)
+    factors = kl_factors(kind, sampler, plan)
+    generator = torch.Generator().manual_seed(0)
+    x, v, v_ref = torch.randn(3, 64, generator=generator, dtype=torch.float64)
+    for t in range(STEPS - 1):
+        _, b, s = plan.transitions[t]
+        Q = (b * (v - v_ref) / s).square().mean()
+        theirs = kl_of_project(kind, sampler, eta, levels, t, x, v, v_ref)
+        assert (factors[t] * Q / 2).item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert factors[-1] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_reports_it_and_adds_it_to_the_loss(tiny_flux, kind):
+    weight = 0.5
+    config = tiny_config(tiny_flux, objective={"kl_weight": weight, "kl": kind})
+    family, plan, trajectory, conditioning, updater = prepare(config)
+    frozen = copy.deepcopy(family.transformer)
+    with torch.no_grad():
+        for p in frozen.parameters():
+            p.mul_(1.05)
+    updater.reference = lambda: nullcontext({"transformer": frozen})
+    result = updater.run(plan, trajectory, conditioning, np.zeros(6), np.ones(6, bool), 0)
+    layout, expected = trajectory.layout, []
+    levels = [*plan.times, 0.0]
+    for row in layout.pair_row:
+        step = int(layout.row_step[row])
+        x, time = trajectory.x[row][None], torch.tensor([plan.times[step]])
+        condition = conditioning.rows(layout.row_prompt[row : row + 1])
+        with torch.no_grad():
+            v, v_ref = (family.predict(x, time, condition, m)[0].double() for m in (family.transformer, frozen))
+        roll = config.rollout
+        expected.append(kl_of_project(kind, roll.sampler, roll.eta, levels, step, x[0].double(), v, v_ref).item())
+    sums = dict(
+        zip(("ratio", "clipped", "kl", "dropped", "loss", "weight"), result.statistics.sums.tolist(), strict=True)
+    )
+    assert sums["kl"] == pytest.approx(sum(expected), rel=1e-5)
+    assert sums["loss"] == pytest.approx(weight * sum(expected), rel=1e-5)

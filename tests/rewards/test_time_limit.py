@@ -1,0 +1,53 @@
+"""A reward that hangs has failed for its samples, and keeps nothing else waiting."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from fastgrpo.rewards import Scores, load_rewards
+from fastgrpo.rewards.time_limit import LimitedReward
+
+
+class Hangs:
+    def __init__(self):
+        self.go, self.calls, self.gradients = threading.Event(), 0, None
+        self.weights = "mine"
+
+    def score(self, samples, prompts, fps):
+        self.calls += 1
+        self.gradients = torch.is_grad_enabled()
+        if self.calls == 2:
+            self.go.wait(20)
+        if self.calls == 4:
+            raise RuntimeError("on fire")
+        return Scores([0.5] * len(prompts), [True] * len(prompts))
+
+
+def test_a_hanging_call_fails_in_time_and_the_reward_serves_again_when_it_is_done():
+    reward = Hangs()
+    limited, samples = LimitedReward(reward, "hangs", 0.3), torch.zeros(2, 3, 4, 4)
+    assert limited.weights == "mine"
+    with torch.no_grad():
+        assert limited.score(samples, ["a", "b"], None).values.tolist() == [0.5, 0.5]
+    assert reward.gradients is False
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"no answer within scoring\.timeout, 0\.3 s"):
+        limited.score(samples, ["a", "b"], None)
+    with pytest.raises(TimeoutError, match="still busy"):
+        limited.score(samples, ["a", "b"], None)
+    assert time.monotonic() - begin < 5
+    assert reward.calls == 2
+    reward.go.set()
+    limited._late.join()
+    assert limited.score(samples, ["a", "b"], None).values.tolist() == [0.5, 0.5]
+    with pytest.raises(RuntimeError, match="on fire"):
+        limited.score(samples, ["a", "b"], None)
+
+
+def test_a_run_limits_its_rewards_unless_told_not_to(tiny_flux):
+    from support.tiny import tiny_config
+
+    assert load_rewards(tiny_config(tiny_flux))["shapes"].seconds == 1800
+    assert not isinstance(load_rewards(tiny_config(tiny_flux, scoring={"timeout": None}))["shapes"], LimitedReward)

@@ -1,0 +1,184 @@
+"""A signal to any rank, at any moment: every rank ends alike, with 75, and a resumed run is bit-identical."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fastgrpo.training import signals
+from fastgrpo.training.signals import GRACE, INTERRUPTED, PREEMPTED, StopRequest, listening
+
+
+class Two:
+    """Two ranks, of which the other wishes something."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def gather_all(self, vector):
+        return np.stack([vector, np.array([float(self.other)])])
+
+
+def test_a_wish_is_not_an_agreement_and_is_never_lost():
+    stop = StopRequest()
+    sent = stop.wish
+    stop.ask(signal.SIGUSR1)
+    assert (stop.wish, stop.agreed) == (PREEMPTED, 0)
+    # The ranks had sent their wishes before it came.
+    assert stop.take(sent) == 0
+    assert stop.agree(Two(0)) == PREEMPTED
+    other = StopRequest()
+    assert other.agree(Two(INTERRUPTED)) == INTERRUPTED
+    assert other.agree(Two(0)) == INTERRUPTED
+
+
+def test_repeats_count_once_and_only_a_later_ctrl_c_ends_at_once(capfd):
+    now = [0.0]
+    stop = StopRequest(lambda: now[0])
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        stop.ask(number)
+    assert stop.wish == PREEMPTED
+    assert len(capfd.readouterr().err.splitlines()) == 2
+    now[0] = GRACE + 1
+    stop.ask(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        stop.ask(signal.SIGINT)
+
+
+def test_handlers_come_back():
+    before = {number: signal.getsignal(number) for number in signals.STOPS}
+    stop = StopRequest()
+    with listening(stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wish == PREEMPTED
+    assert {number: signal.getsignal(number) for number in signals.STOPS} == before
+
+
+EARLY = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGTERM)
+            sys.meta_path.remove(self)
+sys.meta_path.insert(0, Finder())
+from fastgrpo.commands.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_while_torch_is_imported_is_taken(tiny_flux, tmp_path):
+    from support.tiny import tiny_config
+
+    from fastgrpo.config.sections import dump_settings
+
+    (tmp_path / "c.yaml").write_text(dump_settings(tiny_config(tiny_flux, tmp_path / "run")), encoding="utf-8")
+    command = [sys.executable, "-c", EARLY, "train", str(tmp_path / "c.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 75, done.stderr
+    assert "stopped before its first iteration, to be requeued" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# A run of two ranks, started as `torchrun -m fastgrpo train` starts them; rank RANK signals itself at a moment.
+TWO = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from fastgrpo.training import signals
+signals.listen()
+from fastgrpo.rollout import rollouts
+from fastgrpo.training import setup, trainer
+from fastgrpo.training.callbacks import evaluation
+moment, number, rank = sys.argv[2], signal.Signals[sys.argv[3]], sys.argv[4]
+armed = [os.environ["RANK"] == rank]
+def hit():
+    if armed[0]:
+        armed[0] = False
+        os.kill(os.getpid(), number)
+def before(owner, name, times=1):
+    original, calls = getattr(owner, name), []
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == times:
+            hit()
+        return original(*args, **kwargs)
+    setattr(owner, name, wrapped)
+from fastgrpo.training.checkpoint import CheckpointStore
+from fastgrpo.training.update import Updater
+from fastgrpo.rollout.generator import Generator
+{
+    "load": lambda: before(trainer, "prepare_weights"),
+    "claim": lambda: before(setup, "claim_directory"),
+    "evaluation": lambda: before(evaluation, "evaluate", 2),
+    "first evaluation": lambda: before(evaluation, "evaluate"),
+    "rollout": lambda: before(Generator, "start", 2),
+    "gather": lambda: before(rollouts, "gather_scores", 2),
+    "update": lambda: before(Updater, "run", 2),
+    "checkpoint": lambda: before(CheckpointStore, "save"),
+    "checkpoint's write": lambda: before(CheckpointStore, "_finish" if rank == "0" else "_write"),
+    "end": lambda: before(CheckpointStore, "wait", 4),
+}[moment]()
+from fastgrpo.commands.main import main
+sys.exit(main(["train", sys.argv[1], "run.resume=auto"]))
+"""
+
+
+def two_ranks(folder, *arguments):
+    """Exit codes and errors of two ranks that nobody watches over."""
+    (folder / "two.py").write_text(TWO)
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(folder / "two.py"), str(folder / "c.yaml"), *arguments]
+        ranks.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    return [rank.returncode for rank in ranks], errors
+
+
+MOMENTS = ["load", "claim", "first evaluation", "evaluation", "rollout", "gather", "update", "checkpoint",
+           "checkpoint's write", "end"]  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("rank, name", [("0", "SIGTERM"), ("1", "SIGUSR1")])
+def test_every_rank_leaves_with_75_and_goes_on(tiny_flux, tmp_path, moment, rank, name):
+    one_moment(tiny_flux, tmp_path, moment, name, rank)
+
+
+def test_a_signal_at_one_rank_during_its_update_stops_both(tiny_flux, tmp_path):
+    one_moment(tiny_flux, tmp_path, "update", "SIGTERM", "1")
+
+
+def one_moment(tiny_flux, folder, moment, name, rank):
+    from support.runs import metrics
+    from support.tiny import tiny_config
+
+    from fastgrpo.config.sections import dump_settings
+
+    config = tiny_config(
+        tiny_flux, folder / "run", rollout={"group_size": 4}, train={"iterations": 3},
+        eval={"every": 2, "images": 4}, checkpoint={"every": 2},
+    )  # fmt: skip
+    (folder / "c.yaml").write_text(dump_settings(config), encoding="utf-8")
+    begin = time.monotonic()
+    codes, errors = two_ranks(folder, moment, name, rank)
+    assert codes == [75, 75], errors
+    assert not any("Traceback" in error for error in errors), errors
+    codes, errors = two_ranks(folder, "load", name, "none")
+    assert codes == [0, 0], errors
+    assert [line["iteration"] for line in metrics(folder / "run")] == [0, 1, 2]
+    assert time.monotonic() - begin < 500
