@@ -11,9 +11,9 @@ from support.tiny import tiny_config
 from fastgrpo.commands.best_of import best_of_n, best_of_run
 from fastgrpo.commands.main import main
 from fastgrpo.commands.sample import sample_run
+from fastgrpo.commands.train import train
 from fastgrpo.errors import UserError
 from fastgrpo.rewards import Scores
-from fastgrpo.training.trainer import train
 
 
 class Redness:

@@ -13,6 +13,7 @@ from support.tiny import tiny_config
 from fastgrpo.commands.evaluate import Request, evaluate_target
 from fastgrpo.commands.export import export_run
 from fastgrpo.commands.runs import apply_checkpoint, open_run
+from fastgrpo.commands.train import train
 from fastgrpo.config import dump
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError, UserError
@@ -23,7 +24,6 @@ from fastgrpo.models import load_family
 from fastgrpo.observe.media import write_grid
 from fastgrpo.rewards import Scores
 from fastgrpo.shapes.world import CATEGORIES
-from fastgrpo.training.trainer import train
 
 ALONE = World(0, 1, torch.device("cpu"))
 VARIANTS = {

@@ -10,11 +10,11 @@ from support.tiny_video import build, video_config
 
 from fastgrpo import errors
 from fastgrpo.commands.report import write_report
+from fastgrpo.commands.train import train
 from fastgrpo.errors import UserError
 from fastgrpo.observe.media import animate, read_tiles, to_bytes, write_frames, write_mp4, write_samples, write_webp
 from fastgrpo.shapes.moving_render import render_batch
 from fastgrpo.shapes.moving_world import all_prompts
-from fastgrpo.training.trainer import train
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from support.tiny import tiny_config
 
+from fastgrpo.commands.train import train
 from fastgrpo.config import Config, Run
 from fastgrpo.errors import UserError
 from fastgrpo.observe.progress import Progress
 from fastgrpo.observe.run_log import RunLog, read_metrics
 from fastgrpo.observe.timers import PhaseTimer
-from fastgrpo.training.trainer import train
 
 
 def make_config(**telemetry) -> Config:

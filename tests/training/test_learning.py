@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from fastgrpo.commands.train import train
 from fastgrpo.config import load_config
-from fastgrpo.training.trainer import train
 
 # Iterations of about a minute on two cores for images, four and five minutes for videos; the reward that is looked at,
 # and of how many held-out samples.
