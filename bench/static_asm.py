@@ -100,9 +100,15 @@ def examine(launch: Launch, device: Device) -> dict[str, Any]:
 
 
 def _memory(ttgir: str) -> list[tuple[str, int, int]]:
-    """Loads and stores as (kind, elements, bytes an element); scalars have one element."""
-    found = []
+    """Loads and stores as (kind, elements, bytes an element); scalars have one element.
+
+    What follows a second counter's increment is done once a launch, by the last program of the last row, and left out.
+    """
+    found, arrivals = [], 0
     for line in ttgir.splitlines():
+        arrivals += "atomic_rmw" in line
+        if arrivals == 2:
+            break
         access = re.search(r"(?:tt|amdg|amdgpu)\.(?:buffer_)?(load|store) ", line)
         if not access:
             continue

@@ -94,10 +94,18 @@ def per_sample(
         return float(value) - less_one
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a float or a [B] tensor, got {type(value).__name__}")
-    if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: expected float64 or float32, got {value.dtype}")
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != like.shape[0]):
         raise ValueError(f"{name}: expected a scalar or shape [{like.shape[0]}], got {list(value.shape)}")
+    value = as_coefficients(name, value, like, positive=positive, less_one=less_one)
+    return value if value.ndim else value.expand(like.shape[0])
+
+
+def as_coefficients(
+    name: str, value: Tensor, like: Tensor, *, positive: bool = False, less_one: bool = False
+) -> Tensor:
+    """Coefficients of any shape, `less_one` or not, on the device of `like`; a device's in float32."""
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float64 or float32, got {value.dtype}")
     if is_host_readable(value):
         finite = bool(torch.isfinite(value).all())
         _check_values(name, value, finite, not positive or bool((value > 0).all()))
@@ -107,7 +115,7 @@ def per_sample(
         value = value.to(device=like.device, dtype=torch.float32, non_blocking=True)
     elif value.device.type != "cpu":
         raise ValueError(f"{name}: is on {value.device}, the latents on cpu; move it there")
-    return value.expand(like.shape[0])
+    return value
 
 
 def check_traced(**rows: Tensor | None) -> None:

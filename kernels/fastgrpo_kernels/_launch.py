@@ -1,6 +1,6 @@
 """What every Triton launch needs: rows without copies where possible, coefficients in float32, the grid, counters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,14 @@ def row_strides(tensors: Sequence[Tensor | None], elements: int) -> list[int | N
 
 
 def kernel_scalar(value: float | Tensor) -> float | Tensor:
-    """A coefficient as kernels read it: a float, or a float32 [B] tensor with unit stride."""
-    return value.float().contiguous() if isinstance(value, Tensor) else value
+    """A coefficient as kernels read it: a float, or a float32 [B] tensor of any stride."""
+    return value.float() if isinstance(value, Tensor) else value
+
+
+def coefficient_steps(names: Iterable[str], coefficients: Sequence[float | Tensor]) -> dict[str, int | None]:
+    """The kernels' `<name>_step`: a [B] coefficient's stride, such as that of a table's column, None of a number."""
+    steps = (c.stride(0) if isinstance(c, Tensor) else None for c in coefficients)
+    return {f"{name}_step": step for name, step in zip(names, steps, strict=True)}
 
 
 def arrivals(count: int, device: torch.device, *, kept: bool) -> Tensor:

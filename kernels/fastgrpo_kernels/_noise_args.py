@@ -5,18 +5,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_latents, check_no_grad
+from ._checks import check_latents, check_no_grad, per_sample
 from .noise import NoiseKey, check_key, normal_cpu
 
 Noise = NoiseKey | Tensor | None
 
 
 class StoredStep(NamedTuple):
-    """Latents before and after a step as stored, [B, ...] each, and the step's `a`: ε = (y - a·x - b·v_old)/s."""
+    """Latents before and after a step as stored, [B, ...] each, and the step's `a`: ε = (y - a·x - b·v_old)/s.
+
+    A table of float32 coefficients holds a - 1 instead, which keeps its digits: give it as `a_less_one`, and None for
+    `a`. Nothing of the size of a batch is then launched to make it.
+    """
 
     x: Tensor
     y: Tensor
-    a: float | Tensor
+    a: float | Tensor | None = None
+    a_less_one: float | Tensor | None = None
+
+
+def check_less_one(prefix: str, a: object, a_less_one: object, like: Tensor) -> float | Tensor:
+    """a - 1, checked, from the one of the two that was given."""
+    if (a is None) == (a_less_one is None):
+        raise TypeError(f"{prefix}a: expected either a or a_less_one")
+    if a is not None:
+        return per_sample(f"{prefix}a", a, like, less_one=True)
+    return per_sample(f"{prefix}a_less_one", a_less_one, like)
 
 
 def split_noise(noise: Noise, like: Tensor) -> tuple[Tensor | None, Tensor | None, int]:

@@ -98,7 +98,7 @@ def test_the_document_shows_the_committed_table():
 
 def test_launches_of_a_training_loss(rows):
     launches = {(r["case"], r["pass"]): r["launches"] for r in rows}
-    assert launches["grpo_loss/key", "forward"] == 2
+    assert launches["grpo_loss/key", "forward"] == 1
     assert launches["grpo_loss/key", "backward"] == 1
     assert launches["on_policy_gradient/key", "forward"] == 1
     for noise in ("key", "stored"):

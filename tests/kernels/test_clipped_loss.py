@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastgrpo.algorithms.objectives.grpo import SUMMED, policy_loss
 from fastgrpo.config import ObjectiveConfig
 from fastgrpo_kernels import clipped_loss, shift_moments
-from fastgrpo_kernels.clipped_loss import op
+from fastgrpo_kernels.clipped_loss import LossStatistics, op
 from fastgrpo_kernels.clipped_loss.reference import clipped_loss_reference
 
 CLIP = {"clip_low": 1e-3, "clip_high": 2e-3}
@@ -53,7 +53,7 @@ def run_kernel(rows, form, unit=1.0):
     objective = op.Objective(**CLIP, **form, unit=unit)
     Q_reference = reference if form["kl_weight"] else None
     loss, statistics, factors = op.launch_clipped_loss(P, Q, s, A, weight, Q_reference, objective)
-    return loss.cpu(), op.LossStatistics(*statistics.cpu().unbind(0)), list(factors.cpu().unbind(0))
+    return loss.cpu(), LossStatistics(statistics.cpu()), list(factors.cpu().unbind(0))
 
 
 def run_definition(rows, form):
@@ -210,8 +210,8 @@ def test_runs_under_fake_tensors():
 def refusals():
     P, Q, s, A, w, _ = moments(3)
 
-    def call(P=P, Q=Q, s=s, advantage=A, weight=w, **settings):
-        return lambda: clipped_loss(P, Q, s, advantage, weight, **{**CLIP, **settings})
+    def call(P=P, Q=Q, s=s, advantages=A, weight=w, **settings):
+        return lambda: clipped_loss(P, Q, s, advantages, weight, **{**CLIP, **settings})
 
     return [
         (ValueError, call(ratio="gauss"), "ratio: unknown form 'gauss'; one of: gaussian, unit, ratio_norm"),
@@ -234,11 +234,11 @@ def refusals():
         (TypeError, call(Q=Q.double()), "Q: expected float32"),
         (ValueError, call(Q=Q[:2]), r"Q: expected \[3\] on cpu"),
         (TypeError, call(Q_reference=1.0), "Q_reference: expected float32"),
-        (TypeError, call(advantage=1.0), "advantage: expected a"),
-        (ValueError, call(advantage=A * torch.nan), "advantage: must be finite"),
+        (TypeError, call(advantages=1.0), "advantages: expected a"),
+        (ValueError, call(advantages=A * torch.nan), "advantages: must be finite"),
         (ValueError, call(weight=w[:2]), "weight: expected a scalar or shape"),
         (ValueError, call(s=0.0), "s: must be positive"),
-        (ValueError, call(advantage=A.clone().requires_grad_()), "advantage: requires a gradient"),
+        (ValueError, call(advantages=A.clone().requires_grad_()), "advantages: requires a gradient"),
     ]
 
 

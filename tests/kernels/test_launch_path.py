@@ -12,12 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.kernel_cases import KERNEL_DEVICE, make_case
+from support.kernel_cases import KERNEL_DEVICE, make_case, modules_with
 from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastgrpo_kernels
 from fastgrpo_kernels import (
     NoiseKey,
     StoredStep,
@@ -35,12 +34,6 @@ from fastgrpo_kernels import (
 SHAPE = (3, 3, 700)
 CLIP = {"clip_low": 1e-3, "clip_high": 2e-3}
 ALL = {"dual_clip": 1.5, "dppo_threshold": 1e-3, "kl_weight": 0.1}
-
-
-def modules_with(name):
-    """Modules of the package that hold a function of `_launch` under its name."""
-    prefix = fastgrpo_kernels.__name__ + "."
-    return [m for n, m in list(sys.modules.items()) if n.startswith(prefix) and name in vars(m)]
 
 
 @pytest.fixture

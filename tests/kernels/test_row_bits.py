@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.kernel_cases import KERNEL_DEVICE, make_case
 
+from fastgrpo_kernels.clipped_loss import fused
 from fastgrpo_kernels.clipped_loss import op as clipped
 from fastgrpo_kernels.gaussian_step import paths
 from fastgrpo_kernels.log_prob import op as density
@@ -39,14 +40,15 @@ def gaussian_step(rows):
 
 def every_moment(rows):
     x, v, v_old, a, b, s, *_ = rows_of(rows, LONG)
+    selected = x > -1
     return moments.launch_shift_moments(
-        Shift(v, v_old, b, s, x=x, y=v_old.float(), a_less_one=a - 1, v_uncond=x.to(v.dtype), guidance=a, v_reference=v)
+        Shift(v, v_old, b, s, x=x, y=v_old.float(), a_less_one=a - 1, v_uncond=x.to(v.dtype), guidance=a, mask=selected)
     )
 
 
 def moments_of_a_key(rows):
     _, v, v_old, _, b, s, words, _ = rows_of(rows, SHORT)
-    return moments.launch_shift_moments(Shift(v, v_old, b, s, words=words, seed=3))
+    return moments.launch_shift_moments(Shift(v, v_old, b, s, words=words, seed=3))[:2]
 
 
 def gradient_of_the_moments(rows):
@@ -75,9 +77,19 @@ def factors_of_the_loss(rows):
     return clipped.launch_clipped_loss(P, Q, s, advantage, a, Q_reference, LOSS)[2].unbind(0)
 
 
+def losses_of_all(rows):
+    """The samples' losses and gradient factors from latents, a reference model and a mask among them."""
+    x, v, v_old, a, b, s, *_ = rows_of(rows, LONG)
+    selected = x > -1
+    shift = Shift(v, v_old, b, s, x=x, y=v_old.float(), a_less_one=a - 1, v_reference=v_old.flip(1), mask=selected)
+    advantages = x[:, :2].contiguous()
+    loss, _, factors = fused.launch_grpo_loss(advantages, a, LOSS, True, shift)
+    return [loss, *factors.unbind(0)]
+
+
 KERNELS = (
     normal, gaussian_step, every_moment, moments_of_a_key, gradient_of_the_moments, log_prob, gradient_of_the_log_prob,
-    on_policy_gradient, factors_of_the_loss,
+    on_policy_gradient, factors_of_the_loss, losses_of_all,
 )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """Inputs and tolerances shared by the kernel tests."""
 
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import fastgrpo_kernels
 from fastgrpo_kernels import STREAM_SDE, NoiseKey, noise_key, normal, transitions
 
 # Where Triton runs: the interpreter takes CPU tensors.
@@ -39,6 +41,12 @@ def make_case(shape: tuple[int, ...], dtype: torch.dtype, *, shift: float = 0.05
     key = noise_key(2**40 + seed, ids, torch.arange(shape[0]), 3, STREAM_SDE, "cpu")
     v_old = v + shift * delta
     return Case(x, v.to(dtype), v_old.to(dtype), a, b, s, key, normal(key, shape[1:]))
+
+
+def modules_with(name):
+    """Modules of the package that hold a function of `_launch` under its name."""
+    prefix = fastgrpo_kernels.__name__ + "."
+    return [m for n, m in list(sys.modules.items()) if n.startswith(prefix) and name in vars(m)]
 
 
 def assert_within(actual: Tensor, expected: Tensor, *, relative: float, of_largest: float) -> None:

@@ -1,4 +1,4 @@
-"""The whole loss from latents: shift moments and objective in two launches forward, one backward."""
+"""The whole loss from latents: shift moments and objective in one launch forward, one backward."""
 
 from typing import Literal
 
@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
-from .._checks import check_traced, is_eager
-from .._launch import launches
+from .._checks import as_rows, check_traced, is_eager
+from .._launch import arrivals, launch, launches
 from .._noise_args import Noise, StoredStep
-from ..shift_moments.inputs import Shift, check_shift, empty_gradients, with_noise, with_rows
-from ..shift_moments.op import (
-    launch_shift_moments,
-    launch_shift_moments_backward,
-    place,
-    reference_moment_cpu,
-    shift_moments_backward_cpu,
-    shift_moments_cpu,
+from ..shift_moments.inputs import Shift, check_shift, empty_gradients, kernel_arguments, with_noise, with_rows
+from ..shift_moments.op import launch_shift_moments_backward, moments_cpu, place, shift_moments_backward_cpu
+from .op import (
+    LossStatistics,
+    Objective,
+    Ratio,
+    check_objective,
+    check_rows,
+    clipped_loss_cpu,
+    empty_outputs,
+    objective_arguments,
 )
-from .op import LossStatistics, Objective, Ratio, check_objective, check_rows, clipped_loss_cpu, launch_clipped_loss
 
 Coefficient = float | Tensor
 
@@ -29,7 +31,7 @@ def grpo_loss(
     b: Coefficient,
     s: Coefficient,
     noise: Noise | StoredStep,
-    advantage: Tensor,
+    advantages: Tensor,
     weight: Coefficient,
     *,
     clip_low: float,
@@ -41,70 +43,102 @@ def grpo_loss(
     v_reference: Tensor | None = None,
     v_uncond: Tensor | None = None,
     guidance_scale: Coefficient | None = None,
+    mask: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
+    per_sample: bool = False,
 ) -> tuple[Tensor, LossStatistics]:
-    """clipped_loss(*shift_moments(v, v_old, b, s, noise), s, advantage, weight, …) in two launches and one backward.
+    """The policy loss of visual GRPO from model outputs, in one launch forward and one backward.
 
-    Latents, coefficients, noise and guidance are those of `shift_moments`, the objective that of `clipped_loss`;
-    `v_reference` [B, ...] of v's dtype is the reference model's (guided) output for the KL term, read in the same pass.
-    Returns the weighted sum over samples, a float32 scalar, and its statistics.
+    The same as clipped_loss(*shift_moments(v, v_old, b, s, noise), s, advantages, weight, …). Nothing of a latent's
+    size is kept besides the inputs (the eager CPU path keeps ε).
 
-    Differentiable once, in `v` and `v_uncond`. Nothing of a latent's size is kept besides the inputs (the eager CPU
-    path keeps ε). Raises as the two operations do.
+    Args:
+        v, v_old, b, s, noise, v_uncond, guidance_scale, mask: those of `shift_moments`; `v` and `v_uncond` are
+            differentiable. With reduction "sum" a mask's sums are over the elements that count.
+        advantages: float32 or float64 [B], or [B, R] for R clipped losses that are summed.
+        weight: weight of each sample, a float or [B]; 0 for padding.
+        clip_low, clip_high, ratio, dual_clip, dppo_threshold, reduction, per_sample: those of `clipped_loss`.
+        kl_weight: kl_weight·Q_reference/2 is added to a sample's loss, the Gaussian KL to the reference model.
+        v_reference: the reference model's (guided) output [B, ...], read in the same pass; needed for a kl_weight.
+
+    Returns:
+        The weighted sum of the samples' losses, a float32 scalar (or their losses [B], `per_sample`), differentiable
+        once, and its statistics.
+
+    Raises:
+        ValueError, TypeError: as the two operations do.
     """
-    shift = check_shift(v, v_old, b, s, noise, v_uncond, guidance_scale, v_reference)
-    elements = v[0].numel()
+    shift = check_shift(v, v_old, b, s, noise, v_uncond, guidance_scale, v_reference, mask)
+    elements = v[0].numel() if reduction == "sum" else None
     objective = check_objective(clip_low, clip_high, ratio, dual_clip, dppo_threshold, kl_weight, reduction, elements)
     if kl_weight != 0.0 and v_reference is None:
         raise ValueError("kl_weight: needs v_reference, the reference model's output")
-    _, advantage, weight = check_rows(s, advantage, weight, v)
-    if not is_eager(*shift.tensors, advantage):
-        shift = with_rows(shift)
-        weight = weight if isinstance(weight, Tensor) else advantage.new_full((v.shape[0],), weight)
-        loss, statistics, _ = _grpo_loss_op(advantage, weight, *objective, *shift)
+    advantages, weight = check_rows(advantages, weight, v)
+    if not is_eager(*shift.tensors, advantages):
+        (weight,) = as_rows((weight,), v)
+        loss, statistics, _ = _grpo_loss_op(advantages, weight, *objective, per_sample, *with_rows(shift))
+        statistics = statistics.detach()
     elif torch.is_grad_enabled() and (v.requires_grad or (v_uncond is not None and v_uncond.requires_grad)):
-        loss, statistics = _GrpoLoss.apply(advantage, weight, objective, *shift)  # pyright: ignore
+        loss, statistics = _GrpoLoss.apply(advantages, weight, objective, per_sample, *shift)  # pyright: ignore
     else:
-        loss, statistics, _ = _forward(advantage, weight, objective, shift)
-    return loss, LossStatistics(*statistics.detach().unbind(0))
+        loss, statistics, _ = _forward(advantages, weight, objective, per_sample, shift)
+    return loss, LossStatistics(statistics)
 
 
 def _forward(
-    advantage: Tensor, weight: Coefficient, objective: Objective, shift: Shift, *, kept: bool = True
+    advantages: Tensor, weight: Coefficient, objective: Objective, per_sample: bool, shift: Shift, *, kept: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, statistics, gradient factors) of latents on the CPU or on a device."""
     if launches(shift.v):
-        return launch_grpo_loss(advantage, weight, objective, shift, kept=kept)
-    reference = None if shift.v_reference is None else reference_moment_cpu(shift)
-    return clipped_loss_cpu(*shift_moments_cpu(shift), shift.s, advantage, weight, reference, objective)
+        return launch_grpo_loss(advantages, weight, objective, per_sample, shift, kept=kept)
+    P, Q, Q_reference, share = moments_cpu(shift, mean_of_masked=objective.unit == 1.0)
+    return clipped_loss_cpu(P, Q, shift.s, advantages, weight, Q_reference, objective, per_sample, share)
 
 
 def launch_grpo_loss(
-    advantage: Tensor, weight: Coefficient, objective: Objective, shift: Shift, *, kept: bool = True
+    advantages: Tensor, weight: Coefficient, objective: Objective, per_sample: bool, shift: Shift, *, kept: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton path: one launch over the latents, one over the samples."""
-    P, Q, *reference = launch_shift_moments(shift, kept=kept)
-    Q_reference = reference[0] if reference else None
-    return launch_clipped_loss(P, Q, shift.s, advantage, weight, Q_reference, objective)
+    """The Triton path: one launch."""
+    from .kernel import _grpo_loss_fwd_kernel
+
+    batch, device, has_reference = shift.v.shape[0], shift.v.device, shift.v_reference is not None
+    loss, outputs = empty_outputs(batch, device, 2, has_reference, per_sample)
+    rows, constants = objective_arguments(objective, advantages, weight, batch)
+    arguments, latents, programs = kernel_arguments(shift)
+    slots = 4 if shift.mask is not None else 3 if has_reference else 2
+    workspace = torch.empty(slots * (programs + batch), dtype=torch.float32, device=device)
+    launch(
+        _grpo_loss_fwd_kernel,
+        programs,
+        device,
+        *(*outputs, *rows, workspace, arrivals(batch + 1, device, kept=kept), *arguments),
+        **constants,
+        **latents,
+        SLOTS=slots,
+        MEAN_OF_MASKED=shift.mask is not None and objective.unit == 1.0,
+    )
+    return loss, outputs[2], outputs[3]
 
 
 def _backward(grad: Tensor, factors: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
     grad_p, grad_q, *rest = factors.unbind(0)
     grad_reference = rest[0] if rest else None
     if launches(shift.v):
-        return launch_shift_moments_backward(grad_p, grad_q, shift, grad_reference, grad.contiguous())
+        return launch_shift_moments_backward(grad_p, grad_q, shift, grad_reference, grad)
     scaled = None if grad_reference is None else grad * grad_reference
     return shift_moments_backward_cpu(grad * grad_p, grad * grad_q, shift, scaled)
 
 
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, advantage, weight, objective, *arguments):
+    def forward(ctx, advantages, weight, objective, per_sample, *arguments):
         shift = Shift(*arguments)
         if not launches(shift.v):
             shift = with_noise(shift)
-        loss, statistics, factors = _forward(advantage, weight, objective, shift)
+        loss, statistics, factors = _forward(advantages, weight, objective, per_sample, shift)
         save_arguments(ctx, (factors, *shift))
+        # None, not zeros, for the statistics.
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
@@ -113,12 +147,12 @@ class _GrpoLoss(torch.autograd.Function):
         refuse_double_backward("grpo_loss")
         factors, *arguments = saved_arguments(ctx)
         shift = Shift(*arguments)
-        return None, None, None, *place(_backward(grads[0], factors, shift), shift)
+        return None, None, None, None, *place(_backward(grads[0], factors, shift), shift)
 
 
 @torch.library.custom_op("fastgrpo_kernels::grpo_loss", mutates_args=())
 def _grpo_loss_op(
-    advantage: Tensor,
+    advantages: Tensor,
     weight: Tensor,
     ratio: str,
     clip_low: float,
@@ -127,6 +161,7 @@ def _grpo_loss_op(
     dppo_threshold: float | None,
     kl_weight: float,
     unit: float,
+    per_sample: bool,
     v: Tensor,
     v_old: Tensor,
     b: Tensor,
@@ -140,20 +175,21 @@ def _grpo_loss_op(
     v_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
     v_reference: Tensor | None = None,
+    mask: Tensor | None = None,
+    inner: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_traced(a=a, b=b, s=s, guidance_scale=guidance, advantage=advantage, weight=weight)
+    check_traced(a=a, b=b, s=s, guidance_scale=guidance, advantages=advantages, weight=weight)
     objective = Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
-    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference)
-    return _forward(advantage, weight, objective, shift, kept=False)
+    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference, mask, inner)
+    return _forward(advantages, weight, objective, per_sample, shift, kept=False)
 
 
 @_grpo_loss_op.register_fake
-def _(advantage, weight, *arguments):
-    shift = Shift(*arguments[len(Objective._fields) :])
-    batch, empty = shift.v.shape[0], shift.v.new_empty
-    size = 2 if shift.v_reference is None else 3
-    statistics = empty(len(LossStatistics._fields), dtype=torch.float32)
-    return empty((), dtype=torch.float32), statistics, empty((size, batch), dtype=torch.float32)
+def _(advantages, weight, *arguments):
+    per_sample, *rest = arguments[len(Objective._fields) :]
+    shift = Shift(*rest)
+    loss, outputs = empty_outputs(shift.v.shape[0], shift.v.device, 2, shift.v_reference is not None, per_sample)
+    return loss, outputs[2], outputs[3]
 
 
 @torch.library.custom_op("fastgrpo_kernels::grpo_loss_backward", mutates_args=())
@@ -173,8 +209,10 @@ def _grpo_loss_backward_op(
     v_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
     v_reference: Tensor | None = None,
+    mask: Tensor | None = None,
+    inner: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference)
+    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference, mask, inner)
     return _backward(grad, factors, shift)
 
 
@@ -184,14 +222,14 @@ def _(grad, factors, *arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    save_arguments(ctx, (output[2], *inputs[2 + len(Objective._fields) :]))
+    save_arguments(ctx, (output[2], *inputs[3 + len(Objective._fields) :]))
 
 
 def _op_backward(ctx, grad, *unused):
     refuse_double_backward("grpo_loss")
     factors, *arguments = saved_arguments(ctx)
     gradients = place(_grpo_loss_backward_op(grad, factors, *arguments), Shift(*arguments))
-    return *[None] * (2 + len(Objective._fields)), *gradients
+    return *[None] * (3 + len(Objective._fields)), *gradients[: len(arguments)]
 
 
 _grpo_loss_op.register_autograd(_op_backward, setup_context=_setup_context)

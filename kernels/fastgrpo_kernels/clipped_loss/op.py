@@ -1,33 +1,75 @@
 """Public clipped loss: checks, CPU path, Triton launch, custom operators and gradient."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward
-from .._checks import as_rows, check_integer, check_no_grad, check_number, check_traced, is_eager, per_sample
-from .._launch import kernel_scalar, launch, launches
+from .._checks import as_coefficients, as_rows, check_integer, check_no_grad, check_number, check_traced, is_eager
+from .._checks import per_sample as per_sample_rows
+from .._launch import coefficient_steps, kernel_scalar, launch, launches
 
 Coefficient = float | Tensor
 Ratio = Literal["gaussian", "unit", "ratio_norm"]
 
 
 class LossStatistics(NamedTuple):
-    """Sums over samples, each times the sample's weight (divide by `weight` for means), and the largest |ratio - 1|.
+    """Sums over samples, each times the sample's weight, and the largest |ratio - 1| of samples with a weight > 0.
 
-    Float32 scalars on the device of the loss, without gradient. kl is Q/2, or Q_reference/2 where there is one;
-    `clipped` and `dropped` count samples whose clipped branch is the loss, and those that DPPO drops.
+    All of them are one float32 tensor on the device of the loss, without gradient, so that a trainer keeps one tensor
+    of each micro-batch; `LossStatistics.total` adds them up. Divide by `weight` for means. kl is Q/2, or Q_reference/2
+    where there is a reference; `clipped` and `dropped` count samples whose clipped branch is the loss, and those that
+    DPPO drops, as shares of their advantages where a sample has several.
+
+    Attributes:
+        values: [..., 7], in the order of `FIELDS`.
     """
 
-    ratio: Tensor
-    clipped: Tensor
-    kl: Tensor
-    dropped: Tensor
-    loss: Tensor
-    weight: Tensor
-    max_deviation: Tensor
+    values: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        return self.values[..., 0]
+
+    @property
+    def clipped(self) -> Tensor:
+        return self.values[..., 1]
+
+    @property
+    def kl(self) -> Tensor:
+        return self.values[..., 2]
+
+    @property
+    def dropped(self) -> Tensor:
+        return self.values[..., 3]
+
+    @property
+    def loss(self) -> Tensor:
+        return self.values[..., 4]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.values[..., 5]
+
+    @property
+    def max_deviation(self) -> Tensor:
+        return self.values[..., 6]
+
+    @staticmethod
+    def total(values: Sequence[Tensor]) -> "LossStatistics":
+        """The statistics of several calls as one, in float64: sums of sums, and the largest deviation.
+
+        Args:
+            values: `values` of each, [7]; not empty.
+        """
+        stacked = torch.stack(list(values)).double()
+        return LossStatistics(torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].amax(0)]))
+
+
+FIELDS = ("ratio", "clipped", "kl", "dropped", "loss", "weight", "max_deviation")
 
 
 class Objective(NamedTuple):
@@ -43,14 +85,15 @@ class Objective(NamedTuple):
 
 
 def clipped_loss(
-    P: Tensor,
-    Q: Tensor,
-    s: Coefficient,
-    advantage: Tensor,
-    weight: Coefficient,
+    P: Tensor | None = None,
+    Q: Tensor | None = None,
+    s: Coefficient | None = None,
+    advantages: Tensor | None = None,
+    weight: Coefficient = 1.0,
     *,
     clip_low: float,
     clip_high: float,
+    log_ratio: Tensor | None = None,
     ratio: Ratio = "gaussian",
     dual_clip: float | None = None,
     dppo_threshold: float | None = None,
@@ -58,33 +101,66 @@ def clipped_loss(
     Q_reference: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     elements: int | None = None,
+    per_sample: bool = False,
 ) -> tuple[Tensor, LossStatistics]:
-    """Σ weight·max(-A·r, -A·clip(r, 1 - clip_low, 1 + clip_high)), a float32 scalar, and its statistics.
+    """The clipped policy loss Σ weight·max(-A·r, -A·clip(r, 1 - clip_low, 1 + clip_high)).
 
-    `P`, `Q` float32 [B] are `shift_moments`; `advantage` [B], and `s`, `weight` floats or [B], are float32/float64.
-    The log of r is P - Q/2 for ratio "gaussian", 2s²(P - Q/2) for "unit" (CPS trainers), s·P for "ratio_norm"
-    (arXiv 2510.22319). `dual_clip` bounds the loss by -A·dual_clip where A < 0 (arXiv 1912.09729);
-    `dppo_threshold` drops samples with Q/2 at or above it whose ratio moves further outwards (Flow-DPPO);
-    `kl_weight`·`Q_reference`/2 is added, Q_reference [B] being the second moment against a reference model.
-    reduction "sum" is the convention of log-probabilities summed over a sample's `elements`: P and Q times D.
+    It is that of PPO (arXiv 1707.06347, eq. 7).
 
-    Differentiable once in P, Q and Q_reference. Divide by the number of samples through `weight`. Raises ValueError or
-    TypeError for shapes, dtypes or devices that do not fit, values out of range or not finite (checked where reading
-    them costs no device-to-host copy), a gradient asked of anything else, and a double backward.
+    Args:
+        P, Q: the moments of `shift_moments`, float32 [B]; differentiable. Q may be None where P is all there is.
+        s: the steps' standard deviation, a float or [B]; needed by the ratios "unit" and "ratio_norm" alone.
+        advantages: float32 or float64 [B], or [B, R] for R clipped losses that are summed, one for each reward with its
+            weight inside.
+        weight: weight of each sample, a float or [B]; 1/B makes the loss a mean. A sample of weight 0 is padding: it
+            has no part in loss, statistics or gradient.
+        clip_low, clip_high: how far below and above 1 the ratio may go.
+        log_ratio: log π_new - log π_old, float32 [B], in place of P and Q, for who has log-probabilities already;
+            differentiable. It takes the place of P - Q/2, and of P for ratio "ratio_norm".
+        ratio: the log of r is P - Q/2 for "gaussian", 2s²(P - Q/2) for "unit" (CPS trainers, arXiv 2509.05952), s·P for
+            "ratio_norm" (GRPO-Guard, arXiv 2510.22319).
+        dual_clip: bounds the loss by -A·dual_clip where A < 0 (arXiv 1912.09729, eq. 5).
+        dppo_threshold: drops samples with Q/2 at or above it whose ratio moves further outwards (Flow-DPPO).
+        kl_weight: kl_weight·Q_reference/2 is added to a sample's loss.
+        Q_reference: second moment against a reference model, float32 [B]; differentiable.
+        reduction: "sum" is the convention of log-probabilities that are summed over a sample's `elements`: P and Q
+            times D.
+        elements: D, for reduction "sum".
+        per_sample: return the samples' weighted losses [B] instead of their sum.
+
+    Returns:
+        The loss, a float32 scalar or [B], differentiable once, and its statistics.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, values out of range or not finite (checked
+            where reading them costs no device-to-host copy), a gradient asked of anything else, a double backward.
     """
     objective = check_objective(clip_low, clip_high, ratio, dual_clip, dppo_threshold, kl_weight, reduction, elements)
-    _check_moments(P, Q, Q_reference)
+    if log_ratio is not None:
+        if P is not None or Q is not None:
+            raise TypeError("log_ratio: takes the place of P and Q; pass either")
+        P = log_ratio
+    _check_moments("P" if log_ratio is None else "log_ratio", P, Q, Q_reference)
+    assert P is not None
     if kl_weight != 0.0 and Q_reference is None:
         raise ValueError("kl_weight: needs Q_reference, the second moment against the reference model's output")
-    s, advantage, weight = check_rows(s, advantage, weight, P)
-    if not is_eager(P, Q, Q_reference, advantage):
-        rows = as_rows((s, advantage, weight), P)
-        loss, statistics, _ = _clipped_loss_op(P, Q, *rows, Q_reference, *objective)
+    if s is None:
+        if ratio != "gaussian":
+            raise TypeError(f"s: ratio {ratio!r} needs the steps' standard deviation")
+        s = 1.0
+    s = per_sample_rows("s", s, P, positive=True)
+    advantages, weight = check_rows(advantages, weight, P)
+    check_no_grad(s=s)
+    if not is_eager(P, Q, Q_reference, advantages):
+        s, weight = as_rows((s, weight), P)
+        loss, statistics, _ = _clipped_loss_op(P, Q, s, advantages, weight, Q_reference, *objective, per_sample)
+        statistics = statistics.detach()
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (P, Q, Q_reference)):
-        loss, statistics = _ClippedLoss.apply(P, Q, s, advantage, weight, Q_reference, objective)  # pyright: ignore
+        rows = s, advantages, weight
+        loss, statistics = _ClippedLoss.apply(P, Q, *rows, Q_reference, objective, per_sample)  # pyright: ignore
     else:
-        loss, statistics, _ = _forward(P, Q, s, advantage, weight, Q_reference, objective)
-    return loss, LossStatistics(*statistics.detach().unbind(0))
+        loss, statistics, _ = _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample)
+    return loss, LossStatistics(statistics)
 
 
 def check_objective(
@@ -128,55 +204,63 @@ def check_objective(
     return Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
 
 
-def check_rows(s: object, advantage: object, weight: object, like: Tensor) -> tuple[Coefficient, Tensor, Coefficient]:
-    """Checked scale, advantages and weights of the samples of `like` [B, ...]."""
-    if not isinstance(advantage, Tensor) or advantage.ndim != 1:
-        raise TypeError(f"advantage: expected a [{like.shape[0]}] tensor, one for each sample")
-    rows = per_sample("advantage", advantage, like)
-    assert isinstance(rows, Tensor)
-    s, weight = per_sample("s", s, like, positive=True), per_sample("weight", weight, like)
-    check_no_grad(s=s, advantage=rows, weight=weight)
-    return s, rows, weight
+def check_rows(advantages: object, weight: object, like: Tensor) -> tuple[Tensor, Coefficient]:
+    """Checked advantages, [B] or [B, R], and weights of the samples of `like` [B, ...]."""
+    batch = like.shape[0]
+    if not isinstance(advantages, Tensor) or advantages.ndim not in (1, 2):
+        raise TypeError(f"advantages: expected a [{batch}] tensor, one for each sample, or [{batch}, R]")
+    if advantages.shape[0] != batch or advantages.numel() == 0:
+        raise ValueError(f"advantages: expected shape [{batch}] or [{batch}, R], got {list(advantages.shape)}")
+    rows = as_coefficients("advantages", advantages, like)
+    weight = per_sample_rows("weight", weight, like)
+    check_no_grad(advantages=advantages, weight=weight)
+    return rows, weight
 
 
-def _check_moments(P: object, Q: object, Q_reference: object) -> None:
+def _check_moments(name: str, P: object, Q: object, Q_reference: object) -> None:
     if not isinstance(P, Tensor):
-        raise TypeError(f"P: expected a tensor, got {type(P).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {type(P).__name__}")
     if P.ndim != 1 or P.numel() == 0:
-        raise ValueError(f"P: expected non-empty [B], got shape {list(P.shape)}")
-    for name, value in (("P", P), ("Q", Q), ("Q_reference", Q_reference)):
-        if name == "Q_reference" and value is None:
+        raise ValueError(f"{name}: expected non-empty [B], got shape {list(P.shape)}")
+    for argument, value in ((name, P), ("Q", Q), ("Q_reference", Q_reference)):
+        if value is None:
             continue
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected float32 [B] as shift_moments returns it, got {found}")
+            raise TypeError(f"{argument}: expected float32 [B], got {found}")
         if value.shape != P.shape or value.device != P.device:
-            raise ValueError(
-                f"{name}: expected {list(P.shape)} on {P.device} as P, got {list(value.shape)} on {value.device}"
-            )
+            found = f"{list(value.shape)} on {value.device}"
+            raise ValueError(f"{argument}: expected {list(P.shape)} on {P.device} as {name}, got {found}")
 
 
-def _forward(P, Q, s, advantage, weight, Q_reference, objective) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample) -> tuple[Tensor, Tensor, Tensor]:
     body = launch_clipped_loss if launches(P) else clipped_loss_cpu
-    return body(P, Q, s, advantage, weight, Q_reference, objective)
+    return body(P, Q, s, advantages, weight, Q_reference, objective, per_sample)
 
 
 def clipped_loss_cpu(
     P: Tensor,
-    Q: Tensor,
+    Q: Tensor | None,
     s: Coefficient,
-    advantage: Tensor,
+    advantages: Tensor,
     weight: Coefficient,
     Q_reference: Tensor | None,
     objective: Objective,
+    per_sample: bool = False,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ATen path: (loss, statistics [7], factors dL/d(P, Q, Q_reference) [2 or 3, B]) in float32."""
-    s, A, w = (c.to(torch.float32) if isinstance(c, Tensor) else c for c in (s, advantage, weight))
-    P, Q = P * objective.unit, Q * objective.unit
-    gaussian = P - Q / 2
+    """The ATen path: (loss, statistics [7], factors dL/d(P, Q, Q_reference), [1 to 3, B]) in float32.
+
+    `share` [B] multiplies the factors where moments are means over a mask.
+    """
+    s, A, w = (c.to(torch.float32) if isinstance(c, Tensor) else c for c in (s, advantages, weight))
+    P, half = P * objective.unit, None if Q is None else Q * (objective.unit / 2)
+    gaussian = P if half is None else P - half
     scale, by_q = {"gaussian": (1.0, -0.5), "unit": (2 * s * s, -0.5), "ratio_norm": (s, 0.0)}[objective.ratio]
     ratio = torch.exp(scale * (P if objective.ratio == "ratio_norm" else gaussian))
-    unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    several = A.ndim == 2
+    r, h = (ratio[:, None], None if half is None else half[:, None]) if several else (ratio, half)
+    unclipped, clipped = -A * r, -A * r.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     loss, was_clipped = torch.maximum(unclipped, clipped), clipped > unclipped
     slope = unclipped.masked_fill(was_clipped, 0.0)
     if objective.dual_clip is not None:
@@ -186,64 +270,99 @@ def clipped_loss_cpu(
         slope = torch.where(negative & (loss == bound), 0.5 * slope, slope).masked_fill(above, 0.0)
         loss = torch.where(above, bound, loss)
     dropped = torch.zeros_like(was_clipped)
-    if objective.dppo_threshold is not None:
-        dropped = ((ratio > 1) & (A > 0) | (ratio < 1) & (A < 0)) & (objective.dppo_threshold <= Q / 2)
+    if objective.dppo_threshold is not None and h is not None:
+        dropped = ((r > 1) & (A > 0) | (r < 1) & (A < 0)) & (objective.dppo_threshold <= h)
         loss, slope = loss.masked_fill(dropped, 0.0), slope.masked_fill(dropped, 0.0)
-    factors = [w * slope * scale * objective.unit]
-    factors.append(factors[0] * by_q)
-    kl = Q / 2
+    masks = was_clipped.float(), dropped.float()
+    if several:
+        loss, slope, masks = loss.sum(1), slope.sum(1), [mask.mean(1) for mask in masks]
+    factor = w * objective.unit if share is None else w * objective.unit * share
+    factors = [slope * scale * factor]
+    kl = torch.zeros_like(P) if half is None else half
+    if half is not None:
+        factors.append(factors[0] * by_q)
     if Q_reference is not None:
         kl = Q_reference * (objective.unit / 2)
         loss = loss + objective.kl_weight * kl
-        factors.append(torch.ones_like(P) * w * (objective.kl_weight * 0.5 * objective.unit))
-    total = (w * loss).sum()
-    columns = torch.stack([ratio, was_clipped.float(), kl, dropped.float(), loss, torch.ones_like(P)]) * w
+        factors += [torch.zeros_like(P)] * (half is None)
+        factors.append(torch.ones_like(P) * (factor * (objective.kl_weight * 0.5)))
+    columns = torch.stack([ratio, masks[0], kl, masks[1], loss, torch.ones_like(P)]) * w
     deviation = (ratio - 1).abs()
-    deviation = torch.where(w > 0, deviation, 0.0) if isinstance(w, Tensor) else deviation * (w > 0)
-    return total, torch.cat([columns.sum(1), deviation.amax().view(1)]), torch.stack(factors)
+    if isinstance(w, Tensor):
+        # A sample of weight 0 has no part in anything, whatever its moments are.
+        columns, deviation = torch.where(w != 0, columns, 0.0), torch.where(w > 0, deviation, 0.0)
+        made = torch.where(w != 0, torch.stack(factors), 0.0)
+    else:
+        deviation, made = deviation * (w > 0), torch.stack(factors)
+    statistics = torch.cat([columns.sum(1), deviation.amax().view(1)])
+    return columns[4].clone() if per_sample else columns[4].sum(), statistics, made
 
 
 def launch_clipped_loss(
     P: Tensor,
-    Q: Tensor,
+    Q: Tensor | None,
     s: Coefficient,
-    advantage: Tensor,
+    advantages: Tensor,
     weight: Coefficient,
     Q_reference: Tensor | None,
     objective: Objective,
+    per_sample: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton path: one launch."""
-    from .kernel import ROWS, WARPS, _clipped_loss_kernel
+    from .kernel import WARPS, _clipped_loss_kernel
 
     batch, device = P.shape[0], P.device
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    statistics = torch.empty(len(LossStatistics._fields), dtype=torch.float32, device=device)
-    factors = torch.empty((2 if Q_reference is None else 3, batch), dtype=torch.float32, device=device)
-    moments = P.contiguous(), Q.contiguous(), None if Q_reference is None else Q_reference.contiguous()
-    coefficients = [kernel_scalar(c) for c in (s, advantage, weight)]
-    per_row = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("SAW", coefficients, strict=True)}
-    launch(
-        _clipped_loss_kernel,
-        1,
-        device,
-        *(loss, statistics, factors, *moments, *coefficients),
-        1.0 - objective.clip_low,
-        1.0 + objective.clip_high,
-        *(objective.dual_clip, objective.dppo_threshold, objective.kl_weight, objective.unit),
-        batch,
-        RATIO=objective.ratio,
-        **per_row,
-        ROWS=ROWS,
-        num_warps=WARPS,
-    )
-    return loss, statistics, factors
+    loss, outputs = empty_outputs(batch, device, 1 if Q is None else 2, Q_reference is not None, per_sample)
+    moments = (None if m is None else m.contiguous() for m in (P, Q, Q_reference))
+    s = kernel_scalar(s)
+    arguments, constants = objective_arguments(objective, advantages, weight, batch)
+    constants |= coefficient_steps("s", (s,))
+    launch(_clipped_loss_kernel, 1, device, *outputs, *moments, s, *arguments, **constants, num_warps=WARPS)
+    return loss, outputs[2], outputs[3]
+
+
+def empty_outputs(
+    batch: int, device: torch.device, moments: int, has_reference: bool, per_sample: bool
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor, Tensor]]:
+    """(the loss, the outputs as kernels take them: loss, losses, statistics, factors)."""
+    loss = torch.empty((batch,) if per_sample else (), dtype=torch.float32, device=device)
+    statistics = torch.empty(len(FIELDS), dtype=torch.float32, device=device)
+    factors = torch.empty((3 if has_reference else moments, batch), dtype=torch.float32, device=device)
+    return loss, (None if per_sample else loss, loss if per_sample else None, statistics, factors)
+
+
+def objective_arguments(
+    objective: Objective, advantages: Tensor, weight: Coefficient, batch: int
+) -> tuple[list[object], dict[str, object]]:
+    """Arguments of the kernels of the loss from the advantages to the number of terms, and their constants."""
+    from .kernel import ROWS
+
+    advantages = advantages.float()
+    terms, term_step = (1, 0) if advantages.ndim == 1 else (advantages.shape[1], advantages.stride(1))
+    weight = kernel_scalar(weight)
+    numbers = objective.dual_clip, objective.dppo_threshold, objective.kl_weight, objective.unit
+    arguments = [advantages, weight, 1.0 - objective.clip_low, 1.0 + objective.clip_high, *numbers, batch, terms]
+    constants = {
+        "advantages_step": advantages.stride(0),
+        "term_step": term_step,
+        **coefficient_steps(["weight"], (weight,)),
+    }
+    return arguments, {**constants, "RATIO": objective.ratio, "ROWS": ROWS}
+
+
+def gradients_of(grad: Tensor, factors: Tensor, has_q: bool, has_reference: bool) -> list[Tensor | None]:
+    """Gradients of P, Q and Q_reference."""
+    scaled = (grad * factors).unbind(0)
+    return [scaled[0], scaled[1] if has_q else None, scaled[2] if has_reference else None]
 
 
 class _ClippedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, P, Q, s, advantage, weight, Q_reference, objective):
-        loss, statistics, factors = _forward(P, Q, s, advantage, weight, Q_reference, objective)
+    def forward(ctx, P, Q, s, advantages, weight, Q_reference, objective, per_sample):
+        loss, statistics, factors = _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample)
         ctx.save_for_backward(factors)
+        ctx.has = Q is not None, Q_reference is not None
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
@@ -251,16 +370,16 @@ class _ClippedLoss(torch.autograd.Function):
     def backward(ctx, *grads):
         refuse_double_backward("clipped_loss")
         (factors,) = ctx.saved_tensors
-        grad_p, grad_q, *grad_reference = (grads[0] * factors).unbind(0)
-        return grad_p, grad_q, None, None, None, *(grad_reference or [None]), None
+        by_p, by_q, by_reference = gradients_of(grads[0], factors, *ctx.has)
+        return by_p, by_q, None, None, None, by_reference, None, None
 
 
 @torch.library.custom_op("fastgrpo_kernels::clipped_loss", mutates_args=())
 def _clipped_loss_op(
     P: Tensor,
-    Q: Tensor,
+    Q: Tensor | None,
     s: Tensor,
-    advantage: Tensor,
+    advantages: Tensor,
     weight: Tensor,
     Q_reference: Tensor | None,
     ratio: str,
@@ -270,27 +389,31 @@ def _clipped_loss_op(
     dppo_threshold: float | None,
     kl_weight: float,
     unit: float,
+    per_sample: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_traced(s=s, advantage=advantage, weight=weight)
+    check_traced(s=s, advantages=advantages, weight=weight)
     objective = Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
-    return _forward(P, Q, s, advantage, weight, Q_reference, objective)
+    return _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample)
 
 
 @_clipped_loss_op.register_fake
-def _(P, Q, s, advantage, weight, Q_reference, *objective):
-    statistics = P.new_empty(len(LossStatistics._fields))
-    return P.new_empty(()), statistics, P.new_empty((2 if Q_reference is None else 3, P.shape[0]))
+def _(P, Q, s, advantages, weight, Q_reference, *rest):
+    per_sample = len(rest) == len(Objective._fields) + 1 and rest[-1]
+    loss, outputs = empty_outputs(P.shape[0], P.device, 1 if Q is None else 2, Q_reference is not None, per_sample)
+    return loss, outputs[2], outputs[3]
 
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[2])
+    ctx.has = inputs[1] is not None, inputs[5] is not None
+    ctx.rest = len(inputs) - 6
 
 
 def _op_backward(ctx, grad, *unused):
     refuse_double_backward("clipped_loss")
     (factors,) = ctx.saved_tensors
-    grad_p, grad_q, *grad_reference = (grad * factors).unbind(0)
-    return grad_p, grad_q, None, None, None, *(grad_reference or [None]), *[None] * 7
+    by_p, by_q, by_reference = gradients_of(grad, factors, *ctx.has)
+    return by_p, by_q, None, None, None, by_reference, *[None] * ctx.rest
 
 
 _clipped_loss_op.register_autograd(_op_backward, setup_context=_setup_context)

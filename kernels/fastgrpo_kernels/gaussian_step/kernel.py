@@ -11,19 +11,19 @@ from ..reduction import is_last_of_row, sum_slots
 
 
 @triton.jit
-def load_scalar(value, row, PER_ROW: tl.constexpr):
-    """A per-sample coefficient in float32: element `row` of a pointer, or a number."""
-    if PER_ROW:
-        return tl.load(value + row)
-    else:
+def load_scalar(value, row, step):
+    """A per-sample coefficient in float32: element `row` of a pointer with stride `step`, or a number (step None)."""
+    if step is None:
         return tl.cast(value, tl.float32)
+    else:
+        return tl.load(value + row * step)
 
 
 @triton.jit
-def load_deviation(s, row, PER_ROW: tl.constexpr):
+def load_deviation(s, row, step):
     """Standard deviation of a density. One on a device is not read before the launch: what is none gives NaN."""
-    value = load_scalar(s, row, PER_ROW)
-    if PER_ROW:
+    value = load_scalar(s, row, step)
+    if step is not None:
         value = tl.where(value > 0.0, value, float("nan"))
     return value
 
@@ -84,12 +84,12 @@ def _gaussian_step_kernel(
     eps_stride,
     elements,
     blocks,
-    A_PER_ROW: tl.constexpr,
-    B_PER_ROW: tl.constexpr,
-    S_PER_ROW: tl.constexpr,
-    G_PER_ROW: tl.constexpr,
-    CLEAN_A_PER_ROW: tl.constexpr,
-    CLEAN_B_PER_ROW: tl.constexpr,
+    a_step,
+    b_step,
+    s_step,
+    g_step,
+    clean_a_step,
+    clean_b_step,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -99,25 +99,25 @@ def _gaussian_step_kernel(
     offsets = tl.arange(0, BLOCK)
     mask = offsets < elements - start
     out = row * elements + start + offsets
-    scale = load_scalar(guidance, row, G_PER_ROW)
+    scale = load_scalar(guidance, row, g_step)
     v = load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, elements, start, mask, BLOCK)
     x = load_block(x_ptr, row, x_stride, elements, start, mask, BLOCK)
     if v_out_ptr is not None:
         tl.store(v_out_ptr + out, v.to(v_out_ptr.dtype.element_ty), mask=mask)
     if clean_ptr is not None:
-        clean = load_scalar(clean_a, row, CLEAN_A_PER_ROW) * x + load_scalar(clean_b, row, CLEAN_B_PER_ROW) * v
+        clean = load_scalar(clean_a, row, clean_a_step) * x + load_scalar(clean_b, row, clean_b_step) * v
         tl.store(clean_ptr + out, clean.to(clean_ptr.dtype.element_ty), mask=mask)
-    mean = load_scalar(a, row, A_PER_ROW) * x + load_scalar(b, row, B_PER_ROW) * v
+    mean = load_scalar(a, row, a_step) * x + load_scalar(b, row, b_step) * v
     y = mean
     if words_ptr is not None:
-        y += load_scalar(s, row, S_PER_ROW) * normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK)
+        y += load_scalar(s, row, s_step) * normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK)
     elif eps_ptr is not None:
-        y += load_scalar(s, row, S_PER_ROW) * load_block(eps_ptr, row, eps_stride, elements, start, mask, BLOCK)
+        y += load_scalar(s, row, s_step) * load_block(eps_ptr, row, eps_stride, elements, start, mask, BLOCK)
     stored = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + out, stored, mask=mask)
     if partials_ptr is not None:
         # Of the latent as stored; noise does not end with the row.
-        step = load_deviation(s, row, S_PER_ROW)
+        step = load_deviation(s, row, s_step)
         z = (stored.to(tl.float32) - mean) * tl.div_rn(1.0, step)
         z = tl.where(mask, z, 0.0)
         tl.store(partials_ptr + pid, tl.sum(z * z))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._cpu import add_scaled, column, guide, quotient, sum_blocks
-from .._launch import arrivals, kernel_scalar, launch, row_strides, rows
+from .._launch import arrivals, coefficient_steps, kernel_scalar, launch, row_strides, rows
 from .._noise_args import noise_cpu
 from ..noise import split_seed
 
@@ -85,8 +85,6 @@ def launch_gaussian_step(step: Step, *, kept: bool = True) -> tuple[Tensor, Tens
     words = None if step.words is None else step.words.contiguous()
     optional = (step.guidance, step.clean_a, step.clean_b)
     coefficients = [kernel_scalar(0.0 if c is None else c) for c in (step.a, step.b, step.s, *optional)]
-    names = ("A", "B", "S", "G", "CLEAN_A", "CLEAN_B")
-    per_row = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip(names, coefficients, strict=True)}
     limit = {"maxnreg": READ_REGISTERS} if words is None and step.v_uncond is not None else {}
     density: list[Tensor | None] = [None, None, None]
     if step.log_prob:
@@ -101,7 +99,7 @@ def launch_gaussian_step(step: Step, *, kept: bool = True) -> tuple[Tensor, Tens
         *row_strides(flat, elements),
         elements,
         blocks,
-        **per_row,
+        **coefficient_steps(("a", "b", "s", "g", "clean_a", "clean_b"), coefficients),
         BLOCK=BLOCK,
         num_warps=READ_WARPS if words is None else NUM_WARPS,
         **limit,

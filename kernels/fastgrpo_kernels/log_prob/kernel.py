@@ -38,17 +38,17 @@ def _log_prob_fwd_kernel(
     y_stride,
     elements,
     blocks,
-    A_PER_ROW: tl.constexpr,
-    B_PER_ROW: tl.constexpr,
-    S_PER_ROW: tl.constexpr,
+    a_step,
+    b_step,
+    s_step,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     start = (pid % blocks).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
-    a_less_one, b = load_scalar(a_less_one, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
-    step = load_deviation(s, row, S_PER_ROW)
+    a_less_one, b = load_scalar(a_less_one, row, a_step), load_scalar(b, row, b_step)
+    step = load_deviation(s, row, s_step)
     z = standard_residual(
         x_ptr + row * x_stride + start + offsets,
         v_ptr + row * v_stride + start + offsets,
@@ -77,9 +77,9 @@ def _log_prob_bwd_kernel(
     y_stride,
     elements,
     blocks,
-    A_PER_ROW: tl.constexpr,
-    B_PER_ROW: tl.constexpr,
-    S_PER_ROW: tl.constexpr,
+    a_step,
+    b_step,
+    s_step,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -87,8 +87,8 @@ def _log_prob_bwd_kernel(
     start = (pid % blocks).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < elements - start
-    a_less_one, b = load_scalar(a_less_one, row, A_PER_ROW), load_scalar(b, row, B_PER_ROW)
-    inverse_s = tl.div_rn(1.0, load_deviation(s, row, S_PER_ROW))
+    a_less_one, b = load_scalar(a_less_one, row, a_step), load_scalar(b, row, b_step)
+    inverse_s = tl.div_rn(1.0, load_deviation(s, row, s_step))
     factor = tl.load(grad_ptr + row) * tl.div_rn(b * inverse_s, tl.cast(elements, tl.float32))
     z = standard_residual(
         x_ptr + row * x_stride + start + offsets,

@@ -8,12 +8,22 @@ from torch import Tensor
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import as_rows, check_latents, check_no_grad, check_traced, is_eager, per_sample
 from .._cpu import column, quotient, residual, sum_blocks
-from .._launch import arrivals, kernel_scalar, launch, launches, rows
+from .._launch import arrivals, coefficient_steps, kernel_scalar, launch, launches, rows
+from .._noise_args import check_less_one
 
 Coefficient = float | Tensor
 
 
-def log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
+def log_prob(
+    x: Tensor,
+    v: Tensor,
+    y: Tensor,
+    a: Coefficient | None,
+    b: Coefficient,
+    s: Coefficient,
+    *,
+    a_less_one: Coefficient | None = None,
+) -> Tensor:
     """log N(y; a·x + b·v, s²) as the mean over each sample's elements, float32 [B].
 
     mean(-(y - a·x - b·v)²/(2s²)) - log s - ½·log 2π; trainers that sum over elements have D times it. `x` (before the
@@ -30,7 +40,7 @@ def log_prob(x: Tensor, v: Tensor, y: Tensor, a: Coefficient, b: Coefficient, s:
     check_latents("x", x)
     check_latents("v", v, like=x)
     check_latents("y", y, like=x)
-    less_one = per_sample("a", a, x, less_one=True)
+    less_one = check_less_one("", a, a_less_one, x)
     b, s = per_sample("b", b, x), per_sample("s", s, x, positive=True)
     check_no_grad(x=x, y=y, a=less_one, b=b, s=s)
     return checked_log_prob(x, v, y, less_one, b, s)
@@ -111,7 +121,7 @@ def _kernel_arguments(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, 
 
     x, v, y = rows(x), rows(v), rows(y)
     a_less_one, b, s = kernel_scalar(a_less_one), kernel_scalar(b), kernel_scalar(s)
-    constants = {f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("ABS", (a_less_one, b, s), strict=True)}
+    constants = coefficient_steps("abs", (a_less_one, b, s))
     inputs = x, v, y, a_less_one, b, s, x.stride(0), v.stride(0), y.stride(0)
     return inputs, (*x.shape, -(-x.shape[1] // BLOCK)), {**constants, "num_warps": READ_WARPS}
 

@@ -20,8 +20,9 @@ def _on_policy_gradient_kernel(
     eps_stride,
     elements,
     blocks,
-    B_PER_ROW: tl.constexpr,
-    S_PER_ROW: tl.constexpr,
+    advantage_step,
+    b_step,
+    s_step,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -30,7 +31,7 @@ def _on_policy_gradient_kernel(
     start = block.to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < elements - start
-    scale = tl.div_rn(load_scalar(b, row, B_PER_ROW), load_deviation(s, row, S_PER_ROW))
-    factor = -tl.load(advantage_weight_ptr + row) * tl.div_rn(scale, tl.cast(elements, tl.float32))
+    scale = tl.div_rn(load_scalar(b, row, b_step), load_deviation(s, row, s_step))
+    factor = -load_scalar(advantage_weight_ptr, row, advantage_step) * tl.div_rn(scale, tl.cast(elements, tl.float32))
     eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, elements, mask, BLOCK)
     tl.store(grad_ptr + row * elements + start + offsets, (factor * eps).to(grad_ptr.dtype.element_ty), mask=mask)

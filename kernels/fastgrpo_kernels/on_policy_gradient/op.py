@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._checks import as_rows, check_dtype, check_no_grad, check_sizes, check_traced, is_eager, per_sample
 from .._cpu import column, quotient
-from .._launch import kernel_scalar, launch, launches, row_strides, rows
+from .._launch import coefficient_steps, kernel_scalar, launch, launches, row_strides, rows
 from .._noise_args import Noise, noise_cpu, split_noise
 from ..noise import NoiseKey, split_seed
 
@@ -107,7 +107,7 @@ def on_policy_gradient_cpu(
 
 
 def launch_on_policy_gradient(
-    weight: Tensor,
+    weight: Coefficient,
     b: Coefficient,
     s: Coefficient,
     eps: Tensor | None,
@@ -120,10 +120,10 @@ def launch_on_policy_gradient(
     from ..noise_kernel import BLOCK, NUM_WARPS
     from .kernel import _on_policy_gradient_kernel
 
-    grad = torch.empty(shape, dtype=dtype, device=weight.device)
+    grad = torch.empty(shape, dtype=dtype, device=(words if eps is None else eps).device)  # pyright: ignore[reportOptionalMemberAccess]
     eps = None if eps is None else rows(eps)
     words = None if words is None else words.contiguous()
-    b, s = kernel_scalar(b), kernel_scalar(s)
+    weight, b, s = kernel_scalar(weight), kernel_scalar(b), kernel_scalar(s)
     elements = math.prod(shape[1:])
     blocks = -(-elements // BLOCK)
     launch(
@@ -131,7 +131,7 @@ def launch_on_policy_gradient(
         shape[0] * blocks,
         grad.device,
         grad,
-        kernel_scalar(weight),
+        weight,
         b,
         s,
         eps,
@@ -140,8 +140,7 @@ def launch_on_policy_gradient(
         *row_strides([eps], elements),
         elements,
         blocks,
-        B_PER_ROW=isinstance(b, Tensor),
-        S_PER_ROW=isinstance(s, Tensor),
+        **coefficient_steps(("advantage", "b", "s"), (weight, b, s)),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )

@@ -1,5 +1,6 @@
 """Checked arguments of the shift moments, and how each of the two paths prepares them."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from .._checks import as_rows, check_guidance, check_latents, check_no_grad, per_sample
 from .._cpu import Tile, column, guide, quotient, residual, tile_coefficient, tiles
-from .._launch import kernel_scalar, row_strides, rows
-from .._noise_args import Noise, StoredStep, noise_cpu, split_noise
+from .._launch import coefficient_steps, kernel_scalar, row_strides, rows
+from .._noise_args import Noise, StoredStep, check_less_one, noise_cpu, split_noise
 from ..noise import split_seed
 
 Coefficient = float | Tensor
@@ -18,7 +19,10 @@ LATENTS = ("v", "v_old", "v_uncond", "v_reference", "eps", "x", "y")
 
 
 class Shift(NamedTuple):
-    """Tensors and coefficients of one call; ε is `eps`, or that of (`words`, `seed`), or of (`x`, `y`, a - 1)."""
+    """Tensors and coefficients of one call; ε is `eps`, or that of (`words`, `seed`), or of (`x`, `y`, a - 1).
+
+    Element j of a sample counts if `mask` [B, M] has True at [j // inner % M].
+    """
 
     v: Tensor
     v_old: Tensor
@@ -33,11 +37,13 @@ class Shift(NamedTuple):
     v_uncond: Tensor | None = None
     guidance: Coefficient | None = None
     v_reference: Tensor | None = None
+    mask: Tensor | None = None
+    inner: int = 1
 
     @property
-    def tensors(self) -> list[Tensor | None]:
+    def tensors(self) -> tuple[Tensor | None, ...]:
         """Latents and key, whose kind decides which path runs."""
-        return [self.words, *(getattr(self, name) for name in LATENTS)]
+        return self.v, self.v_old, self.v_uncond, self.v_reference, self.eps, self.x, self.y, self.words, self.mask
 
 
 def check_shift(
@@ -49,26 +55,63 @@ def check_shift(
     v_uncond: Tensor | None,
     guidance_scale: Coefficient | None,
     v_reference: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Shift:
     """The arguments of a call, or one line that names the one that is wrong."""
     check_latents("v", v)
-    check_latents("v_old", v_old, like=v, same_dtype=True)
+    check_latents("v_old", v_old, like=v)
     if v_reference is not None:
-        check_latents("v_reference", v_reference, like=v, same_dtype=True)
+        check_latents("v_reference", v_reference, like=v)
     b, s = per_sample("b", b, v), per_sample("s", s, v, positive=True)
     check_no_grad(v_old=v_old, b=b, s=s, v_reference=v_reference)
     guidance = check_guidance(v, v_uncond, guidance_scale)
-    shift = Shift(v, v_old, b, s, v_uncond=v_uncond, guidance=guidance, v_reference=v_reference)
+    chosen, inner = (None, 1) if mask is None else check_mask(mask, v)
     if isinstance(noise, StoredStep):
         check_latents("noise.x", noise.x, like=v)
         check_latents("noise.y", noise.y, like=v)
-        less_one = per_sample("noise.a", noise.a, v, less_one=True)
+        less_one = check_less_one("noise.", noise.a, noise.a_less_one, v)
         check_no_grad(**{"noise.x": noise.x, "noise.y": noise.y, "noise.a": less_one})
-        return shift._replace(x=noise.x, y=noise.y, a_less_one=less_one)
+        stored = noise.x, noise.y, less_one
+        return Shift(v, v_old, b, s, None, None, 0, *stored, v_uncond, guidance, v_reference, chosen, inner)
     if noise is None:
         raise TypeError("noise: expected the step's NoiseKey, its noise tensor or its StoredStep, got None")
     eps, words, seed = split_noise(noise, v)
-    return shift._replace(eps=eps, words=words, seed=seed)
+    stored = None, None, None
+    return Shift(v, v_old, b, s, eps, words, seed, *stored, v_uncond, guidance, v_reference, chosen, inner)
+
+
+def check_mask(mask: object, like: Tensor) -> tuple[Tensor, int]:
+    """(mask [B, M], inner): element j of a sample counts if its mask has True at [j // inner % M].
+
+    A mask of the latents' leading dimensions, such as [B, tokens] of packed latents, or one that broadcasts with them,
+    is not expanded where the dimensions that it varies in stand together.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool tensor, True where an element counts, got {found}")
+    shape = like.shape
+    sizes = [*mask.shape, *[1] * (like.ndim - mask.ndim)]
+    if len(sizes) != like.ndim or any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"mask: expected the latents' shape {list(shape)}, its first dimensions, or 1 where they share it, got "
+            f" {list(mask.shape)}"
+        )
+    if mask.device != like.device:
+        raise ValueError(f"mask: is on {mask.device}, the latents on {like.device}; move it there")
+    varies = [i for i in range(1, like.ndim) if sizes[i] != 1]
+    first, last = (varies[0], varies[-1] + 1) if varies else (1, 1)
+    whole = [sizes[0], *[1] * (first - 1), *shape[first:last], *[1] * (like.ndim - last)]
+    flat = mask.view(sizes).expand(whole).reshape(sizes[0], -1)
+    return flat.expand(shape[0], -1), math.prod(shape[last:])
+
+
+def masked(shift: Shift) -> Tensor | None:
+    """The mask of every element, bool [B, D]."""
+    if shift.mask is None:
+        return None
+    batch, length = shift.mask.shape
+    outer = shift.v[0].numel() // (length * shift.inner)
+    return shift.mask.view(batch, 1, length, 1).expand(batch, outer, length, shift.inner).reshape(batch, -1)
 
 
 def with_rows(shift: Shift) -> Shift:
@@ -89,10 +132,13 @@ def shift_tiles(shift: Shift) -> Iterator[tuple[Tile, Shift]]:
     """(tile, its part of the call as [rows, columns]) of every tile; a key's noise is made first."""
     shift = with_noise(shift)
     flat = {name: rows(t) for name in LATENTS if (t := getattr(shift, name)) is not None}
+    mask = masked(shift)
     names = ("b", "s", "a_less_one", "guidance")
     coefficients = {name: c for name in names if (c := getattr(shift, name)) is not None}
     for tile in tiles(*flat["v"].shape):
-        parts = {name: t[tile] for name, t in flat.items()}
+        parts: dict[str, object] = {name: t[tile] for name, t in flat.items()}
+        if mask is not None:
+            parts["mask"] = mask[tile]
         yield tile, shift._replace(**parts, **{n: tile_coefficient(c, tile) for n, c in coefficients.items()})
 
 
@@ -120,17 +166,21 @@ def kernel_arguments(shift: Shift) -> tuple[list[object], dict[str, object], int
 
     flat = [None if t is None else rows(t) for t in (getattr(shift, name) for name in LATENTS)]
     words = None if shift.words is None else shift.words.contiguous()
+    mask, layout = None, (None, None, None)
+    if shift.mask is not None:
+        mask = shift.mask if shift.mask.stride(1) == 1 or shift.mask.shape[1] == 1 else shift.mask.contiguous()
+        layout = mask.stride(0), shift.inner, mask.shape[1]
+        mask = mask.view(torch.uint8)
     values = (shift.a_less_one, 0.0), (shift.b, 0.0), (shift.s, 0.0), (shift.guidance, 1.0)
     coefficients = [kernel_scalar(absent if c is None else c) for c, absent in values]
     batch, elements = shift.v.shape[0], shift.v[0].numel()
     blocks = -(-elements // BLOCK)
-    constants: dict[str, object] = {
-        f"{name}_PER_ROW": isinstance(c, Tensor) for name, c in zip("ABSG", coefficients, strict=True)
-    }
+    constants: dict[str, object] = {**coefficient_steps("absg", coefficients)}
     constants |= {"BLOCK": BLOCK, "num_warps": _warps(shift)}
     if shift.x is not None:
         constants["maxnreg"] = READ_REGISTERS
-    arguments = [*flat, words, *split_seed(shift.seed), *coefficients, *row_strides(flat, elements), elements, blocks]
+    arguments = [*flat, mask, words, *split_seed(shift.seed), *coefficients]
+    arguments += [*row_strides(flat, elements), *layout, elements, blocks]
     return arguments, constants, batch * blocks
 
 

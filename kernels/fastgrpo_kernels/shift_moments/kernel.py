@@ -1,8 +1,8 @@
 """Triton kernels of the shift moments.
 
-Forward: each program reduces one block of one row to its partial sums of d·ε, d², and (d to a reference)² in slots of
-its own, before the factors b/s; the last program of a row adds them in fixed order. Backward: one read of each latent,
-one write of each gradient. One launch each. Pointers that are None are compiled out.
+Forward: each program reduces one block of one row to partial sums in slots of its own; the last program of a row adds
+them in fixed order. Backward: one read of each latent, one write of each gradient. One launch each. Pointers that are
+None are compiled out. The loss (`clipped_loss/kernel.py`) shares the forward's two halves.
 """
 
 import triton
@@ -37,13 +37,22 @@ def load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start
     return move
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])
-def _shift_moments_fwd_kernel(
-    p_ptr,
-    q_ptr,
-    q_reference_ptr,
+@triton.jit
+def load_mask(mask_ptr, row, stride, inner, length, start, inside, BLOCK: tl.constexpr):
+    """Which elements of a block count: those of the row that a mask, where there is one, selects.
+
+    Element j of a row has the value [j // inner % length] of the row's mask.
+    """
+    if mask_ptr is not None:
+        offsets = (start + tl.arange(0, BLOCK)) // inner % length
+        return inside & (tl.load(mask_ptr + row * stride + offsets, mask=inside, other=0) != 0)
+    else:
+        return inside
+
+
+@triton.jit
+def store_partial_sums(
     partials_ptr,
-    arrivals_ptr,
     v_ptr,
     v_old_ptr,
     v_uncond_ptr,
@@ -51,6 +60,7 @@ def _shift_moments_fwd_kernel(
     eps_ptr,
     x_ptr,
     y_ptr,
+    mask_ptr,
     words_ptr,
     seed_low,
     seed_high,
@@ -65,24 +75,32 @@ def _shift_moments_fwd_kernel(
     eps_stride,
     x_stride,
     y_stride,
+    mask_stride,
+    mask_inner,
+    mask_length,
     elements,
     blocks,
-    A_PER_ROW: tl.constexpr,
-    B_PER_ROW: tl.constexpr,
-    S_PER_ROW: tl.constexpr,
-    G_PER_ROW: tl.constexpr,
+    a_step,
+    b_step,
+    s_step,
+    g_step,
     BLOCK: tl.constexpr,
 ):
+    """This program's sums of d·ε, d², (d to a reference)² and of elements that count, before the factors b/s, into its
+    slots of [4, programs]."""
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     block = pid % blocks
     start = block.to(tl.int64) * BLOCK
     mask = tl.arange(0, BLOCK) < elements - start
     programs = tl.num_programs(0).to(tl.int64)
-    scale = load_scalar(guidance, row, G_PER_ROW)
+    if mask_ptr is not None:
+        mask = load_mask(mask_ptr, row, mask_stride, mask_inner, mask_length, start, mask, BLOCK)
+        tl.store(partials_ptr + 3 * programs + pid, tl.sum(mask.to(tl.float32)))
+    scale = load_scalar(guidance, row, g_step)
     if y_ptr is not None:
-        inverse_s = tl.div_rn(1.0, load_deviation(s, row, S_PER_ROW))
-        a_less_one = load_scalar(a_less_one, row, A_PER_ROW)
+        inverse_s = tl.div_rn(1.0, load_deviation(s, row, s_step))
+        a_less_one = load_scalar(a_less_one, row, a_step)
         # First, or with a reference last: so registers are fewest.
         if v_reference_ptr is None:
             move = load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start, mask, BLOCK)
@@ -95,21 +113,145 @@ def _shift_moments_fwd_kernel(
     if y_ptr is not None:
         if v_reference_ptr is not None:
             move = load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start, mask, BLOCK)
-        eps = (move - load_scalar(b, row, B_PER_ROW) * v_old) * inverse_s
+        eps = (move - load_scalar(b, row, b_step) * v_old) * inverse_s
     else:
         eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, elements, mask, BLOCK)
-    # Beyond the row both operands are zero.
+    # Beyond the row, and where the mask selects nothing, both operands are zero.
     tl.store(partials_ptr + pid, tl.sum(shift * eps))
     tl.store(partials_ptr + programs + pid, tl.sum(shift * shift))
+
+
+@triton.jit
+def store_moments(
+    p_ptr,
+    q_ptr,
+    q_reference_ptr,
+    share_ptr,
+    partials_ptr,
+    row,
+    elements,
+    blocks,
+    b,
+    s,
+    b_step,
+    s_step,
+    MEAN_OF_MASKED: tl.constexpr,
+):
+    """In the last program of a row: its moments, from the partial sums of all; pointers that are None are not written.
+
+    `share` is elements / (elements that count), by which a mean over the mask is more than one over the row.
+    """
+    programs = tl.num_programs(0).to(tl.int64)
+    scale = tl.div_rn(load_scalar(b, row, b_step), load_deviation(s, row, s_step))
+    count = tl.cast(elements, tl.float32)
+    square = scale * scale
+    p = tl.div_rn(scale * sum_slots(partials_ptr, row, blocks), count)
+    q = tl.div_rn(square * sum_slots(partials_ptr + programs, row, blocks), count)
+    if MEAN_OF_MASKED:
+        share = tl.div_rn(count, tl.maximum(sum_slots(partials_ptr + 3 * programs, row, blocks), 1.0))
+        tl.store(share_ptr + row, share)
+        p, q = p * share, q * share
+    tl.store(p_ptr + row, p)
+    tl.store(q_ptr + row, q)
+    if q_reference_ptr is not None:
+        q_reference = tl.div_rn(square * sum_slots(partials_ptr + 2 * programs, row, blocks), count)
+        if MEAN_OF_MASKED:
+            q_reference *= share
+        tl.store(q_reference_ptr + row, q_reference)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])
+def _shift_moments_fwd_kernel(
+    p_ptr,
+    q_ptr,
+    share_ptr,
+    partials_ptr,
+    arrivals_ptr,
+    v_ptr,
+    v_old_ptr,
+    v_uncond_ptr,
+    v_reference_ptr,
+    eps_ptr,
+    x_ptr,
+    y_ptr,
+    mask_ptr,
+    words_ptr,
+    seed_low,
+    seed_high,
+    a_less_one,
+    b,
+    s,
+    guidance,
+    v_stride,
+    v_old_stride,
+    v_uncond_stride,
+    v_reference_stride,
+    eps_stride,
+    x_stride,
+    y_stride,
+    mask_stride,
+    mask_inner,
+    mask_length,
+    elements,
+    blocks,
+    a_step,
+    b_step,
+    s_step,
+    g_step,
+    BLOCK: tl.constexpr,
+):
+    store_partial_sums(
+        partials_ptr,
+        v_ptr,
+        v_old_ptr,
+        v_uncond_ptr,
+        None,
+        eps_ptr,
+        x_ptr,
+        y_ptr,
+        mask_ptr,
+        words_ptr,
+        seed_low,
+        seed_high,
+        a_less_one,
+        b,
+        s,
+        guidance,
+        v_stride,
+        v_old_stride,
+        v_uncond_stride,
+        v_reference_stride,
+        eps_stride,
+        x_stride,
+        y_stride,
+        mask_stride,
+        mask_inner,
+        mask_length,
+        elements,
+        blocks,
+        a_step,
+        b_step,
+        s_step,
+        g_step,
+        BLOCK,
+    )
+    row = (tl.program_id(0) // blocks).to(tl.int64)
     if is_last_of_row(arrivals_ptr, row, blocks):
-        scale = tl.div_rn(load_scalar(b, row, B_PER_ROW), load_deviation(s, row, S_PER_ROW))
-        count = tl.cast(elements, tl.float32)
-        tl.store(p_ptr + row, tl.div_rn(scale * sum_slots(partials_ptr, row, blocks), count))
-        square = scale * scale
-        tl.store(q_ptr + row, tl.div_rn(square * sum_slots(partials_ptr + programs, row, blocks), count))
-        if v_reference_ptr is not None:
-            total = sum_slots(partials_ptr + 2 * programs, row, blocks)
-            tl.store(q_reference_ptr + row, tl.div_rn(square * total, count))
+        store_moments(
+            p_ptr,
+            q_ptr,
+            None,
+            share_ptr,
+            partials_ptr,
+            row,
+            elements,
+            blocks,
+            b,
+            s,
+            b_step,
+            s_step,
+            share_ptr is not None,
+        )
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])
@@ -127,6 +269,7 @@ def _shift_moments_bwd_kernel(
     eps_ptr,
     x_ptr,
     y_ptr,
+    mask_ptr,
     words_ptr,
     seed_low,
     seed_high,
@@ -141,12 +284,16 @@ def _shift_moments_bwd_kernel(
     eps_stride,
     x_stride,
     y_stride,
+    mask_stride,
+    mask_inner,
+    mask_length,
     elements,
     blocks,
-    A_PER_ROW: tl.constexpr,
-    B_PER_ROW: tl.constexpr,
-    S_PER_ROW: tl.constexpr,
-    G_PER_ROW: tl.constexpr,
+    a_step,
+    b_step,
+    s_step,
+    g_step,
+    grad_step,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -154,19 +301,20 @@ def _shift_moments_bwd_kernel(
     block = pid % blocks
     start = block.to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
-    mask = offsets < elements - start
-    s = load_deviation(s, row, S_PER_ROW)
-    b = load_scalar(b, row, B_PER_ROW)
+    inside = offsets < elements - start
+    mask = load_mask(mask_ptr, row, mask_stride, mask_inner, mask_length, start, inside, BLOCK)
+    s = load_deviation(s, row, s_step)
+    b = load_scalar(b, row, b_step)
     scale = tl.div_rn(b, s)
     per_element = tl.div_rn(scale, tl.cast(elements, tl.float32))
     if grad_ptr is not None:
-        per_element *= tl.load(grad_ptr)
+        per_element *= load_scalar(grad_ptr, row, grad_step)
     factor_eps = tl.load(grad_p_ptr + row) * per_element
     factor_change = 2.0 * tl.load(grad_q_ptr + row) * scale * per_element
-    guidance = load_scalar(guidance, row, G_PER_ROW)
+    guidance = load_scalar(guidance, row, g_step)
     if y_ptr is not None:
         factor_eps *= tl.div_rn(1.0, s)
-        a_less_one = load_scalar(a_less_one, row, A_PER_ROW)
+        a_less_one = load_scalar(a_less_one, row, a_step)
         # One sum, to which each latent is added as it arrives: few of them are in registers at a time.
         grad = factor_eps * load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start, mask, BLOCK)
     else:
@@ -184,8 +332,11 @@ def _shift_moments_bwd_kernel(
         grad += factor_reference * (
             v - load_block(v_reference_ptr, row, v_reference_stride, elements, start, mask, BLOCK)
         )
+    if mask_ptr is not None:
+        # Noise from a key is everywhere.
+        grad = tl.where(mask, grad, 0.0)
     out = row * elements + start + offsets
     if v_uncond_ptr is not None:
-        tl.store(grad_v_uncond_ptr + out, ((1.0 - guidance) * grad).to(grad_v_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_v_uncond_ptr + out, ((1.0 - guidance) * grad).to(grad_v_ptr.dtype.element_ty), mask=inside)
         grad *= guidance
-    tl.store(grad_v_ptr + out, grad.to(grad_v_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_v_ptr + out, grad.to(grad_v_ptr.dtype.element_ty), mask=inside)

@@ -32,67 +32,102 @@ def shift_moments(
     *,
     v_uncond: Tensor | None = None,
     guidance_scale: Coefficient | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Moments P = mean(d·ε) and Q = mean(d²) of d = b·(v - v_old)/s over each sample's elements, float32 [B] each.
+    """Moments of the policy's shift since the rollout: P = mean(d·ε), Q = mean(d²) with d = b·(v - v_old)/s.
 
-    log-ratio = P - Q/2, Gaussian KL = Q/2; with a reference model's output for `v_old`, Q/2 is the KL to it. `v` and
-    `v_old` are [B, ...] of one shape and dtype (float32, bfloat16 or float16), any strides; `b` and `s` > 0 are floats
-    or [B] float64/float32 (see `transitions`). `noise` is the `NoiseKey` the step was taken with, its ε as a tensor
-    of v's shape, or the `StoredStep` (x, y, a) it was, of which ε = (y - a·x - b·v_old)/s. v == v_old bit for bit
-    gives P = Q = 0. With `v_uncond` and `guidance_scale` (float or [B]), `v` is the conditional output and
-    v_uncond + guidance_scale·(v - v_uncond), rounded to their dtype, takes its place; `v_old` is then the guided
-    output of the rollout, as `gaussian_step` returns it.
+    log π_new - log π_old = P - Q/2 and the Gaussian KL is Q/2, both as means over a sample's elements (DDPO, arXiv
+    2305.13301, eq. 5); with a reference model's output for `v_old`, Q/2 is the KL to it. v == v_old bit for bit gives
+    P = Q = 0. The backward regenerates ε and keeps nothing of a latent's size but its inputs; the eager CPU path keeps
+    ε, which is cheaper there.
 
-    Differentiable once, in `v` and `v_uncond`: ∂P/∂v = b·ε/(s·D), ∂Q/∂v = 2·b·d/(s·D), in v's dtype; with guidance
-    times guidance_scale for v and 1 - guidance_scale for v_uncond, straight through the rounding. The backward
-    regenerates ε and keeps nothing of a latent's size but its inputs; the eager CPU path keeps ε, which is cheaper
-    there. Raises ValueError or TypeError for mismatched shapes, dtypes or devices, s <= 0 or coefficients that are
-    not finite (checked where reading them costs no device-to-host copy), a gradient asked of anything else, and a
-    double backward.
+    Args:
+        v: [B, ...] of 2 to 5 dimensions, float32, bfloat16 or float16, any strides; differentiable.
+        v_old: the rollout's model output, [B, ...], in any of these dtypes.
+        b: the step's coefficient of v, a float or [B] float32/float64 (see `transitions`). On a device a float32
+            tensor of any stride, such as a column of a table, is read where it is.
+        s: the step's standard deviation, > 0, likewise.
+        noise: the NoiseKey the step was taken with, its ε as a tensor [B, ...], or the StoredStep (x, y, a) it was.
+        v_uncond: the unconditional output [B, ...] in v's dtype; differentiable. v is then the conditional one, and
+            v_uncond + guidance_scale·(v - v_uncond), rounded to their dtype, takes its place; `v_old` is the guided
+            output of the rollout, as `gaussian_step` returns it.
+        guidance_scale: a float or [B], with `v_uncond`.
+        mask: bool, True where an element counts: of v's shape, of its first dimensions ([B, tokens] of packed
+            latents), or with 1 where it is the same for all. Means are over the elements that count; a sample without
+            any has P = Q = 0. What is masked is not read, and has no gradient.
+
+    Returns:
+        P and Q, float32 [B] each. Differentiable once: ∂P/∂v = b·ε/(s·D), ∂Q/∂v = 2·b·d/(s·D), in v's dtype; with
+        guidance times guidance_scale for v and 1 - guidance_scale for v_uncond, straight through the rounding.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, s <= 0 or coefficients that are not finite
+            (checked where reading them costs no device-to-host copy), a gradient asked of anything else, a double
+            backward.
     """
-    shift = check_shift(v, v_old, b, s, noise, v_uncond, guidance_scale)
+    shift = check_shift(v, v_old, b, s, noise, v_uncond, guidance_scale, None, mask)
     if not is_eager(*shift.tensors):
-        return _shift_moments_op(*with_rows(shift)[:-1])
-    if torch.is_grad_enabled() and (v.requires_grad or (v_uncond is not None and v_uncond.requires_grad)):
-        return _ShiftMoments.apply(*shift)  # pyright: ignore[reportReturnType]
-    return _forward(shift)
-
-
-def _forward(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor]:
-    if launches(shift.v):
-        P, Q, *_ = launch_shift_moments(shift, kept=kept)
+        P, Q, _ = _shift_moments_op(*without_reference(with_rows(shift)))
         return P, Q
-    return shift_moments_cpu(shift)
+    if torch.is_grad_enabled() and (v.requires_grad or (v_uncond is not None and v_uncond.requires_grad)):
+        P, Q, _ = _ShiftMoments.apply(*shift)  # pyright: ignore[reportGeneralTypeIssues]
+        return P, Q
+    return _forward(shift)[:2]
 
 
-def _backward(grad_p: Tensor, grad_q: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
+def without_reference(shift: Shift) -> tuple:
+    """Arguments of the operators of the moments, which know no reference model."""
+    index = Shift._fields.index("v_reference")
+    return (*shift[:index], *shift[index + 1 :])
+
+
+def _forward(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """(P, Q, share): `share` [B] is a sample's elements over those that count, empty without a mask."""
+    if launches(shift.v):
+        return launch_shift_moments(shift, kept=kept)
+    P, Q, _, share = moments_cpu(shift, mean_of_masked=True)
+    return P, Q, P.new_empty(0) if share is None else share
+
+
+def _backward(grad_p: Tensor, grad_q: Tensor, share: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
+    if shift.mask is not None:
+        grad_p, grad_q = grad_p * share, grad_q * share
     body = launch_shift_moments_backward if launches(shift.v) else shift_moments_backward_cpu
     return body(grad_p, grad_q, shift)
 
 
-def shift_moments_cpu(shift: Shift) -> tuple[Tensor, Tensor]:
-    """The ATen path: float32 sums in blocks, scaled once per sample in float64."""
+def moments_cpu(shift: Shift, *, mean_of_masked: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The ATen path, (P, Q, Q against the reference, share): float32 sums in blocks, scaled once a sample in float64.
+
+    Without `mean_of_masked` sums over a mask are still divided by all elements, and there is no share.
+    """
     batch, elements = shift.v.shape[0], shift.v[0].numel()
-    p, q = BlockSums(batch, elements), BlockSums(batch, elements)
+    p, q, r, n = (BlockSums(batch, elements) for _ in range(4))
     for tile, part in shift_tiles(shift):
-        change = difference(guided(part), part.v_old)
+        v = guided(part)
+        change = difference(v, part.v_old)
+        if part.mask is not None:
+            change.masked_fill_(~part.mask, 0.0)
         q.add(tile, change * change)
-        p.add(tile, change.mul_(noise_of(part)))
+        product = change.mul_(noise_of(part))
+        if part.mask is not None:
+            # Also where ε is no number.
+            product.masked_fill_(~part.mask, 0.0)
+            n.add(tile, part.mask.to(torch.float32))
+        p.add(tile, product)
+        if part.v_reference is not None:
+            square = difference(v, part.v_reference).square_()
+            r.add(tile, square if part.mask is None else square.masked_fill_(~part.mask, 0.0))
     scale = quotient(shift.b, shift.s)
-    P, Q = p.total() * (scale / elements), q.total() * (scale * scale / elements)
-    return P.to(torch.float32), Q.to(torch.float32)
-
-
-def reference_moment_cpu(shift: Shift) -> Tensor:
-    """Q against the reference model's output, float32 [B]."""
-    assert shift.v_reference is not None
-    elements = shift.v[0].numel()
-    sums = BlockSums(shift.v.shape[0], elements)
-    for tile, part in shift_tiles(shift._replace(words=None)):
-        assert part.v_reference is not None
-        sums.add(tile, difference(guided(part), part.v_reference).square_())
-    scale = quotient(shift.b, shift.s)
-    return (sums.total() * (scale * scale / elements)).to(torch.float32)
+    share = elements / n.total().clamp_min(1.0) if shift.mask is not None and mean_of_masked else None
+    square = scale * scale / elements
+    P, Q = p.total() * (scale / elements), q.total() * square
+    reference = None if shift.v_reference is None else r.total() * square
+    moments = [m if m is None or share is None else m * share for m in (P, Q, reference)]
+    P, Q, reference, share = (None if m is None else m.to(torch.float32) for m in (*moments, share))
+    assert P is not None
+    assert Q is not None
+    return P, Q, reference, share
 
 
 def shift_moments_backward_cpu(
@@ -110,6 +145,8 @@ def shift_moments_backward_cpu(
         add_scaled(grad, by_noise[tile[0]], noise_of(part))
         if part.v_reference is not None and by_reference is not None:
             add_scaled(grad, by_reference[tile[0]], difference(v, part.v_reference))
+        if part.mask is not None:
+            grad.masked_fill_(~part.mask, 0.0)
         if part.guidance is not None:
             guidance = column(part.guidance, v)
             grad_v_uncond.flatten(1)[tile] = grad * (1.0 - guidance)
@@ -118,20 +155,19 @@ def shift_moments_backward_cpu(
     return grad_v, grad_v_uncond
 
 
-def launch_shift_moments(shift: Shift, *, kept: bool = True) -> tuple[Tensor, ...]:
-    """The Triton path, one launch: (P, Q), and with a reference Q against it."""
+def launch_shift_moments(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton path, one launch: (P, Q, share)."""
     from .kernel import _shift_moments_fwd_kernel
 
     arguments, constants, programs = kernel_arguments(shift)
     batch, device = shift.v.shape[0], shift.v.device
-    count = 2 if shift.v_reference is None else 3
-    partials = torch.empty((count, programs), dtype=torch.float32, device=device)
+    partials = torch.empty((2 if shift.mask is None else 4, programs), dtype=torch.float32, device=device)
     # Not parts of one tensor: results of a custom operator may not share their storage.
-    moments = tuple(torch.empty(batch, dtype=torch.float32, device=device) for _ in range(count))
-    reference = moments[2] if count == 3 else None
-    outputs = *moments[:2], reference, partials, arrivals(batch, device, kept=kept)
+    P, Q = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(2))
+    share = torch.empty(0 if shift.mask is None else batch, dtype=torch.float32, device=device)
+    outputs = P, Q, None if shift.mask is None else share, partials, arrivals(batch, device, kept=kept)
     launch(_shift_moments_fwd_kernel, programs, device, *outputs, *arguments, **constants)
-    return moments
+    return P, Q, share
 
 
 def launch_shift_moments_backward(
@@ -141,13 +177,17 @@ def launch_shift_moments_backward(
     grad_reference: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of v and v_uncond by Triton, one launch; `grad`, a scalar, multiplies the others."""
+    """Gradients of v and v_uncond by Triton, one launch; `grad`, a scalar or [B], multiplies the others."""
     from .kernel import _shift_moments_bwd_kernel
 
     arguments, constants, programs = kernel_arguments(shift)
     grad_v, grad_v_uncond = empty_gradients(shift)
+    step = None if grad is None else grad.stride(0) if grad.ndim else 0
     grads = [grad, grad_p.contiguous(), grad_q.contiguous(), grad_reference]
-    launch(_shift_moments_bwd_kernel, programs, grad_v.device, grad_v, grad_v_uncond, *grads, *arguments, **constants)
+    launch(
+        _shift_moments_bwd_kernel, programs, grad_v.device, grad_v, grad_v_uncond, *grads, *arguments,
+        grad_step=step, **constants,
+    )  # fmt: skip
     return grad_v, grad_v_uncond
 
 
@@ -166,14 +206,20 @@ class _ShiftMoments(torch.autograd.Function):
         shift = Shift(*arguments)
         if not launches(shift.v):
             shift = with_noise(shift)
-        save_arguments(ctx, shift)
-        return _forward(shift)
+        P, Q, share = _forward(shift)
+        save_arguments(ctx, (share, *shift))
+        ctx.mark_non_differentiable(share)
+        return P, Q, share
 
     @staticmethod
     def backward(ctx, *grads):
         refuse_double_backward("shift_moments")
-        shift = Shift(*saved_arguments(ctx))
-        return tuple(place(_backward(grads[0], grads[1], shift), shift))
+        share, *arguments = saved_arguments(ctx)
+        shift = Shift(*arguments)
+        return tuple(place(_backward(grads[0], grads[1], share, shift), shift))
+
+
+_NAMES = tuple(name for name in Shift._fields if name != "v_reference")
 
 
 # Here and in the operators of grpo_loss `a` is Shift's a_less_one: Inductor's cache, which outlives an upgrade, holds
@@ -192,20 +238,27 @@ def _shift_moments_op(
     a: Tensor | None = None,
     v_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    mask: Tensor | None = None,
+    inner: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
     check_traced(a=a, b=b, s=s, guidance_scale=guidance)
-    return _forward(Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance), kept=False)
+    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, None, mask, inner)
+    return _forward(shift, kept=False)
 
 
 @_shift_moments_op.register_fake
 def _(v, *rest):
-    return v.new_empty(v.shape[0], dtype=torch.float32), v.new_empty(v.shape[0], dtype=torch.float32)
+    has_mask = len(rest) == len(_NAMES) - 1 and rest[-2] is not None
+    batch = v.shape[0]
+    P, Q, share = (v.new_empty(size, dtype=torch.float32) for size in (batch, batch, batch if has_mask else 0))
+    return P, Q, share
 
 
 @torch.library.custom_op("fastgrpo_kernels::shift_moments_backward", mutates_args=())
 def _shift_moments_backward_op(
     grad_p: Tensor,
     grad_q: Tensor,
+    share: Tensor,
     v: Tensor,
     v_old: Tensor,
     b: Tensor,
@@ -218,24 +271,31 @@ def _shift_moments_backward_op(
     a: Tensor | None = None,
     v_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
+    mask: Tensor | None = None,
+    inner: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    return _backward(grad_p, grad_q, Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance))
+    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, None, mask, inner)
+    return _backward(grad_p, grad_q, share, shift)
 
 
 @_shift_moments_backward_op.register_fake
-def _(grad_p, grad_q, *arguments):
-    return empty_gradients(Shift(*arguments))
+def _(grad_p, grad_q, share, *arguments):
+    return empty_gradients(_named(arguments))
+
+
+def _named(arguments) -> Shift:
+    return Shift(**dict(zip(_NAMES, arguments, strict=False)))
 
 
 def _setup_context(ctx, inputs, output):
-    save_arguments(ctx, inputs)
+    save_arguments(ctx, (output[2], *inputs))
 
 
-def _op_backward(ctx, grad_p, grad_q):
+def _op_backward(ctx, grad_p, grad_q, unused):
     refuse_double_backward("shift_moments")
-    arguments = saved_arguments(ctx)
-    shift = Shift(*arguments)
-    return tuple(place(_shift_moments_backward_op(grad_p, grad_q, *arguments), shift)[: len(arguments)])
+    share, *arguments = saved_arguments(ctx)
+    gradients = place(_shift_moments_backward_op(grad_p, grad_q, share, *arguments), _named(arguments))
+    return without_reference(Shift(*gradients))[: len(arguments)]  # pyright: ignore[reportArgumentType]
 
 
 _shift_moments_op.register_autograd(_op_backward, setup_context=_setup_context)
