@@ -95,6 +95,15 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
         """Latents [B, *latent_shape], float32, of images [B, 3, H, W] in [0, 1]: `decode` undone, for pretraining."""
         raise self.lacks("encode_images", "pretraining")
 
+    @property
+    def takes_image(self) -> bool:
+        """Whether its pipeline starts from a picture of the prompt's."""
+        return self.first_frame is not None
+
+    def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
+        """The key of a LoRA's layer in ComfyUI, and the layers whose weights are one matrix there, in their order."""
+        raise self.lacks("comfyui_layer", "a LoRA for ComfyUI")
+
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one row of everything that `encode_prompts` gives and the device holds, for plans."""
         raise self.lacks("encoded_shapes", "a plan")
