@@ -141,12 +141,13 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
     checkpoint: Checkpoint = "latest",
     merge: Annotated[bool, typer.Option("--merge", help="A LoRA run: write the whole pipeline, merged.")] = False,
+    comfyui: Annotated[bool, typer.Option("--comfyui", help="A LoRA also under the names that ComfyUI reads.")] = False,
 ) -> None:
     """Write what diffusers loads: a LoRA or a pipeline directory, with a model card."""
     require_extra("train", "fastgrpo export")
     from fastgrpo.commands.export import export_run
 
-    typer.echo(export_run(run, out, checkpoint=checkpoint, merge=merge))
+    typer.echo(export_run(run, out, checkpoint=checkpoint, merge=merge, comfyui=comfyui))
 
 
 @app.command()

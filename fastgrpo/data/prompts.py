@@ -87,8 +87,8 @@ def load_prompts(source: str) -> list[Prompt]:
     prompts = list(SOURCES.load(kind, source)(rest))
     if not prompts:
         raise ConfigError(f"{source}: holds no prompts")
-    if stranger := next((p for p in prompts if not isinstance(p, Prompt)), None):
-        raise ConfigError(f"{source}: gives {type(stranger).__name__}, not fastgrpo.data.prompts.Prompt")
+    if strange := [p for p in prompts if not isinstance(p, Prompt)]:
+        raise ConfigError(f"{source}: gives {type(strange[0]).__name__}, not fastgrpo.data.prompts.Prompt")
     return prompts
 
 

@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.conditioning import Conditioning, PromptEncoding
 from fastgrpo.models.embeddings import EmbeddingCache
 from fastgrpo.models.placement import PlacedPipeline
-from fastgrpo.models.schedulers import flow_steps, with_shift
+from fastgrpo.models.sampling import PipelineSampling
 
 
-class ModelFamily(PlacedPipeline, PromptEncoding):
+class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
     """A diffusers pipeline as GRPO needs it.
 
     Latents are what the trained component takes, [B, *latent_shape], float32; `v` is its output in the compute dtype.
+    `PipelineSampling` has the noise levels; a family overrides of it where its pipeline differs.
     """
 
     name: ClassVar[str]
@@ -97,39 +95,14 @@ class ModelFamily(PlacedPipeline, PromptEncoding):
         """Latents [B, *latent_shape], float32, of images [B, 3, H, W] in [0, 1]: `decode` undone, for pretraining."""
         raise self.lacks("encode_images", "pretraining")
 
-    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
-        """The levels of a run of `steps`, as the family's pipeline would use them; shift: rollout.shift."""
-        scheduler = self.sampling_scheduler(shift)
-        k = self.pipeline_shift() if shift == "pipeline" else float(shift)
-        levels = flow_steps(scheduler, steps, self.timestep_arguments(scheduler, steps), self.config.path, k)
-        return replace(levels, modules=self.acting_modules(levels))
+    @property
+    def takes_image(self) -> bool:
+        """Whether its pipeline starts from a picture of the prompt's."""
+        return self.first_frame is not None
 
-    def sampling_scheduler(self, shift: float | str) -> Any:
-        """A scheduler of its own with which the pipeline samples as trained; what an export carries."""
-        return with_shift(self.pipeline.scheduler, shift, self.config.path)
-
-    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
-        """What the pipeline gives `set_timesteps` beside the number of steps."""
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
-
-    def acting_modules(self, levels: NoiseLevels) -> tuple[str, ...]:
-        """The trained component that acts at each step."""
-        return (self.trained[0],) * levels.steps
-
-    def pipeline_shift(self) -> float | None:
-        """The shift k that the pipeline's scheduler config asks for at this size; None where it is no plain shift."""
-        config = self.pipeline.scheduler.config
-        return None if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift"))
-
-    def pipeline_arguments(self, steps: int) -> dict[str, Any]:
-        """How the pipeline is called to sample as training does, but for the prompt and its image."""
-        config = self.config
-        called: dict[str, Any] = {"height": config.height, "width": config.width, "num_inference_steps": steps}
-        if config.frames > 1:
-            called["num_frames"] = config.frames
-        if self.guidance_style == "cfg":
-            called["negative_prompt"] = config.negative_prompt
-        return called | {"guidance_scale": config.guidance, "max_sequence_length": config.max_sequence_length}
+    def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
+        """The key of a LoRA's layer in ComfyUI, and the layers whose weights are one matrix there, in their order."""
+        raise self.lacks("comfyui_layer", "a LoRA for ComfyUI")
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one row of everything that `encode_prompts` gives and the device holds, for plans."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.algorithms.advantages import Advantages, group_spread
 from fastgrpo.algorithms.objectives.grpo import SUMMED
 from fastgrpo.observe.nvml import Reading, board_of
 
@@ -102,6 +102,10 @@ def reward_metrics(
 ) -> dict[str, float]:  # fmt: skip
     """Returns the metrics of an iteration's scores.
 
+    reward/mean, reward/std and samples/failed are of the rewards that are trained (weight not 0): the mean over samples
+    that have all their scores, the standard deviation within groups of at least two such samples, and how many samples
+    lack one. reward/<name> is the mean over that reward's own scores.
+
     Args:
         values: Scores, float64 [R, N], a row a reward, whole groups one after the other.
         valid: Which scores are there, bool [R, N].
@@ -111,18 +115,24 @@ def reward_metrics(
         components: Further columns [N] by name, NaN where there is no value.
         group: Samples of a group.
     """
-    ok = valid.all(axis=0)
-    total = (weights[:, None] * values)[:, ok].sum(axis=0)
-    groups = total.reshape(-1, group) if ok.all() else total[None]
+    trained = weights != 0
+    ok = valid[trained].all(axis=0)
+    total = (weights[trained, None] * values[trained])[:, ok].sum(axis=0)
+    spread = group_spread(values, valid, group, weights)
     counted = np.where(valid & asked, values, np.nan)
     columns = {**dict(zip(names, counted, strict=True)), **components}
     known = {name: column[~np.isnan(column)] for name, column in columns.items()}
     return {
-        "reward/mean": float(total.mean()),
-        "reward/std": float(groups.std(axis=1).mean()),
+        "reward/mean": _mean(total),
+        "reward/std": _mean(spread[~np.isnan(spread)]),
         **{f"reward/{name}": float(column.mean()) for name, column in known.items() if len(column)},
         "samples/failed": float((~ok).sum()),
     }
+
+
+def _mean(numbers: np.ndarray) -> float:
+    """NaN of none."""
+    return float(numbers.mean()) if len(numbers) else math.nan
 
 
 def advantage_metrics(advantages: Advantages) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.tiny import tiny_config
-from support.updates import prepare
+from support.updates import prepare, run_update
 
 from fastgrpo.algorithms.schedule import flow_levels, kl_factors, linear_levels, schedule_steps, shifted
 from fastgrpo.config import Rollout, SubsetSteps
@@ -63,12 +63,12 @@ def test_an_update_reports_it_and_adds_it_to_the_loss(tiny_flux, kind):
     weight = 0.5
     config = tiny_config(tiny_flux, objective={"kl_weight": weight, "kl": kind})
     family, plan, trajectory, conditioning, updater = prepare(config)
-    frozen = copy.deepcopy(family.transformer)
+    frozen = copy.deepcopy(family.denoiser)
     with torch.no_grad():
         for p in frozen.parameters():
             p.mul_(1.05)
     updater.reference = lambda: nullcontext({"transformer": frozen})
-    result = updater.run(plan, trajectory, conditioning, np.zeros(6), np.ones(6, bool), 0)
+    result = run_update(updater, plan, trajectory, conditioning, np.zeros(6))
     layout, expected = trajectory.layout, []
     levels = [*plan.times, 0.0]
     for row in layout.pair_row:
@@ -76,7 +76,7 @@ def test_an_update_reports_it_and_adds_it_to_the_loss(tiny_flux, kind):
         x, time = trajectory.x[row][None], torch.tensor([plan.times[step]])
         condition = conditioning.rows(layout.row_prompt[row : row + 1])
         with torch.no_grad():
-            v, v_ref = (family.predict(x, time, condition, m)[0].double() for m in (family.transformer, frozen))
+            v, v_ref = (family.predict(x, time, condition, m)[0].double() for m in (family.denoiser, frozen))
         roll = config.rollout
         expected.append(kl_of_project(kind, roll.sampler, roll.eta, levels, step, x[0].double(), v, v_ref).item())
     sums = dict(

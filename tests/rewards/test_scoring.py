@@ -56,7 +56,7 @@ def test_gather_puts_samples_in_their_global_places_and_counts_failures():
     )
     scored = gather_scores(scores, lambda rank: np.array([2, 0, 3, 1]), ALONE, QUIET, 1)
     assert scored.values[0].tolist() == [2, 4, 1, 3]
-    assert scored.flagged
+    assert scored.stop == 1
     assert scored.failure_rate(np.array([1.0, 0.0])) == 0
     assert scored.failure_rate(np.array([1.0, 1.0])) == 1
 

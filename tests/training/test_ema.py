@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.tiny import tiny_config
-from support.updates import advantages, prepare
+from support.updates import advantages, prepare, run_update
 from torch import nn
 
 from fastgrpo.config import Update
@@ -59,9 +59,9 @@ def test_an_update_averages_once_an_iteration(tiny_flux):
     update = {"optimizer_steps": 2, "ema_decay": 0.9, "ema_per": "iteration", "ema_warmup": False}
     config = tiny_config(tiny_flux, update=update)
     family, plan, trajectory, conditioning, updater = prepare(config, optimizer=lambda p, c: OptimizerState(p, c, 10))
-    start = [p.detach().clone() for p in family.transformer.parameters()]
+    start = [p.detach().clone() for p in family.denoiser.parameters()]
     for A in (advantages(config), advantages(config, zeros=6)):
-        updater.run(plan, trajectory, conditioning, A, (A == A), 0)
+        run_update(updater, plan, trajectory, conditioning, A)
     assert updater.optimizer.steps == 2
     for p, before, average in zip(updater.optimizer.parameters, start, updater.optimizer.ema, strict=True):
         assert torch.allclose(average, 0.81 * before + 0.19 * p, atol=1e-6)

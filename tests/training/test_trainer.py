@@ -101,6 +101,20 @@ def test_failed_samples_are_masked_and_counted(tiny_flux, tmp_path):
     assert [line["samples/failed"] for line in metrics(tmp_path / "run")] == [3, 3]
 
 
+def test_a_watched_reward_that_fails_spoils_nothing(tiny_flux, tmp_path):
+    sections = {"eval": {"every": 1, "images": 4}, "train": {"iterations": 1}}
+    watched = {"name": "test_trainer:Raises", "weight": 0.0}
+    plain = finished(tiny_config(tiny_flux, tmp_path / "a", **sections))
+    spoilt = finished(tiny_config(tiny_flux, tmp_path / "b", rewards=[{"name": "shapes"}, watched], **sections))
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
+    best, same = (t.callback(EvaluationCallback).best for t in (plain, spoilt))
+    assert best is not None
+    assert same is not None
+    assert (same["iteration"], same["score"]) == (best["iteration"], best["score"])
+    for (name, ours), theirs in zip(weights(spoilt).items(), weights(plain).values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 def test_a_reward_that_always_fails_ends_the_run_in_one_line(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", rewards=[{"name": "test_trainer:Raises"}])
     with pytest.raises(UserError, match="no sample of iteration 0 could be scored"):

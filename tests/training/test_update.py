@@ -63,7 +63,7 @@ def test_a_trained_last_step_starts_at_ratio_one_and_has_a_gradient(tiny_flux):
     config = tiny_config(tiny_flux, rollout=LAST)
     _, plan, trajectory, conditioning, updater = prepare(config)
     A = advantages(config)
-    result = updater.run(plan, trajectory, conditioning, A, np.ones(len(A), bool), 0)
+    result = run_update(updater, plan, trajectory, conditioning, A)
     assert plan.pairs_per_sample == config.rollout.steps
     assert result.statistics.max_deviation.item() == 0
     assert result.statistics.sums[-1].item() == 6 * config.rollout.steps

@@ -79,6 +79,9 @@ class Flux(ModelFamily):
         image[..., 2] += torch.arange(columns, device=self.device)[None, :]
         return torch.zeros(self.config.max_sequence_length, 3, device=self.device), image.reshape(-1, 3)
 
+    def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
+        return f"transformer.{layer}", (layer,)
+
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config
         text = self.config.max_sequence_length, settings.joint_attention_dim

@@ -7,6 +7,7 @@ attention backend can serve, and a row's bits do not depend on the rows beside i
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,34 @@ from torch import Tensor, nn
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.ulysses import all_heads, group_of, heads_to_tokens, own_heads, tokens_to_heads
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.families.image import CLIP_TOKENS
 from fastgrpo.models.families.shared import to_pixels
 from fastgrpo.models.families.video import check_video_size, latent_frames, set_tiling, video_tokens
 from fastgrpo.models.protocol import Conditioning, ModelFamily
+
+# Layers under the names of HunyuanVideo's own model, which ComfyUI has: a pattern, the name, and the layers that its
+# matrix joins where it is not one layer's.
+COMFYUI_LAYERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn_qkv",
+     tuple(rf"transformer_blocks.\1.attn.to_{x}" for x in "qkv")),
+    (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn_qkv",
+     tuple(rf"transformer_blocks.\1.attn.add_{x}_proj" for x in "qkv")),
+    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn_proj", ()),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn_proj", ()),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.fc1", ()),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"double_blocks.\1.img_mlp.fc2", ()),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.fc1", ()),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.fc2", ()),
+    (r"single_transformer_blocks\.(\d+)\.(attn\.to_[qkv]|proj_mlp)", r"single_blocks.\1.linear1",
+     (*(rf"single_transformer_blocks.\1.attn.to_{x}" for x in "qkv"), r"single_transformer_blocks.\1.proj_mlp")),
+    (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2", ()),
+    (r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)\.attn\.to_[qkv]",
+     r"txt_in.individual_token_refiner.blocks.\1.self_attn_qkv",
+     tuple(rf"context_embedder.token_refiner.refiner_blocks.\1.attn.to_{x}" for x in "qkv")),
+    (r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)\.attn\.to_out\.0",
+     r"txt_in.individual_token_refiner.blocks.\1.self_attn_proj", ()),
+)  # fmt: skip
 
 
 class HunyuanVideo(ModelFamily):
@@ -83,6 +108,13 @@ class HunyuanVideo(ModelFamily):
         vae = self.pipeline.vae.config
         factor, frames = vae.spatial_compression_ratio, latent_frames(self.config, vae.temporal_compression_ratio)
         return vae.latent_channels, frames, self.config.height // factor, self.config.width // factor
+
+    def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
+        for pattern, key, joined in COMFYUI_LAYERS:
+            if match := re.fullmatch(pattern, layer):
+                parts = tuple(match.expand(part) for part in joined) or (layer,)
+                return f"diffusion_model.{match.expand(key)}", parts
+        raise ConfigError(f"model.lora.targets: '{layer}' has no name in ComfyUI; leave out --comfyui")
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config

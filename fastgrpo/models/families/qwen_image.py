@@ -65,6 +65,9 @@ class QwenImage(ModelFamily):
         called = super().pipeline_arguments(steps)
         return called | {"true_cfg_scale": called.pop("guidance_scale")}
 
+    def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
+        return f"transformer.{layer}", (layer,)
+
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config
         tokens = self.config.max_sequence_length

@@ -74,6 +74,9 @@ class StableDiffusion3(ModelFamily):
             encoder.transformer = self.pipeline.transformer
         return encoder
 
+    def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
+        return f"transformer.{layer}", (layer,)
+
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config
         text = CLIP_TOKENS + self.config.max_sequence_length, settings.joint_attention_dim

@@ -75,6 +75,9 @@ class StableDiffusion(ModelFamily):
         del called["max_sequence_length"]
         return called
 
+    def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
+        return f"lora_unet_{layer.replace('.', '_')}", (layer,)
+
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config
         text = {"text": (CLIP_TOKENS, settings.cross_attention_dim)}

@@ -26,6 +26,11 @@ from fastgrpo.models.protocol import Conditioning, ModelFamily
 IMAGE_TEXT_TOKENS = 512
 # Of the CLIP that encodes their first frame: 16 × 16 patches and a class token.
 IMAGE_TOKENS = 257
+# Layers of diffusers' transformer under the names of Wan's own, which ComfyUI has.
+COMFYUI_NAMES = {
+    "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
+    "add_k_proj": "k_img", "add_v_proj": "v_img", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}  # fmt: skip
 
 
 class Wan(ModelFamily):
@@ -94,6 +99,16 @@ class Wan(ModelFamily):
         # Of timesteps in float32, as the pipeline compares them.
         noisy = [boundary is None or np.float32(1000) * np.float32(t) >= 1000 * boundary for t in levels.times]
         return tuple("transformer" if first else "transformer_2" for first in noisy)
+
+    @property
+    def takes_image(self) -> bool:
+        return self.from_image
+
+    def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
+        name = layer
+        for theirs, ours in COMFYUI_NAMES.items():
+            name = name.replace(f".{theirs}", f".{ours}")
+        return f"diffusion_model.{name}", (layer,)
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class EvaluationCallback(Callback):
     """Draws and scores held-out prompts before the first iteration and after every `eval.every`.
 
-    `history` has a row for each evaluation: iteration, score (the weighted sum of the rewards' means), rewards.
+    `history` has a row for each evaluation: iteration, score (the weighted sum of the trained rewards' means), rewards.
     """
 
     name = "evaluation"
@@ -27,8 +28,9 @@ class EvaluationCallback(Callback):
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The row of the highest score, the first of equal ones."""
-        return max(self.history, key=lambda row: row["score"], default=None)
+        """The row of the highest score, the first of equal ones; one that could not be scored (NaN) is none."""
+        scored = [row for row in self.history if not math.isnan(row["score"])]
+        return max(scored, key=lambda row: row["score"], default=None)
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.iteration == 0:
@@ -45,7 +47,8 @@ class EvaluationCallback(Callback):
         with trainer.outside_iteration("eval"), trainer.optimizer.averaged(config.eval.ema):
             result = evaluate(trainer.family, trainer.rewards, self.prompts, config, trainer.world, trainer.failures)
         summary = result.summary()
-        score = sum(spec.weight * summary["rewards"][spec.key] for spec in config.scored)
+        # A watched reward that fails (NaN) says nothing of the score.
+        score = sum(spec.weight * summary["rewards"][spec.key] for spec in config.scored if spec.weight)
         self.history.append({"iteration": iteration, "score": score, "rewards": summary["rewards"]})
         trainer.log.event("heldout", iteration, score=score, rewards=summary["rewards"])
         if trainer.log.directory is not None:

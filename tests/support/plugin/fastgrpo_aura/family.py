@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.data import Prompt
 from fastgrpo.models import Conditioning, ModelFamily
-from fastgrpo.models.families.image import check_image_size, scheduler_levels, vae_factor
+from fastgrpo.models.families.image import check_image_size, vae_factor
 from fastgrpo.models.families.shared import guide, to_pixels
 
 
@@ -32,10 +31,8 @@ class AuraFlow(ModelFamily):
         factor, settings = self.pipeline.vae_scale_factor, self.pipeline.transformer.config
         return settings.in_channels, self.config.height // factor, self.config.width // factor
 
-    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
-        if shift != "pipeline":
-            return super().noise_levels(steps, shift)
-        return scheduler_levels(self.pipeline.scheduler, "transformer", num_inference_steps=steps)
+    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        return {}
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"text": (self.config.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}

@@ -1,0 +1,59 @@
+"""How a pipeline samples: the noise levels of a run, from the pipeline's own scheduler, and how the pipeline is called.
+
+Knows no family: a family overrides where its pipeline differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from fastgrpo.algorithms.schedule import NoiseLevels
+from fastgrpo.config import Model
+from fastgrpo.models.schedulers import flow_steps, with_shift
+
+
+class PipelineSampling:
+    """The part of a family (fastgrpo/models/protocol.py) that says at which noise levels its pipeline samples."""
+
+    pipeline: Any
+    config: Model
+    # What a family declares: see fastgrpo/models/protocol.py.
+    trained: ClassVar[tuple[str, ...]]
+    guidance_style: ClassVar[Literal["embedded", "cfg"]]
+
+    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
+        """The levels of a run of `steps`, as the family's pipeline would use them; shift: rollout.shift."""
+        scheduler = self.sampling_scheduler(shift)
+        k = self.pipeline_shift() if shift == "pipeline" else float(shift)
+        levels = flow_steps(scheduler, steps, self.timestep_arguments(scheduler, steps), self.config.path, k)
+        return replace(levels, modules=self.acting_modules(levels))
+
+    def sampling_scheduler(self, shift: float | str) -> Any:
+        """A scheduler of its own with which the pipeline samples as trained; what an export carries."""
+        return with_shift(self.pipeline.scheduler, shift, self.config.path)
+
+    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        """What the pipeline gives `set_timesteps` beside the number of steps."""
+        return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+
+    def acting_modules(self, levels: NoiseLevels) -> tuple[str, ...]:
+        """The trained component that acts at each step."""
+        return (self.trained[0],) * levels.steps
+
+    def pipeline_shift(self) -> float | None:
+        """The shift k that the pipeline's scheduler config asks for at this size; None where it is no plain shift."""
+        config = self.pipeline.scheduler.config
+        return None if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift"))
+
+    def pipeline_arguments(self, steps: int) -> dict[str, Any]:
+        """How the pipeline is called to sample as training does, but for the prompt and its image."""
+        config = self.config
+        called: dict[str, Any] = {"height": config.height, "width": config.width, "num_inference_steps": steps}
+        if config.frames > 1:
+            called["num_frames"] = config.frames
+        if self.guidance_style == "cfg":
+            called["negative_prompt"] = config.negative_prompt
+        return called | {"guidance_scale": config.guidance, "max_sequence_length": config.max_sequence_length}
