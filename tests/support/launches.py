@@ -11,7 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Operations that allocate, and those that make a view, launch nothing.
 # promote_types answers on the host.
 ALLOCATIONS = {"promote_types", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-LAUNCHERS = ("clipped_loss.op", "gaussian_step.paths", "log_prob.op", "on_policy_gradient.op", "shift_moments.op")
+LAUNCHERS = (
+    "clipped_loss.fused",
+    "clipped_loss.op",
+    "gaussian_step.paths",
+    "log_prob.op",
+    "on_policy_gradient.op",
+    "shift_moments.op",
+)
 
 
 class _CountAten(TorchDispatchMode):
