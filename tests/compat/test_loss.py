@@ -77,7 +77,7 @@ def test_floats_are_coefficients_too():
     [
         ({"beta": 0.1}, False, ADVANTAGES, r"ref_model_output: beta = 0.1 needs"),
         ({}, True, ADVANTAGES, r"ref_model_output: kl_weight = 0.0 ignores it"),
-        ({}, False, ADVANTAGES[:2], r"^advantages: expected shape \[3\] or \[3, R\], got \[2\]"),
+        ({}, False, ADVANTAGES[:2], r"^advantages: expected shape .*\[3\].*, got \[2\]"),
     ],
 )
 def test_bad_calls(settings, ref, advantages, message):
