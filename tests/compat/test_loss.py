@@ -77,7 +77,7 @@ def test_floats_are_coefficients_too():
     [
         ({"beta": 0.1}, False, ADVANTAGES, r"ref_model_output: beta = 0.1 needs"),
         ({}, True, ADVANTAGES, r"ref_model_output: kl_weight = 0.0 ignores it"),
-        ({}, False, ADVANTAGES[:2], r"^advantages: expected .*\[3\], got \[2\]"),
+        ({}, False, ADVANTAGES[:2], r"^advantages: expected shape .*\[3\].*, got \[2\]"),
     ],
 )
 def test_bad_calls(settings, ref, advantages, message):
@@ -92,11 +92,17 @@ def test_a_wrong_tensor_is_named_as_the_module_names_it():
         (lambda: GRPOLoss()(None, v_old, B, S, key, ADVANTAGES), TypeError, "^model_output: expected a tensor"),
         (lambda: GRPOLoss()(v, v_old[:1], B, S, key, ADVANTAGES), ValueError, "^old_model_output: expected shape"),
         (lambda: GRPOLoss()(v, v, B, S, key, ADVANTAGES), ValueError, "^old_model_output: requires a gradient"),
+        (lambda: GRPOLoss()(v, v_old, B, -S, key, ADVANTAGES), ValueError, "^s: must be positive"),
+        (
+            lambda: GRPOLoss()(v, v_old, B, S, key, ADVANTAGES, mask=torch.ones(3, 2, dtype=torch.bool)),
+            ValueError,
+            "^mask: expected the latents' shape",
+        ),
         (lambda: GRPOLoss()(v, v_old, B, S, key, [1.0] * 3), TypeError, "^advantages: expected a"),
         (
-            lambda: GRPOLoss(beta=0.1)(v, v_old, B, S, key, ADVANTAGES, reference.half()),
+            lambda: GRPOLoss(beta=0.1)(v, v_old, B, S, key, ADVANTAGES, reference.double()),
             TypeError,
-            r"^ref_model_output: expected torch\.float32",
+            "^ref_model_output: expected float32, bfloat16 or float16",
         ),
     ):
         with pytest.raises(error, match=message):
@@ -114,6 +120,7 @@ def test_a_wrong_tensor_is_named_as_the_module_names_it():
         ({"beta": -1.0}, ValueError, "^beta: must be at least 0"),
         ({"adv_clip_max": 0.0}, ValueError, "^adv_clip_max: must be positive, or None"),
         ({"ratio": "other"}, ValueError, "^ratio: unknown form 'other'"),
+        ({"reduction": "sum"}, ValueError, "^reduction: expected 'mean' over samples or 'none', got 'sum'"),
         ({"epsilon_lo": 0.1}, TypeError, "^GRPOLoss: unknown setting 'epsilon_lo'; did you mean 'epsilon_low'"),
         ({"temperature": 0.1}, TypeError, "^GRPOLoss: unknown setting 'temperature'; one of: clip_low"),
         ({"beta": 0.1, "kl_weight": 0.2}, TypeError, "^beta: sets kl_weight, which 'kl_weight' sets too"),
@@ -139,7 +146,7 @@ def test_it_is_a_module_that_shows_its_settings():
     assert list(module.parameters()) == []
     assert repr(module) == (
         "GRPOLoss(clip_low=0.0001, clip_high=0.0001, kl_weight=0.04, dual_clip=None, dppo_threshold=None, "
-        "advantage_clip=5.0, ratio='gaussian')"
+        "advantage_clip=5.0, ratio='gaussian', reduction='mean')"
     )
 
 
@@ -149,3 +156,34 @@ def test_advantages_may_stay_unclipped():
     clipped, _ = GRPOLoss()(v, v_old, B, S, key, ADVANTAGES)
     # The third advantage is -9, and the ratios are 1 to 1e-3.
     assert float((loss - clipped).detach()) == pytest.approx(4.0 / 3, rel=1e-2)
+
+
+def test_the_loss_of_each_sample():
+    v, v_old, ref, key = inputs()
+    settings = {"clip_range": 0.2, "beta": 0.04}
+    losses, metrics = GRPOLoss(**settings, reduction="none")(v, v_old, B, S, key, ADVANTAGES, ref)
+    mean, expected = GRPOLoss(**settings)(v, v_old, B, S, key, ADVANTAGES, ref)
+    assert losses.shape == (3,)
+    torch.testing.assert_close(losses.mean(), mean, rtol=1e-6, atol=0)
+    for name, value in metrics.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=0)
+    weights = torch.tensor([0.5, 0.0, 2.0])
+    (grad,) = torch.autograd.grad((weights * losses).sum(), v)
+    (unweighted,) = torch.autograd.grad(mean, v)
+    torch.testing.assert_close(grad, unweighted * (3 * weights).view(3, 1, 1, 1), rtol=1e-5, atol=1e-9)
+
+
+def test_padded_elements_do_not_count():
+    v, v_old, _, key = inputs()
+    eps = normal(key, v.shape[1:])
+    mask = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
+    mask[..., :5] = True
+    loss, metrics = GRPOLoss(clip_range=0.2)(v, v_old, B, S, eps, ADVANTAGES, mask=mask)
+    (grad,) = torch.autograd.grad(loss, v)
+    short = v.detach()[..., :5].contiguous().requires_grad_()
+    expected, _ = GRPOLoss(clip_range=0.2)(short, v_old[..., :5], B, S, eps[..., :5], ADVANTAGES)
+    (expected_grad,) = torch.autograd.grad(expected, short)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad[..., :5], expected_grad, rtol=1e-5, atol=1e-9)
+    assert not grad[..., 5:].any()
+    assert metrics["max_deviation"] > 0

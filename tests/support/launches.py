@@ -1,24 +1,18 @@
 """Counting what a GPU would be asked to launch, on the meta device: ATen operations and Triton kernels."""
 
-import importlib
+import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgrpo_kernels import _launch
+
 # Operations that allocate, and those that make a view, launch nothing.
 # promote_types answers on the host.
 ALLOCATIONS = {"promote_types", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-LAUNCHERS = (
-    "clipped_loss.fused",
-    "clipped_loss.op",
-    "gaussian_step.paths",
-    "log_prob.op",
-    "on_policy_gradient.op",
-    "shift_moments.op",
-)
 
 
 class _CountAten(TorchDispatchMode):
@@ -45,20 +39,14 @@ def counting():
         # On a GPU these are kept from call to call.
         return torch.empty(0, device="meta")
 
-    with _CountAten(counted):
-        patches = []
-        for name in LAUNCHERS:
-            module = importlib.import_module(f"fastgrpo_kernels.{name}")
-            for attribute, replacement in (("launch", launch), ("arrivals", arrivals)):
-                if hasattr(module, attribute):
-                    patches.append(mock.patch.object(module, attribute, replacement))
-        for patch in patches:
-            patch.start()
-        try:
-            yield counted
-        finally:
-            for patch in patches:
-                patch.stop()
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fastgrpo_kernels.") and name != _launch.__name__:
+                for attribute, replacement in (("launch", launch), ("arrivals", arrivals)):
+                    if getattr(module, attribute, None) is getattr(_launch, attribute):
+                        stack.enter_context(mock.patch.object(module, attribute, replacement))
+        stack.enter_context(_CountAten(counted))
+        yield counted
 
 
 def aten(counted: Counter) -> int:

@@ -210,7 +210,7 @@ def check_rows(advantages: object, weight: object, like: Tensor) -> tuple[Tensor
     if not isinstance(advantages, Tensor) or advantages.ndim not in (1, 2):
         raise TypeError(f"advantages: expected a [{batch}] tensor, one for each sample, or [{batch}, R]")
     if advantages.shape[0] != batch or advantages.numel() == 0:
-        raise ValueError(f"advantages: expected shape [{batch}] or [{batch}, R], got {list(advantages.shape)}")
+        raise ValueError(f"advantages: expected shape [{batch}, R] or [{batch}], got {list(advantages.shape)}")
     rows = as_coefficients("advantages", advantages, like)
     weight = per_sample_rows("weight", weight, like)
     check_no_grad(advantages=advantages, weight=weight)

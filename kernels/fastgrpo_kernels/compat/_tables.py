@@ -51,10 +51,8 @@ def table_of(transition: Transition, *extras: Tensor, device: torch.device) -> T
 
 def gather(table: Tensor, index: Tensor, batch: int) -> Step:
     """Columns of a table for B samples, in one launch; `index` has one element, or B."""
-    index = index.reshape(-1)
-    # Rows have to be contiguous for the kernels, so one index is repeated before, not one column after.
-    index = index.expand(batch) if index.numel() == 1 else index
-    a, b, s, less_one, density, *extras = table.index_select(1, index).unbind(0)
+    columns = table.index_select(1, index.reshape(-1)).expand(-1, batch)
+    a, b, s, less_one, density, *extras = columns.unbind(0)
     return Step(a, b, s, less_one, density, tuple(extras))
 
 

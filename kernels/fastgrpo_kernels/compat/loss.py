@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._checks import check_number
 from .._noise_args import StoredStep
-from ..clipped_loss import grpo_loss
+from ..clipped_loss import LossStatistics, grpo_loss
 from ..clipped_loss.op import check_objective
 from ..noise import NoiseKey
 
@@ -27,7 +27,6 @@ ARGUMENTS = {
     "v": "model_output",
     "v_old": "old_model_output",
     "v_reference": "ref_model_output",
-    "advantage": "advantages",
 }
 
 
@@ -42,6 +41,7 @@ class GRPOLoss(nn.Module):
         dppo_threshold: Drops samples by their KL (Flow-DPPO).
         advantage_clip: Advantages are clipped to ±advantage_clip; None leaves them. Also `adv_clip_max`.
         ratio: "gaussian", "unit" (Flow-CPS) or "ratio_norm" (GRPO-Guard).
+        reduction: "mean" over samples, or "none": the loss of each sample [B].
 
     Raises:
         ValueError: A value is out of range. The message has the name that was given.
@@ -60,6 +60,7 @@ class GRPOLoss(nn.Module):
         dppo_threshold: float | None = None,
         advantage_clip: float | None = 5.0,
         ratio: str = "gaussian",
+        reduction: str = "mean",
         **aliases: float | None,
     ) -> None:
         super().__init__()
@@ -71,6 +72,7 @@ class GRPOLoss(nn.Module):
             "dppo_threshold": dppo_threshold,
             "advantage_clip": advantage_clip,
             "ratio": ratio,
+            "reduction": reduction,
         }
         # The name by which each setting was given, for messages.
         self.names = {name: name for name in settings}
@@ -82,7 +84,9 @@ class GRPOLoss(nn.Module):
             check_number(self.names["advantage_clip"], clip)
             if not clip > 0:
                 raise ValueError(f"{self.names['advantage_clip']}: must be positive, or None, got {clip}")
-        objective = {name: value for name, value in settings.items() if name != "advantage_clip"}
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction: expected 'mean' over samples or 'none', got {reduction!r}")
+        objective = {name: value for name, value in settings.items() if name not in ("advantage_clip", "reduction")}
         try:
             check_objective(**objective, reduction="mean", elements=None)
         except (TypeError, ValueError) as error:
@@ -112,21 +116,24 @@ class GRPOLoss(nn.Module):
         noise: NoiseKey | Tensor | StoredStep,
         advantages: Tensor,
         ref_model_output: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss over samples, and metrics.
+        """The loss, and metrics.
 
         Args:
             model_output: The policy's output [B, ...]; the loss is differentiable in it.
-            old_model_output: The rollout's output, of the same shape and dtype.
+            old_model_output: The rollout's output, of the same shape; in another dtype if it was stored so.
             b: The step's coefficient of the model output (`fastgrpo_kernels.transitions`), a float or [B].
             s: The step's standard deviation, a float or [B].
             noise: The step's noise key, its noise [B, ...], or the StoredStep (x, y, a) it was.
-            advantages: One for each sample, [B].
+            advantages: One for each sample, [B]; or [B, R], of R losses that are summed.
             ref_model_output: The reference model's output; needed for kl_weight > 0, refused for 0.
+            mask: bool, True where an element counts, as of padded latents: of the output's shape, or of its first
+                dimensions, such as [B, tokens]. Means over elements are over those that count.
 
         Returns:
-            The loss, a float32 scalar, and float32 scalars that stay on the device: the means over samples `ratio`,
-            `clip_ratio`, `kl` and `dropped`, and `max_deviation` of the ratio from 1.
+            The loss, a float32 scalar or [B], and float32 scalars that stay on the device: the means over samples
+            `ratio`, `clip_ratio`, `kl` and `dropped`, and `max_deviation` of the ratio from 1.
 
         Raises:
             ValueError, TypeError: An argument does not fit; the message has its name.
@@ -139,6 +146,7 @@ class GRPOLoss(nn.Module):
             raise TypeError(f"advantages: expected a [B] tensor, got {type(advantages).__name__}")
         clip = settings["advantage_clip"]
         advantages = advantages.float()
+        batch, each = max(len(advantages), 1), settings["reduction"] == "none"
         try:
             loss, statistics = grpo_loss(
                 model_output,
@@ -147,7 +155,7 @@ class GRPOLoss(nn.Module):
                 s,
                 noise,
                 advantages if clip is None else advantages.clamp(-clip, clip),
-                1.0 / max(len(advantages), 1),
+                1.0 if each else 1.0 / batch,
                 clip_low=settings["clip_low"],
                 clip_high=settings["clip_high"],
                 ratio=settings["ratio"],
@@ -155,14 +163,17 @@ class GRPOLoss(nn.Module):
                 dppo_threshold=settings["dppo_threshold"],
                 kl_weight=settings["kl_weight"],
                 v_reference=ref_model_output,
+                mask=mask,
+                per_sample=each,
             )
         except (TypeError, ValueError) as error:
             raise _renamed(error, ARGUMENTS) from None
+        means = LossStatistics(statistics.values / batch) if each else statistics
         return loss, {
-            "ratio": statistics.ratio,
-            "clip_ratio": statistics.clipped,
-            "kl": statistics.kl,
-            "dropped": statistics.dropped,
+            "ratio": means.ratio,
+            "clip_ratio": means.clipped,
+            "kl": means.kl,
+            "dropped": means.dropped,
             "max_deviation": statistics.max_deviation,
         }
 
