@@ -314,6 +314,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if package not in EXTRAS:
             raise
         _complain(missing(package))
+    except RuntimeError as error:
+        if not _lost_rank(error):
+            raise
+        said = str(error).partition(". ")[0]
+        _complain(
+            UserError(f"another rank ended, or was silent for parallel.timeout; its own message says why: {said}")
+        )
+        sys.stderr.flush()
+        # Tearing the process group down would wait for the rank that is gone.
+        os._exit(1)
     except OSError as error:
         if error.strerror is None:
             raise
@@ -321,6 +331,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         return 0
     return 2
+
+
+def _lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed: gloo's errors have no class of their own."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return os.environ.get("WORLD_SIZE", "1") != "1" and bool(kinds & {"DistError"} or "gloo" in str(error))
 
 
 def _complain(error: UserError) -> None:
