@@ -211,6 +211,18 @@ def plan_table(
         sys.stdout.flush()
 
 
+@app.command("config")
+def show_config(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A section or setting; else all of them.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")] = False,
+) -> None:
+    """Print what a setting is, what it takes and its default; without KEY the whole reference, as Markdown."""
+    from fastgrpo.config import reference
+
+    text = reference.as_schema() if schema else reference.as_markdown() if key is None else reference.as_text(key)
+    typer.echo(text, nl=not text.endswith("\n"))
+
+
 @app.command("reward-test")
 def reward_test(
     name: Annotated[
