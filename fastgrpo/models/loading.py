@@ -96,6 +96,9 @@ def load_pipeline(
     # Full fine-tuning keeps float32 masters; a LoRA's frozen base stays in the compute dtype.
     master = compute if config.lora else torch.float32
     dtypes = {**dict.fromkeys(trained, master), "default": compute}
+    if compute == torch.float16:
+        # Activations of VAEs leave its range.
+        dtypes["vae"] = torch.float32
     with _one_line(config, pipeline_classes):
         index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
         # Components that the directory goes without (SD 3's T5) must be given as None.

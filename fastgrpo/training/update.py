@@ -94,7 +94,7 @@ class Updater:
                 if self.residency.update_unsharded:
                     hold_weights(module, last=micro.syncs)
                 loss, counted = self._loss(micro, batch, inputs, kl_weight)
-                (loss * scale).backward()
+                self.optimizer.backward(loss * scale)
                 statistics.add(counted)
             if not ran:
                 continue
