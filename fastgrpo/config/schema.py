@@ -53,6 +53,9 @@ class Lora(Section):
 class Model(Section):
     family: NonEmpty = Field(description="Which model family serves it, such as flux or stable_diffusion.")
     path: PathText = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
+    variant: NonEmpty | None = Field(
+        default=None, description="Of the weights' files: fp16 for model.fp16.safetensors; null: those without one."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Of the forward pass; masters are float32. float16, for GPUs without bfloat16, scales the loss and "

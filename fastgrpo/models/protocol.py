@@ -42,6 +42,8 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
     trained: ClassVar[tuple[str, ...]] = ("transformer",)
     # Components that only encoding prompts needs.
     encoders: ClassVar[tuple[str, ...]]
+    # Those of them that a directory may go without.
+    optional_encoders: ClassVar[tuple[str, ...]] = ()
     # Module lists whose members are sharded and checkpointed one by one.
     block_lists: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
