@@ -44,6 +44,11 @@ class Lora(Section):
 
     rank: PositiveInt = Field(default=32, description="Columns of the two matrices whose product is the update.")
     alpha: PositiveFloat = Field(default=64.0, description="The update is scaled by alpha / rank.")
+    path: PathText | None = Field(
+        default=None,
+        description="A LoRA to train on from, of this rank: a .safetensors file, or a directory or hub id with one, in "
+        "any form that diffusers reads; null: it begins as nothing. A KL term compares with the model without it.",
+    )
     targets: list[NonEmpty] | None = Field(
         default=None, description="Module name endings; null: the family's attention."
     )
@@ -54,8 +59,13 @@ class Model(Section):
 
     family: NonEmpty = Field(description="Which model family serves it, such as flux or stable_diffusion.")
     path: PathText = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Of the forward pass; masters are float32."
+    variant: NonEmpty | None = Field(
+        default=None, description="Of the weights' files: fp16 for model.fp16.safetensors; null: those without one."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Of the forward pass; masters are float32. float16, for GPUs without bfloat16, scales the loss and "
+        "keeps the VAE in float32.",
     )
     height: PositiveInt = Field(default=512, description="Of a sample, in pixels; a multiple of what the VAE takes.")
     width: PositiveInt = Field(default=512, description="As height.")
@@ -444,6 +454,10 @@ class Eval(Section):
     )
     images: PositiveInt = Field(default=64, description="Images an evaluation draws, deterministically.")
     steps: PositiveInt | None = Field(default=None, description="Sampling steps; null: rollout.steps.")
+    height: PositiveInt | None = Field(default=None, description="Of what is drawn; null: model.height.")
+    width: PositiveInt | None = Field(default=None, description="null: model.width.")
+    frames: PositiveInt | None = Field(default=None, description="null: model.frames.")
+    guidance: Annotated[float, Field(ge=0)] | None = Field(default=None, description="null: model.guidance.")
     grid: PositiveInt = Field(default=24, description="Images of the fixed-seed grid.")
     mp4: bool = Field(default=False, description="Videos: the grid as MP4 too, which needs PyAV (fastgrpo[video]).")
     ema: bool = Field(default=True, description="Evaluate and export EMA weights where there are any.")
@@ -483,7 +497,7 @@ class Parallel(Section):
 
     fsdp: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="FSDP2 sharding; auto: on for several ranks, or where dtype is bfloat16.",
+        description="FSDP2 sharding; auto: on for several ranks, or where dtype is bfloat16 or float16.",
     )
     replicate: PositiveInt = Field(default=1, description="Copies of the sharded model: HSDP, as one for each node.")
     shard: PositiveInt | Literal["auto"] = Field(
@@ -535,6 +549,13 @@ class Config(Section):
     callbacks: list[NonEmpty] = Field(
         default_factory=list, description="Your own, as module:Class (docs/training.md): called around each iteration."
     )
+
+    @property
+    def evaluated_model(self) -> Model:
+        """The model section as evaluations and samples are drawn: `model`, with what `eval` sets in its place."""
+        names = ("height", "width", "frames", "guidance")
+        wanted = {name: getattr(self.eval, name) for name in names if getattr(self.eval, name) is not None}
+        return self.model.model_copy(update=wanted) if wanted else self.model
 
     @property
     def scored(self) -> list[RewardSpec]:

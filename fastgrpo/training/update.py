@@ -110,7 +110,7 @@ class Updater:
         for k in range(steps):
             chosen = micro_batches_of_step(config, self.world, schedule, layout, worth, k)
             inputs = _StepInputs.of(chosen, batch, advantages, config, self.family.device)
-            before = len(result.values)
+            before, seed = len(result.values), self.optimizer.seed(gradient)
             for micro in self.walk(chosen):
                 module = self.family.modules[micro.module]
                 set_gradient_sync(module, micro.syncs or not self.residency.sync_once)
@@ -118,7 +118,7 @@ class Updater:
                     hold_weights(module, last=micro.syncs)
                 loss, statistics = self._loss(micro, batch, inputs, kl_weight)
                 # The constant that divides by the number of planned pairs, without a launch of its own.
-                loss.backward(gradient)
+                loss.backward(seed)
                 result.values.append(statistics.values)
             if len(result.values) == before:
                 continue
