@@ -79,7 +79,7 @@ def test_a_diffusion_target_and_its_latents_give_the_clean_ones_back(prediction)
     family: Any = denoiser.open_family(TINY["stable_diffusion"].build(config), config)
     x0 = torch.randn(64, *family.latent_shape, generator=torch.Generator().manual_seed(0))
     x, time, target = denoiser.noised(family, config, x0, torch.Generator().manual_seed(1))
-    alpha = family.scheduler.alphas_cumprod[time.long()].view(-1, 1, 1, 1)
+    alpha = family.pipeline.scheduler.alphas_cumprod[time.long()].view(-1, 1, 1, 1)
     clean = {
         "epsilon": (x - (1 - alpha).sqrt() * target) / alpha.sqrt(),
         "v_prediction": alpha.sqrt() * x - (1 - alpha).sqrt() * target,

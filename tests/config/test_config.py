@@ -132,7 +132,7 @@ SAYS = {
     "rollout.trained.frac=0.5": "rollout.trained.frac: unknown setting; (one of: every, kind, move, size, …",
     "rewards.0.wieght=1": "rewards.0.wieght: unknown setting; did you mean 'weight'? (one of: every, label, name, "
     "options, path, weight, when)",
-    "model.lora.rnk=1": "model.lora.rnk: unknown setting; did you mean 'rank'? (one of: alpha, rank, targets)",
+    "model.lora.rnk=1": "model.lora.rnk: unknown setting; did you mean 'rank'? (one of: alpha, path, rank, targets)",
     "rollout.sampler=dancesde": "rollout.sampler: 'dancesde' is not valid; did you mean 'dance_sde'? it should be "
     "'dance_sde', 'flow_sde', 'cps' or 'ddim'",
     "rollout.shift=abc": "rollout.shift: 'abc' is not valid; it should be a number or 'pipeline'",

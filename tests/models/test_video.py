@@ -265,7 +265,8 @@ def test_levels_are_the_pipelines(saved, families, kind):
     else:
         scheduler.set_timesteps(sigmas=list(np.linspace(1.0, 0.0, 11)[:-1]))
     levels = families(kind).noise_levels(10, "pipeline")
-    assert list(levels.start) == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=1e-6)
+    # A multistep scheduler starts 1e-6 below 1, for its own solver's sake.
+    assert list(levels.start) == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=2e-6)
     assert levels.end[-1] == 0
     assert families(kind).noise_levels(10, 9.0).start[5] > levels.start[5]
 

@@ -7,6 +7,7 @@ first frame, where it is given, stands at level 0 as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +84,11 @@ class Wan(ModelFamily):
         vae = self.pipeline.vae.config
         frames, factor = latent_frames(self.config, vae.scale_factor_temporal), vae.scale_factor_spatial
         return vae.z_dim, frames, self.config.height // factor, self.config.width // factor
+
+    def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
+        levels = super().noise_levels(steps, shift)
+        # A first frame that is given is led to itself by its level (`predict`), which a rounded timestep is not.
+        return replace(levels, times=levels.start) if self.per_token and self.from_image else levels
 
     @cached_property
     def latent_statistics(self) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,7 @@ def store_loss(
         loss, slope, clipped, dropped = zero, zero, zero, zero
         for term in range(0, terms):
             advantage = tl.load(advantages_ptr + rows * advantages_step + term * term_step, mask=present, other=1.0)
-            one, its_slope, was_clipped, was_dropped = _surrogate(
+            one, its_slope, was_clipped, was_dropped = _surrogate(  # pyright: ignore[reportGeneralTypeIssues]
                 ratio, q, advantage, low, high, dual_clip, dppo_threshold
             )
             loss += one

@@ -262,12 +262,13 @@ def clipped_loss_cpu(
 
     `share` [B] multiplies the factors where moments are means over a mask.
     """
-    s, N, w = (c.to(torch.float32) if isinstance(c, Tensor) else c for c in (s, -advantages, weight))
+    s, w = (c.to(torch.float32) if isinstance(c, Tensor) else c for c in (s, weight))
+    N = -advantages.to(torch.float32)
     if isinstance(w, Tensor) and not (is_host_readable(w) and all(w.tolist())):
         # A sample of weight 0 has no part in anything, whatever its moments are.
         padding = w == 0
-        P, Q, Q_reference = (None if m is None else m.masked_fill(padding, 0.0) for m in (P, Q, Q_reference))
-        assert P is not None
+        P = P.masked_fill(padding, 0.0)
+        Q, Q_reference = (None if m is None else m.masked_fill(padding, 0.0) for m in (Q, Q_reference))
     if objective.unit != 1.0:
         P = P * objective.unit
     half = torch.zeros_like(P) if Q is None else Q * (objective.unit / 2)
