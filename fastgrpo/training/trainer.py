@@ -6,13 +6,11 @@ The host is asked once an iteration, at scoring: images come to it there, and th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-import numpy as np
-from torch import Tensor
+from typing import TypeVar
 
 from fastgrpo.algorithms.advantages import Advantages, compute_advantages
 from fastgrpo.config import Config
@@ -22,9 +20,9 @@ from fastgrpo.distributed.world import World
 from fastgrpo.errors import RunPausedError, UserError
 from fastgrpo.models import ModelFamily, load_family
 from fastgrpo.models.trainable import reference_of
-from fastgrpo.observe.metrics import RankMonitor, advantage_metrics, rank_metrics, reward_metrics, update_metrics
+from fastgrpo.observe.metrics import advantage_metrics, reward_metrics
 from fastgrpo.observe.run_log import RunLog
-from fastgrpo.observe.timers import Lap, PhaseTimer
+from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Reward, load_rewards
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import AllScores
@@ -32,6 +30,7 @@ from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.rollouts import Rollouts
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.finite import raise_if_not_finite
+from fastgrpo.training.iteration_log import IterationLog
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import residency
 from fastgrpo.training.result import TrainResult, result_of
@@ -41,15 +40,6 @@ from fastgrpo.training.update import Updater, UpdateResult, packed
 from fastgrpo.training.weights import prepare_weights
 
 CallbackType = TypeVar("CallbackType", bound=Callback)
-
-
-class _Pending(NamedTuple):
-    """An iteration whose update may still be under way on the device."""
-
-    iteration: int
-    metrics: dict[str, float]
-    statistics: Tensor
-    lap: Lap
 
 
 class Trainer:
@@ -81,7 +71,7 @@ class Trainer:
         self.rewards = load_rewards(config) if rewards is None else dict(rewards)
         self.log = RunLog(None, config) if log is None else log
         self.callbacks = list(callbacks)
-        self.timer, self.monitor = PhaseTimer(world.device), RankMonitor(world.device)
+        self.timer = PhaseTimer(world.device)
         errors = None if log is None else Path(config.run.dir) / "errors"
         self.failures = FailureLog(self.note, errors, world.process)
         prompts = load_prompts(config.prompts.train) if prompts is None else prompts
@@ -101,9 +91,8 @@ class Trainer:
         # Why the run ends before its last iteration: a callback's reason, or signals that all ranks know of.
         self.halted: str | None = None
         self.stop = stop_request() if stop is None else stop
-        self._pending: _Pending | None = None
-        self._metrics: dict[str, float] = {}
-        self._outside: dict[str, float] = {}
+        tell = partial(self._each, "on_metrics")
+        self.iterations = IterationLog(self.log, world, self.timer, self.rollouts.samples, tell)
 
     @classmethod
     def from_config(cls, config: Config, load: Callable[..., ModelFamily] = load_family) -> Trainer:
@@ -156,20 +145,7 @@ class Trainer:
 
     def flush(self) -> dict[str, float]:
         """Reads the statistics of the last update, if they are not read yet, logs them, and returns the metrics."""
-        if self._pending is None:
-            return self._metrics
-        (iteration, metrics, statistics, lap), self._pending = self._pending, None
-        sums, seconds = statistics.cpu().numpy(), lap.read()
-        report = self.monitor.report(seconds, lap.memory, self.timer.peak)
-        vectors = self.world.gather(np.concatenate([sums, report.vector()]))
-        metrics |= update_metrics(vectors[:, : len(sums)])
-        metrics |= rank_metrics(vectors[:, len(sums) :], self.rollouts.samples)
-        metrics |= {f"time/{name}": value for name, value in self._outside.items()}
-        metrics["samples_per_second"] = self.rollouts.samples / seconds["total"]
-        self._outside, self._metrics = {}, metrics
-        self.log.log(iteration, metrics)
-        self._each("on_metrics", iteration, metrics)
-        return metrics
+        return self.iterations.flush()
 
     def result(self) -> TrainResult:
         """Returns what the run has come to so far."""
@@ -177,24 +153,16 @@ class Trainer:
 
     def callback(self, kind: type[CallbackType]) -> CallbackType:
         """Returns the trainer's callback of a class. Raises LookupError where it has none."""
-        found = [c for c in self.callbacks if isinstance(c, kind)]
-        return found[0]
+        return [c for c in self.callbacks if isinstance(c, kind)][0]  # noqa: RUF015
 
     def note(self, text: str) -> None:
         """Says a line: into the log, and to the callbacks."""
         self._each("on_note", text)
         self.log.event("note", self.iteration, text=text)
 
-    @contextmanager
-    def outside_iteration(self, name: str) -> Iterator[None]:
-        """Times what is not part of an iteration; logged with the next one, outside its total."""
-        begin = time.perf_counter()
-        with self.timer.doing(name):
-            yield
-        seconds = time.perf_counter() - begin
-        self._outside[name] = self._outside.get(name, 0.0) + seconds
-        self.log.event(name, self.iteration, seconds=seconds)
-        self.monitor.skip()
+    def outside_iteration(self, name: str) -> AbstractContextManager[None]:
+        """Times a block that is not part of an iteration; logged with the next one, outside its total."""
+        return self.iterations.outside(name, self.iteration)
 
     def _iterate(self) -> bool:
         """Returns whether there was an update: none where the ranks agree to stop before it."""
@@ -218,14 +186,11 @@ class Trainer:
 
     def _check(self, scored: AllScores) -> None:
         """Pauses where too many samples have no score, before they are trained on."""
-        if (wrong := self.rollouts.failure(scored, self.iteration)) is None:
-            return
-        raise_if_not_finite(self, wrong)
-        self.rollouts.drop_ahead()
-        raise RunPausedError(
-            f"{wrong}; see the messages above. The run is paused with a checkpoint: mend the reward, then go on with "
-            "run.resume=true"
-        )
+        if (wrong := self.rollouts.failure(scored, self.iteration)) is not None:
+            raise_if_not_finite(self, wrong)
+            self.rollouts.drop_ahead()
+            paused = "The run is paused with a checkpoint: mend the reward, then go on with run.resume=true"
+            raise RunPausedError(f"{wrong}; see the messages above. {paused}")
 
     def _advantages(self, scored: AllScores) -> Advantages:
         group, weights = self.config.rollout.candidates, self.rollouts.weights
@@ -244,7 +209,7 @@ class Trainer:
         metrics |= advantage_metrics(advantages) | {"lr": rate} | batch.spent
         for callback in self.callbacks:
             metrics |= callback.on_scored(self, batch.iteration, scored, metrics)
-        self._pending = _Pending(batch.iteration, metrics, packed(result), self.timer.lap())
+        self.iterations.keep(batch.iteration, metrics, packed(result))
 
     def _each(self, event: str, *arguments: object) -> None:
         for callback in self.callbacks:
