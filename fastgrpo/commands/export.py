@@ -16,8 +16,7 @@ from fastgrpo.commands.runs import apply_checkpoint, open_run
 from fastgrpo.config import Config
 from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily, load_family
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
+from fastgrpo.models.trainable import LORA_FILE, lora_file
 
 
 def export_run(
@@ -64,12 +63,6 @@ def export_run(
     return out_dir
 
 
-def lora_file(family: ModelFamily, component: str) -> str:
-    """The file of a component's LoRA: the first one's has the name that pipelines look for."""
-    first = component == next(iter(family.modules))
-    return LORA_FILE if first else LORA_FILE.replace(".", f"_{component}.")
-
-
 def lora_layers(module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """The matrices A [rank, in] and B [out, rank] of each layer of a component's LoRA, by layer, on the host.
 
@@ -97,7 +90,7 @@ def save_lora(family: ModelFamily, out_dir: Path) -> None:
         }
         # A second component's file has the names of a first one's: the pipeline is told where to load it.
         family.pipeline.save_lora_weights(
-            out_dir, **{f"{family.trained[0]}_lora_layers": tensors}, weight_name=lora_file(family, name)
+            out_dir, **{f"{family.trained[0]}_lora_layers": tensors}, weight_name=lora_file(family.modules, name)
         )
 
 
@@ -106,7 +99,7 @@ def save_comfyui_lora(family: ModelFamily, out_dir: Path) -> None:
     from safetensors.torch import save_file
 
     for name, module in family.modules.items():
-        file = lora_file(family, name).replace(Path(LORA_FILE).stem, "comfyui")
+        file = lora_file(family.modules, name).replace(Path(LORA_FILE).stem, "comfyui")
         save_file(comfyui_lora(family, module), out_dir / file)
 
 
@@ -184,7 +177,7 @@ def _snippet(config: Config, family: ModelFamily, scheduler: str | None) -> str:
     ]
     for name in family.modules if scheduler else ():
         second = ", load_into_transformer_2=True" if name == "transformer_2" else ""
-        lines.append(f'pipe.load_lora_weights(here, weight_name="{lora_file(family, name)}"{second})')
+        lines.append(f'pipe.load_lora_weights(here, weight_name="{lora_file(family.modules, name)}"{second})')
     if scheduler:
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained(here, subfolder="scheduler")')
     prompt = '"a red circle"' if model.path.startswith("shapes:") else '"a photo of a cat"'

@@ -36,8 +36,12 @@ Checkpoint = Annotated[str, typer.Option(help="latest, best, or an iteration.")]
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    check: Annotated[bool, typer.Option("--check", help="Only check the config and print its arithmetic.")] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks to assume in --check.")] = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what is wrong, all at once, and the arithmetic.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to assume in --check; else what the config's name says.")
+    ] = None,
 ) -> None:
     """Train from a config. Ctrl-C leaves a checkpoint that run.resume=true continues.
 
@@ -49,15 +53,14 @@ def train(
 
         listen()
     require_extra("train", "fastgrpo train")
+    if check:
+        from fastgrpo.commands.check import check as preflight
+
+        raise typer.Exit(0 if preflight(config, overrides or (), ranks) else 2)
+    from fastgrpo.commands.train import train as run
     from fastgrpo.config import load_config
 
-    resolved = load_config(config, overrides or ())
-    if check:
-        _check(resolved, ranks)
-        return
-    from fastgrpo.commands.train import train as run
-
-    run(resolved)
+    run(load_config(config, overrides or ()))
 
 
 Rewards = Annotated[
@@ -208,6 +211,18 @@ def plan_table(
         sys.stdout.flush()
 
 
+@app.command("config")
+def show_config(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A section or setting; else all of them.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")] = False,
+) -> None:
+    """Print what a setting is, what it takes and its default; without KEY the whole reference, as Markdown."""
+    from fastgrpo.config import reference
+
+    text = reference.as_schema() if schema else reference.as_markdown() if key is None else reference.as_text(key)
+    typer.echo(text, nl=not text.endswith("\n"))
+
+
 @app.command("reward-test")
 def reward_test(
     name: Annotated[
@@ -314,6 +329,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if package not in EXTRAS:
             raise
         _complain(missing(package))
+    except RuntimeError as error:
+        if not _lost_rank(error):
+            raise
+        said = str(error).partition(". ")[0]
+        _complain(
+            UserError(f"another rank ended, or was silent for parallel.timeout; its own message says why: {said}")
+        )
+        sys.stderr.flush()
+        # Tearing the process group down would wait for the rank that is gone.
+        os._exit(1)
     except OSError as error:
         if error.strerror is None:
             raise
@@ -323,29 +348,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
+def _lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed: gloo's errors have no class of their own."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return os.environ.get("WORLD_SIZE", "1") != "1" and bool(kinds & {"DistError"} or "gloo" in str(error))
+
+
 def _complain(error: UserError) -> None:
     """One line on stderr. All ranks read the same config, and one says so; what else fails may fail on one only."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not isinstance(error, ConfigError):
         where = f" (rank {rank})" if rank != "0" else ""
         print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
-
-
-def _check(config: Any, ranks: int) -> None:
-    """What a run would find out before its weights load: names, prompts, numbers that do not divide."""
-    from fastgrpo.algorithms.arithmetic import arithmetic
-    from fastgrpo.data.prompts import load_prompts
-    from fastgrpo.models import check_family
-    from fastgrpo.rewards import load_reward
-    from fastgrpo.training.adamw_8bit import check_optimizer
-
-    check_family(config)
-    check_optimizer(config.update.optimizer)
-    for spec in config.scored:
-        load_reward(spec)
-    for source in filter(None, (config.prompts.train, config.prompts.heldout)):
-        typer.echo(f"{source}: {len(load_prompts(source))} prompts")
-    typer.echo(arithmetic(config, ranks))
 
 
 def _print_comparison(summary: dict[str, Any]) -> None:

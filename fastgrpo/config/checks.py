@@ -66,6 +66,11 @@ def _impossible(config: Config) -> Iterator[str]:
         )
     if config.eval.every and config.prompts.heldout is None:
         yield ("eval.every: needs prompts.heldout; give held-out prompts, or set eval.every to 0")
+    drawn, trained_at = config.evaluated_model, config.model
+    if config.parallel.context > 1 and (drawn.height, drawn.width, drawn.frames) != (
+        trained_at.height, trained_at.width, trained_at.frames
+    ):  # fmt: skip
+        yield "eval.height, width, frames: parallel.context splits the tokens of one size; leave them out"
     names = [reward.key for reward in config.scored]
     if twice := next((name for name in names if names.count(name) > 1), None):
         yield (f"rewards: '{twice}' is named twice; give its weights as one, or each a label")
@@ -85,5 +90,5 @@ def _impossible(config: Config) -> Iterator[str]:
         yield (
             f"model.quantize: {config.model.quantize} weights cannot be trained; set model.lora, or quantize to null"
         )
-    if config.model.dtype == "bfloat16" and config.parallel.fsdp == "off":
-        yield ("parallel.fsdp: off cannot serve model.dtype bfloat16, whose float32 masters FSDP2 keeps")
+    if config.model.dtype != "float32" and config.parallel.fsdp == "off":
+        yield (f"parallel.fsdp: off cannot serve model.dtype {config.model.dtype}, whose float32 masters FSDP2 keeps")

@@ -26,6 +26,8 @@ from fastgrpo.config.sections import (
 
 
 class Run(Section):
+    """Where a run is kept, its seed, and whether it continues."""
+
     dir: PathText = Field(default="runs/default", description="Where everything this run writes goes.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="The 64-bit key of all noise and all draws."
@@ -38,21 +40,35 @@ class Run(Section):
 
 
 class Lora(Section):
-    rank: PositiveInt = 32
+    """Low-rank adapters on a frozen base, in place of full fine-tuning."""
+
+    rank: PositiveInt = Field(default=32, description="Columns of the two matrices whose product is the update.")
     alpha: PositiveFloat = Field(default=64.0, description="The update is scaled by alpha / rank.")
+    path: PathText | None = Field(
+        default=None,
+        description="A LoRA to train on from, of this rank: a .safetensors file, or a directory or hub id with one, in "
+        "any form that diffusers reads; null: it begins as nothing. A KL term compares with the model without it.",
+    )
     targets: list[NonEmpty] | None = Field(
         default=None, description="Module name endings; null: the family's attention."
     )
 
 
 class Model(Section):
+    """The pipeline that is trained, what its samples are, and which of its weights learn."""
+
     family: NonEmpty = Field(description="Which model family serves it, such as flux or stable_diffusion.")
     path: PathText = Field(description="A diffusers pipeline directory, a hub id, or shapes:<name> (shipped).")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Of the forward pass; masters are float32."
+    variant: NonEmpty | None = Field(
+        default=None, description="Of the weights' files: fp16 for model.fp16.safetensors; null: those without one."
     )
-    height: PositiveInt = 512
-    width: PositiveInt = 512
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Of the forward pass; masters are float32. float16, for GPUs without bfloat16, scales the loss and "
+        "keeps the VAE in float32.",
+    )
+    height: PositiveInt = Field(default=512, description="Of a sample, in pixels; a multiple of what the VAE takes.")
+    width: PositiveInt = Field(default=512, description="As height.")
     frames: PositiveInt = Field(default=1, description="1 for images; 4k + 1 for most video VAEs.")
     vae_tiling: bool = Field(
         default=False, description="Decode videos in overlapping tiles that are blended: less memory, faint seams."
@@ -106,6 +122,8 @@ class Model(Section):
 
 
 class Prompts(Section):
+    """What is drawn: in training, and in evaluation."""
+
     train: PathText = Field(
         description="A .txt, .jsonl or .csv file, shapes:train, moving:train, hf:<dataset>[:split[:column]] on the "
         "hub, or a source of an installed package."
@@ -120,7 +138,7 @@ class Prompts(Section):
 class WindowSteps(Section):
     """Consecutive trained steps; the others are deterministic (MixGRPO, arXiv 2507.21802)."""
 
-    kind: Literal["window"] = "window"
+    kind: Literal["window"] = Field(default="window", description="window: consecutive steps.")
     size: PositiveInt = Field(default=4, description="Trained transitions.")
     start: Annotated[int, Field(ge=0)] = Field(
         default=0, description="First trained transition; 0 is the noisiest. A moving window never goes before it."
@@ -133,7 +151,7 @@ class WindowSteps(Section):
         description="progressive: shifts by stride every `every` iterations, and wraps; random: drawn anew.",
     )
     every: PositiveInt = Field(default=25, description="Iterations between moves.")
-    stride: PositiveInt = 1
+    stride: PositiveInt = Field(default=1, description="Transitions that a progressive window moves by.")
 
     def problems(self, steps: int) -> Iterator[str]:
         """What is wrong unless the window, and what it moves over, lies among the trainable transitions."""
@@ -153,11 +171,15 @@ class SubsetSteps(Section):
     """All transitions but the last (see rollout.last_step) are stochastic; each sample trains a random subset of them
     (DanceGRPO)."""
 
-    kind: Literal["subset"] = "subset"
-    fraction: Annotated[float, Field(gt=0, le=1)] = 0.6
+    kind: Literal["subset"] = Field(default="subset", description="subset: steps drawn at random for each sample.")
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.6, description="Of the transitions, rounded down: how many are trained."
+    )
 
 
 class Rollout(Section):
+    """How samples are drawn: the sampler, its steps and noise, and which steps are trained."""
+
     prompts_per_iteration: PositiveInt = Field(default=8, description="Prompts an iteration, over all ranks.")
     group_size: Annotated[int, Field(ge=2)] = Field(default=12, description="Samples of each prompt.")
     best_of: PositiveInt | None = Field(
@@ -202,7 +224,7 @@ class Rollout(Section):
     forward_batch: PositiveInt = Field(
         default=16, description="Rows of every forward pass, rollout and replay alike; a constant of the numerics."
     )
-    decode_batch: PositiveInt = 16
+    decode_batch: PositiveInt = Field(default=16, description="Samples that the VAE decodes at once.")
     noise: Literal["auto", "keep", "regenerate"] = Field(
         default="auto",
         description="Of the trained steps: kept, or drawn again from its key; auto keeps it on a CPU only.",
@@ -320,10 +342,14 @@ class Guard(Section):
         default=10, description="The latest so many iterations that scored it are compared with the first so many."
     )
     threshold: PositiveFloat = Field(default=3.0, description="Standard errors that both means must have moved by.")
-    kl_factor: Annotated[float, Field(gt=1)] = 2.0
+    kl_factor: Annotated[float, Field(gt=1)] = Field(
+        default=2.0, description="What raise_kl multiplies objective.kl_weight by."
+    )
 
 
 class Advantage(Section):
+    """How the rewards of a group become advantages."""
+
     clip: PositiveFloat = Field(default=5.0, description="Advantages are clamped to ± this.")
     combine: Literal["advantage", "reward", "losses"] = Field(
         default="advantage",
@@ -336,6 +362,8 @@ class Advantage(Section):
 
 
 class ObjectiveConfig(Section):
+    """What the policy minimizes: a clipped ratio and, where it has a weight, a KL term."""
+
     ratio: Literal["gaussian", "unit", "ratio_norm"] = Field(
         default="gaussian",
         description="gaussian: π_new/π_old; unit: CPS trainers' unscaled form; ratio_norm: GRPO-Guard.",
@@ -358,15 +386,21 @@ class ObjectiveConfig(Section):
 
 
 class Optimizer(Section):
+    """AdamW and its learning rate."""
+
     kind: Literal["adamw", "adamw_8bit"] = Field(
         default="adamw",
         description="adamw_8bit: its moments in 2 bytes a weight in place of 8, by bitsandbytes (fastgrpo[gpu]).",
     )
-    lr: PositiveFloat = 1e-5
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    lr: PositiveFloat = Field(default=1e-5, description="Learning rate, after warm-up.")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Decay of the mean of gradients, each step."
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.999, description="Decay of the mean of squared gradients, each step."
+    )
+    eps: PositiveFloat = Field(default=1e-8, description="Added to the root of the mean square that divides.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=1e-4, description="Decoupled, times the learning rate.")
     schedule: Literal["constant", "cosine"] = Field(
         default="constant", description="After warm-up; cosine falls to zero."
     )
@@ -374,11 +408,13 @@ class Optimizer(Section):
 
 
 class Update(Section):
+    """How the weights follow: optimizer steps, clipping, EMA."""
+
     optimizer_steps: PositiveInt = Field(
         default=1, description="Per rollout; each takes an equal share of the samples."
     )
     optimizer: Optimizer = Field(default_factory=Optimizer)
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = Field(default=1.0, description="Gradients of a larger norm are scaled down to it.")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no EMA.")
     ema_per: Literal["optimizer_step", "iteration"] = Field(
         default="optimizer_step", description="What the EMA's decay counts: it is averaged after each of these."
@@ -400,7 +436,9 @@ class Update(Section):
 
 
 class Train(Section):
-    iterations: PositiveInt = 300
+    """How long."""
+
+    iterations: PositiveInt = Field(default=300, description="Of the whole run; a resumed run counts on.")
     max_skipped_steps: PositiveInt | None = Field(
         default=20,
         description="So many optimizer steps in a row that are skipped, gradients not being finite, pause the run; "
@@ -409,17 +447,25 @@ class Train(Section):
 
 
 class Eval(Section):
+    """Held-out evaluations, drawn deterministically."""
+
     every: Annotated[int, Field(ge=0)] = Field(
         default=50, description="Iterations between held-out evaluations; 0: never."
     )
     images: PositiveInt = Field(default=64, description="Images an evaluation draws, deterministically.")
     steps: PositiveInt | None = Field(default=None, description="Sampling steps; null: rollout.steps.")
+    height: PositiveInt | None = Field(default=None, description="Of what is drawn; null: model.height.")
+    width: PositiveInt | None = Field(default=None, description="null: model.width.")
+    frames: PositiveInt | None = Field(default=None, description="null: model.frames.")
+    guidance: Annotated[float, Field(ge=0)] | None = Field(default=None, description="null: model.guidance.")
     grid: PositiveInt = Field(default=24, description="Images of the fixed-seed grid.")
     mp4: bool = Field(default=False, description="Videos: the grid as MP4 too, which needs PyAV (fastgrpo[video]).")
     ema: bool = Field(default=True, description="Evaluate and export EMA weights where there are any.")
 
 
 class Checkpoint(Section):
+    """When checkpoints are written, and how many stay."""
+
     every: Annotated[int, Field(ge=0)] = Field(
         default=50, description="Iterations between checkpoints; 0: only at the end."
     )
@@ -430,7 +476,9 @@ class Checkpoint(Section):
 
 
 class Telemetry(Section):
-    tensorboard: bool = False
+    """What is shown and written beside metrics.jsonl and events.jsonl."""
+
+    tensorboard: bool = Field(default=False, description="Also for TensorBoard, in run.dir/tensorboard.")
     wandb_project: str | None = Field(default=None, description="null: no Weights & Biases.")
     progress: bool = Field(default=True, description="A live line on the terminal.")
     stall_seconds: Annotated[float, Field(ge=0)] = Field(
@@ -445,9 +493,11 @@ class Telemetry(Section):
 
 
 class Parallel(Section):
+    """How ranks share weights and samples."""
+
     fsdp: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="FSDP2 sharding; auto: on for several ranks, or where dtype is bfloat16.",
+        description="FSDP2 sharding; auto: on for several ranks, or where dtype is bfloat16 or float16.",
     )
     replicate: PositiveInt = Field(default=1, description="Copies of the sharded model: HSDP, as one for each node.")
     shard: PositiveInt | Literal["auto"] = Field(
@@ -499,6 +549,13 @@ class Config(Section):
     callbacks: list[NonEmpty] = Field(
         default_factory=list, description="Your own, as module:Class (docs/training.md): called around each iteration."
     )
+
+    @property
+    def evaluated_model(self) -> Model:
+        """The model section as evaluations and samples are drawn: `model`, with what `eval` sets in its place."""
+        names = ("height", "width", "frames", "guidance")
+        wanted = {name: getattr(self.eval, name) for name in names if getattr(self.eval, name) is not None}
+        return self.model.model_copy(update=wanted) if wanted else self.model
 
     @property
     def scored(self) -> list[RewardSpec]:

@@ -87,7 +87,7 @@ def _lines(kind: type[BaseModel], error: ErrorDetails, errors: list[ErrorDetails
         case "extra_forbidden":
             return [_unknown(kind, key, str(error["loc"][-1]), sections)]
         case "union_tag_not_found":
-            return [f"{key}.kind: this setting is required (one of: {', '.join(filter(None, map(_tag, sections)))})"]
+            return [f"{key}.kind: this setting is required (one of: {', '.join(filter(None, map(tag_of, sections)))})"]
         case "union_tag_invalid":
             tag, options = context["tag"], context["expected_tags"]
             return [f"{key}.kind: {_shown(tag)} is not valid; {_near(tag, options)}it should be {_either([options])}"]
@@ -117,6 +117,16 @@ OTHER_NAMES = {
 }  # fmt: skip
 
 
+def unknown_setting(kind: type[BaseModel], key: str) -> ConfigError:
+    """The error for a dotted key that names no setting, with the one that was meant."""
+    *sections, last = key.split(".")
+    place = [int(part) if part.isdecimal() else part for part in sections]
+    found, below = _place(kind, tuple(place))
+    if place and found != ".".join(map(str, place)):
+        return unknown_setting(kind, ".".join(sections))
+    return ConfigError(_unknown(kind, key, last, below))
+
+
 def _unknown(kind: type[BaseModel], key: str, name: str, sections: list[type[BaseModel]]) -> str:
     """The line for a setting that does not exist: what was meant here, or in which other section it is."""
     names, every = sorted({name for section in sections for name in section.model_fields}), settings_of(kind)
@@ -138,17 +148,17 @@ def settings_of(kind: type[BaseModel]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for name, field in kind.model_fields.items():
         found[name] = None
-        listed = ".0" if _holds_list(field.annotation) else ""
-        for section in _sections_in(field.annotation):
+        listed = ".0" if holds_list(field.annotation) else ""
+        for section in sections_in(field.annotation):
             found.update(dict.fromkeys(f"{name}{listed}.{inner}" for inner in settings_of(section)))
     return tuple(found)
 
 
-def _holds_list(annotation: Any) -> bool:
+def holds_list(annotation: Any) -> bool:
     if typing.get_origin(annotation) is list:
         return True
     return typing.get_origin(annotation) in (Union, types.UnionType, Annotated) and any(
-        _holds_list(argument) for argument in typing.get_args(annotation)
+        holds_list(argument) for argument in typing.get_args(annotation)
     )
 
 
@@ -211,9 +221,9 @@ def _place(
     parts = []
     for depth, part in enumerate(loc):
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        chosen = [section for section in sections if _tag(section) == part]
+        chosen = [section for section in sections if tag_of(section) == part]
         if fields:
-            sections = [found for field in fields for found in _sections_in(field.annotation)]
+            sections = [found for field in fields for found in sections_in(field.annotation)]
         elif chosen:
             sections = chosen
         if fields or isinstance(part, int) or (unknown and depth == len(loc) - 1):
@@ -221,17 +231,17 @@ def _place(
     return ".".join(parts), sections
 
 
-def _tag(section: type[BaseModel]) -> str | None:
+def tag_of(section: type[BaseModel]) -> str | None:
     """The `kind` that chooses this section of a union, if it is one of a union."""
     field = section.model_fields.get("kind")
     return None if field is None else field.default
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (Union, types.UnionType, list, Annotated):
-        return [found for argument in typing.get_args(annotation) for found in _sections_in(argument)]
+        return [found for argument in typing.get_args(annotation) for found in sections_in(argument)]
     return []
 
 

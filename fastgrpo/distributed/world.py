@@ -100,7 +100,7 @@ def this_machine() -> tuple[int, int, int]:
 
 def sharded(config: Config, ranks: int) -> bool:
     """Whether FSDP2 wraps the model."""
-    return config.parallel.fsdp == "on" or ranks > 1 or config.model.dtype == "bfloat16"
+    return config.parallel.fsdp == "on" or ranks > 1 or config.model.dtype != "float32"
 
 
 def make_world(config: Config, ranks: int, rank: int, device: torch.device) -> World:

@@ -89,6 +89,7 @@ def draw(family: ModelFamily, prompts: Sequence[Prompt], config: Config, world: 
     """
     share = -(-len(prompts) // world.size)
     mine = np.minimum(np.arange(world.rank * share, (world.rank + 1) * share), len(prompts) - 1)
+    family = family.at(config.evaluated_model, "eval")
     single = config.rollout.model_copy(update={"group_size": 1, "best_of": None, "shared_noise": False})
     levels = family.noise_levels(config.eval.steps or config.rollout.steps, config.rollout.shift)
     schedule = schedule_steps(single, levels, first + len(prompts), EVAL_ITERATION, config.run.seed, deterministic=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
 
@@ -49,11 +50,17 @@ def model_digest(path: str, parts: tuple[str, ...], settings: dict[str, object])
     return _digest({"path": str(folder.resolve()), "files": files, **settings})
 
 
+def encoded_size(config: Model) -> tuple[int, ...]:
+    """The height, width and frames that a prompt's image is encoded for."""
+    return config.height, config.width, config.frames
+
+
 class EmbeddingCache:
     """The encoded prompts of one model: the `keep` most recent in memory; all of them in `directory`, if any."""
 
-    def __init__(self, directory: Path | None) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path | None, size: tuple[int, ...] = ()) -> None:
+        """size: what the encoding of a prompt's image depends on beside the image."""
+        self.directory, self.size = directory, size
         self.memory: OrderedDict[Key, dict[str, Tensor]] = OrderedDict()
 
     def has(self, prompt: Prompt) -> bool:
@@ -104,7 +111,8 @@ class EmbeddingCache:
         if image is not None and not image.startswith("moving:"):
             # Pictures are turned as their orientation says: those that were encoded before they were have other names.
             image = "turned:" + hashlib.sha256(Path(image).read_bytes()).hexdigest()
-        return self.directory / f"{_digest({'text': prompt.text, 'image': image})}.safetensors"
+        sized = {"size": self.size} if image is not None else {}
+        return self.directory / f"{_digest({'text': prompt.text, 'image': image, **sized})}.safetensors"
 
 
 def _digest(data: object) -> str:

@@ -19,6 +19,7 @@ from fastgrpo.models.embeddings import model_digest
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.sharded_load import empty_component, weight_files
 from fastgrpo.models.trainable import check_targets, without_weights
+from fastgrpo.models.weight_files import UNUSED, check_files, check_index
 
 if TYPE_CHECKING:
     from fastgrpo.models.protocol import ModelFamily
@@ -52,7 +53,7 @@ def from_config(cls: type[ModelFamily], config: Model, device: torch.device, sha
         cache = Path(config.embedding_cache).expanduser() / model_digest(path, cls.encoders, settings)
     # With a cache the encoders wait until a prompt is missing from it.
     given: dict[str, Any] = dict.fromkeys(cls.encoders) if cache is not None else {}
-    files = {name: weight_files(path, name) for name in cls.trained if name in parts} if sharded else {}
+    files = {name: weight_files(path, name, config.variant) for name in cls.trained if name in parts} if sharded else {}
     with _one_line(config, cls.pipeline_classes):
         given |= {name: empty_component(parts[name], torch.float32) for name in files}
     family = cls(load_pipeline(config, cls.pipeline_classes, cls.trained, given), config, device, cache)
@@ -74,6 +75,7 @@ def read_configs(cls: type[ModelFamily], config: Model) -> dict[str, Mapping[str
         if index["_class_name"] not in cls.pipeline_classes:
             wanted = " or ".join(cls.pipeline_classes)
             raise ConfigError(f"model.path: '{config.path}' is a {index['_class_name']}, not a {wanted}")
+        check_index(config.path, index, cls.trained, cls.encoders, cls.optional_encoders)
         readers = {"scheduler": diffusers.DDIMScheduler, "vae": diffusers.AutoencoderKL}
         readers |= dict.fromkeys(cls.trained, diffusers.AutoencoderKL)
         return {
@@ -96,12 +98,21 @@ def load_pipeline(
     # Full fine-tuning keeps float32 masters; a LoRA's frozen base stays in the compute dtype.
     master = compute if config.lora else torch.float32
     dtypes = {**dict.fromkeys(trained, master), "default": compute}
+    if compute == torch.float16:
+        # Activations of VAEs leave its range.
+        dtypes["vae"] = torch.float32
     with _one_line(config, pipeline_classes):
         index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
         # Components that the directory goes without (SD 3's T5) must be given as None.
         absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
         parts = {**dict.fromkeys(absent), **given}
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **parts)
+        if (folder := Path(path)).is_dir():
+            check_files(folder, index, config.variant, parts)
+            if UNUSED in index and not (folder / UNUSED).is_dir():
+                parts[UNUSED] = None
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            path, dtype=dtypes, variant=config.variant, use_safetensors=True, **parts
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -7,9 +7,11 @@ diffusers' and transformers' own. docs/adding-a-model.md tells how to write one.
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.conditioning import Conditioning, PromptEncoding
-from fastgrpo.models.embeddings import EmbeddingCache
+from fastgrpo.models.embeddings import EmbeddingCache, encoded_size
 from fastgrpo.models.placement import PlacedPipeline
 from fastgrpo.models.sampling import PipelineSampling
 
@@ -40,6 +42,8 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
     trained: ClassVar[tuple[str, ...]] = ("transformer",)
     # Components that only encoding prompts needs.
     encoders: ClassVar[tuple[str, ...]]
+    # Those of them that a directory may go without.
+    optional_encoders: ClassVar[tuple[str, ...]] = ()
     # Module lists whose members are sharded and checkpointed one by one.
     block_lists: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -54,9 +58,37 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
 
     def __init__(self, pipeline: Any, config: Model, device: torch.device, cache: Path | None = None) -> None:
         super().__init__(pipeline, config, device)
-        self.embeddings = EmbeddingCache(cache)
+        self.embeddings = EmbeddingCache(cache, encoded_size(config))
         self.check(config, self.component_configs)
         self.place(pipeline)
+
+    def at(self, config: Model, section: str = "model") -> Self:
+        """The same weights at another size or guidance; shares all that does not depend on these.
+
+        Args:
+            config: The model section to follow.
+            section: Where its sizes are set, for errors.
+
+        Raises:
+            ConfigError: For a size that the family cannot make.
+        """
+        if config == self.config:
+            return self
+        try:
+            self.check(config, self.component_configs)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model.", f"{section}.", 1)) from None
+        # Not `encoder` and the like, which belong to the pipeline and not to a size.
+        kept = {name for name, value in vars(PlacedPipeline).items() if isinstance(value, cached_property)}
+        other = copy.copy(self)
+        for name in vars(self).keys() - kept:
+            if isinstance(getattr(type(self), name, None), cached_property):
+                del vars(other)[name]
+        other.config = config
+        if self.takes_image:
+            # Its encodings are those of a size.
+            other.embeddings = EmbeddingCache(self.embeddings.directory, encoded_size(config))
+        return other
 
     @classmethod
     @abc.abstractmethod

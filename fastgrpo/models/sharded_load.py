@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo.distributed.shards import place
 from fastgrpo.errors import ConfigError
+from fastgrpo.models.weight_files import check_weights, variant_name
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -27,7 +28,7 @@ def empty_component(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
         return getattr(diffusers, config["_class_name"]).from_config(config).to(dtype)
 
 
-def weight_files(path: str, component: str) -> dict[str, Path]:
+def weight_files(path: str, component: str, variant: str | None = None) -> dict[str, Path]:
     """Which file of a pipeline (a directory, or a hub id, which is downloaded) holds each tensor of a component.
 
     Raises ConfigError where there are no safetensors.
@@ -38,12 +39,15 @@ def weight_files(path: str, component: str) -> dict[str, Path]:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        wanted = [f"{component}/{WEIGHTS}*", f"{component}/*-of-*.safetensors"]
+        wanted = [f"{component}/{variant_name(WEIGHTS, variant)}*", f"{component}/*.json"]
+        wanted.append(f"{component}/*{f'.{variant}' if variant else ''}-*-of-*.safetensors")
         folder = Path(snapshot_download(path, allow_patterns=wanted))
-    index = folder / component / f"{WEIGHTS}.index.json"
+    if (folder / component).is_dir():
+        check_weights(folder / component, variant)
+    index = folder / component / f"{WEIGHTS}.{variant_name('index.json', variant)}"
     if index.is_file():
         return {name: index.parent / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = folder / component / WEIGHTS
+    single = folder / component / variant_name(WEIGHTS, variant)
     if not single.is_file():
         raise ConfigError(f"parallel.load: there is no {single}; convert its weights to it, or set this to whole")
     with safe_open(single, "pt") as file:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fastgrpo.config.schema import Lora
@@ -15,6 +17,9 @@ from fastgrpo.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from fastgrpo.models.protocol import ModelFamily
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# The adapter that model.lora.path is read into.
+GIVEN = "given"
 
 
 def make_trainable(family: ModelFamily) -> None:
@@ -53,6 +58,62 @@ def add_lora(modules: Iterable[nn.Module], lora: Lora, default_targets: Sequence
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+
+def lora_file(modules: Iterable[str], component: str) -> str:
+    """The file of a component's LoRA: the first component's has the name that pipelines look for."""
+    return LORA_FILE if component == next(iter(modules)) else LORA_FILE.replace(".", f"_{component}.")
+
+
+def load_lora(family: ModelFamily) -> None:
+    """Puts the weights of model.lora.path into the new LoRA, if there is a path.
+
+    The pipeline reads and converts them, as an adapter of its own, which is then copied and removed.
+
+    Raises:
+        ConfigError: For what cannot be read, has another rank, or layers that model.lora.targets does not name.
+    """
+    lora = family.config.lora
+    if lora is None or lora.path is None:
+        return
+    path = Path(lora.path).expanduser()
+    for name, module in family.modules.items():
+        given: dict[str, Any] = {"adapter_name": GIVEN, "use_safetensors": True}
+        if path.is_dir():
+            given["weight_name"] = lora_file(family.modules, name)
+            if not (path / given["weight_name"]).is_file() and len(family.modules) == 1:
+                del given["weight_name"]
+        if name == "transformer_2":
+            given["load_into_transformer_2"] = True
+        try:
+            family.pipeline.load_lora_weights(str(path) if path.exists() else lora.path, **given)
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"model.lora.path: '{lora.path}' cannot be read as a LoRA: {reason}") from None
+        _adopt(module, lora, name)
+
+
+@torch.no_grad()
+def _adopt(module: nn.Module, lora: Lora, component: str) -> None:
+    """Copies the adapter GIVEN of a component into the trained one, and removes it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: dict[str, Any] = {n: m for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)}
+    given = {name: layer for name, layer in layers.items() if GIVEN in layer.lora_A}
+    if not given:
+        raise ConfigError(f"model.lora.path: '{lora.path}' has no layer of this model's {component}")
+    for name, layer in given.items():
+        rank = layer.r[GIVEN]
+        if "default" not in layer.lora_A:
+            raise ConfigError(f"model.lora.path: '{lora.path}' has '{name}', which model.lora.targets leaves out")
+        if rank != lora.rank:
+            raise ConfigError(f"model.lora.rank: {lora.rank}, but '{lora.path}' is of rank {rank}; set it to {rank}")
+        layer.lora_A["default"].weight.copy_(layer.lora_A[GIVEN].weight)
+        ratio = layer.scaling[GIVEN] / layer.scaling["default"]
+        layer.lora_B["default"].weight.copy_(layer.lora_B[GIVEN].weight * ratio)
+    tuned: Any = module
+    tuned.delete_adapters(GIVEN)
+    tuned.set_adapter("default")
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from fastgrpo.algorithms.advantages import Advantages, group_spread
-from fastgrpo.algorithms.objectives.grpo import SUMMED
 from fastgrpo.observe.nvml import Reading, board_of
+from fastgrpo_kernels.clipped_loss import FIELDS
 
 PHASES = ("conditioning", "rollout", "decode", "reward", "sync", "update", "other", "total")
 
@@ -146,9 +146,10 @@ def advantage_metrics(advantages: Advantages) -> dict[str, float]:
 
 def update_metrics(vectors: np.ndarray) -> dict[str, float]:
     """Returns the metrics of an update, from every rank's packed statistics [ranks, …] (training/update.py)."""
-    sums = dict(zip(SUMMED, vectors[:, : len(SUMMED)].sum(axis=0), strict=True))
+    summed = len(FIELDS) - 1
+    sums = dict(zip(FIELDS[:summed], vectors[:, :summed].sum(axis=0), strict=True))
     pairs = max(sums["weight"], 1.0)
-    deviation, first, norm, skipped = vectors[:, len(SUMMED) :].max(axis=0)
+    deviation, first, norm, skipped = vectors[:, summed:].max(axis=0)
     return {
         "loss": sums["loss"] / pairs,
         "ratio/mean": sums["ratio"] / pairs,

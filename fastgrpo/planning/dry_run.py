@@ -180,7 +180,9 @@ class _Iteration:
         held = [family.policy, *(frozen or {}).values()]
         meter.claim((t for m in held for t in (*m.parameters(), *m.buffers())), "parameters")
         with meter.counting("optimizer"):
-            optimizer = OptimizerState(family.policy, config.update, 1, _PlannedAdamW8bit)
+            optimizer = OptimizerState(
+                family.policy, config.update, 1, _PlannedAdamW8bit, config.model.dtype == "float16"
+            )
         meter.claim(optimizer.ema or (), "ema")
         roll = config.rollout
         samples = roll.prompts_per_iteration * roll.candidates

@@ -10,7 +10,7 @@ from fastgrpo.planning.meter import Collective
 
 def seconds(phase: Phase, config: Config, gpu: Gpu, local: int) -> tuple[float, float]:
     """(compute, communication) of a phase at the stated efficiencies; they overlap, at best wholly."""
-    peak = gpu.bfloat16 if config.model.dtype == "bfloat16" else gpu.float32
+    peak = gpu.float32 if config.model.dtype == "float32" else gpu.bfloat16
     spent = sum(_wire_bytes(key, size) / _rate(key, gpu, local) for key, size in phase.cost.bytes.items())
     return phase.cost.flops / (peak * COMPUTE_EFFICIENCY), spent / LINK_EFFICIENCY
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.rewards.base import Reward, Scores
+from fastgrpo.rewards.base import Reward, Scores, ask
 
 
 class LimitedReward:
@@ -37,7 +37,7 @@ class LimitedReward:
         def work() -> None:
             try:
                 with torch.cuda.stream(stream), torch.set_grad_enabled(gradients):
-                    found.append((self.reward.score(samples, prompts, fps), None))
+                    found.append((ask(self.reward, samples, prompts, fps), None))
             except BaseException as error:
                 found.append((None, error))
 

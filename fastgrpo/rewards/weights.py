@@ -31,7 +31,8 @@ def resolve(path: str, weights: bool = True) -> Path:
         raise ConfigError(f"path: {path} may be a pickle archive; convert it once: fastgrpo convert-reward {path} OUT")
     if local.exists():
         return local
-    if path.startswith("shapes:") or not re.fullmatch(HUB_ID, path) or local.parent.is_dir():
+    file = local.suffix == ".safetensors" or local.parent.is_dir()
+    if path.startswith("shapes:") or not re.fullmatch(HUB_ID, path) or file:
         raise ConfigError(f"path: there is nothing at {path}")
     from huggingface_hub import snapshot_download
 

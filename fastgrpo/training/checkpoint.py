@@ -286,6 +286,8 @@ def training_tensors(optimizer: OptimizerState) -> dict[str, Any]:
         tensors[key] = {name: optimizer.adamw.state[parameter][key] for name, parameter in optimizer.full.items()}
     if optimizer.eight_bit is not None:
         tensors["adamw_8bit"] = optimizer.eight_bit.state()
+    if optimizer.loss_scale is not None:
+        tensors["loss_scale"] = {"scale": optimizer.loss_scale.scale, "growth": optimizer.loss_scale.growth}
     if optimizer.ema is not None:
         tensors["ema"] = dict(zip(optimizer.names, optimizer.ema, strict=True))
     return tensors

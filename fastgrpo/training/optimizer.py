@@ -19,13 +19,33 @@ from fastgrpo.config import Update
 from fastgrpo.distributed.shards import locals_of
 from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
 
+# As torch.amp.GradScaler has them.
+FIRST_LOSS_SCALE = 2.0**16
+GROWTH_INTERVAL = 2000
+
+
+class LossScale:
+    """What the loss is multiplied by where gradients are float16 (arXiv 1710.03740), all on the device.
+
+    Doubled after GROWTH_INTERVAL steps whose gradients were finite, halved after one whose were not.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), FIRST_LOSS_SCALE, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """After an optimizer step; skipped: float32 scalar, 1 where gradients were not finite."""
+        torch._amp_update_scale_(self.scale, self.growth, skipped, 2.0, 0.5, GROWTH_INTERVAL)
+
 
 class OptimizerState:
     """The optimizer of a run. `steps` counts optimizer steps; `total_steps` is where a cosine schedule ends."""
 
     def __init__(
-        self, policy: nn.Module, config: Update, total_steps: int, eight_bit: type[AdamW8bit] = AdamW8bit
-    ) -> None:
+        self, policy: nn.Module, config: Update, total_steps: int, eight_bit: type[AdamW8bit] = AdamW8bit,
+        loss_scaling: bool = False,
+    ) -> None:  # fmt: skip
         self.config, self.total_steps, self.steps = config, total_steps, 0
         self.policy = policy
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
@@ -48,8 +68,13 @@ class OptimizerState:
             # Made now, not at the first step, so that a checkpoint can be loaded into it.
             zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
+        self.loss_scale = LossScale(self.parameters[0].device) if loss_scaling else None
         decay = config.ema_decay
         self.ema = None if decay is None else [p.detach().clone() for p in self.parameters]
+
+    def seed(self, gradient: Tensor) -> Tensor:
+        """Returns what a loss's backward starts from for the coming step: `gradient`, times the loss scale if any."""
+        return gradient if self.loss_scale is None else gradient * self.loss_scale.scale
 
     def learning_rate(self, step: int) -> float:
         """At a 0-based optimizer step: linear warm-up, then constant or a half cosine to zero."""
@@ -68,9 +93,13 @@ class OptimizerState:
         Both are float32 scalars on the device.
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]
+        if self.loss_scale is not None:
+            torch._foreach_mul_(locals_of(grads), 1 / self.loss_scale.scale)
         norm = torch.nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         skipped = (~torch.isfinite(norm)).float()
+        if self.loss_scale is not None:
+            self.loss_scale.update(skipped)
         torch._foreach_mul_(locals_of(grads), (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate(self.steps)

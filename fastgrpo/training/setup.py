@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
-from fastgrpo.distributed.world import World, start_world
+from fastgrpo.distributed.world import World, start_world, this_machine
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import heldout_prompts
 from fastgrpo.models import ModelFamily, check_family
@@ -27,6 +28,7 @@ from fastgrpo.training.callbacks.profiling import ProfilingCallback
 from fastgrpo.training.callbacks.progress import ProgressCallback
 from fastgrpo.training.callbacks.stalls import StallCallback
 from fastgrpo.training.checkpoint import CheckpointStore
+from fastgrpo.training.remarks import check_pictures, remarks
 from fastgrpo.training.resume import Claim, claim_directory
 from fastgrpo.training.signals import StopRequest, stop_request
 from fastgrpo.training.state import restore
@@ -42,6 +44,9 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     check_resolved(config)
     prompts = load_prompts(config.prompts.train)
     heldout = heldout_prompts(config, config.eval.images) if config.eval.every else []
+    rank, ranks = int(os.environ.get("RANK", "0")), this_machine()[1]
+    for source, of in ((config.prompts.train, prompts), (config.prompts.heldout or "", heldout)):
+        check_pictures(source, of, share=slice(rank, None, ranks))
     rewards = load_rewards(config)
     users = [load_callback(name) for name in config.callbacks]
     check_family(config)
@@ -59,7 +64,9 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
             come = prompts_to_come(config, prompts) + list(dict.fromkeys(heldout))
             family.encode_ahead(come[world.rank :: world.size])
             world.barrier()
-        callbacks = run_callbacks(config, world, heldout, store, claim, users)
+        sources = {config.prompts.train: prompts, config.prompts.heldout or "": heldout}
+        said = remarks(config, type(family), sources) if world.main else []
+        callbacks = run_callbacks(config, world, heldout, store, claim, users, said)
         log = RunLog(directory, config, world.main)
         trainer = kind(config, family, world, prompts=prompts, rewards=rewards, log=log, callbacks=callbacks, stop=stop)
         if claim.start is not None:
@@ -86,13 +93,16 @@ def check_resolved(config: Config) -> None:
 
 def run_callbacks(
     config: Config, world: World, heldout: Sequence[Prompt], store: CheckpointStore, claim: Claim,
-    users: Sequence[Callback],
+    users: Sequence[Callback], said: Sequence[str] = (),
 ) -> list[Callback]:  # fmt: skip
-    """Returns the callbacks of a run, in their order: a user's come after the evaluation and before the checkpoint."""
+    """Returns the callbacks of a run, in their order: a user's come after the evaluation and before the checkpoint.
+
+    said: what the run has to say when it starts.
+    """
     evaluation = EvaluationCallback(heldout) if config.eval.every else None
     found: list[Callback | None] = [
         ProfilingCallback(store.directory.parent / "profile", config.telemetry.profile),
-        ProgressCallback(config.telemetry.progress and world.main),
+        ProgressCallback(config.telemetry.progress and world.main, said),
         StallCallback(store.directory.parent, config.telemetry.stall_seconds),
         GuardCallback(config),
         evaluation,

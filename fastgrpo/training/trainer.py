@@ -87,7 +87,9 @@ class Trainer:
         prompts = load_prompts(config.prompts.train) if prompts is None else prompts
         frozen = prepare_weights(family, config, world)
         steps = config.train.iterations * config.update.optimizer_steps
-        self.optimizer = OptimizerState(family.policy, config.update, steps)
+        self.optimizer = OptimizerState(
+            family.policy, config.update, steps, loss_scaling=config.model.dtype == "float16"
+        )
         self.residency = residency(config, family.policy, world)
         reference = reference_of(family.policy, frozen) if config.objective.kl_weight else None
         self.updater = Updater(family, config, world, self.optimizer, reference, self.residency)

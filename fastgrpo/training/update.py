@@ -1,6 +1,7 @@
 """Trajectories and advantages to optimizer steps, micro-batched over samples × steps at the rollout's forward shape.
 
-Nothing is read back to the host.
+The loss is the kernels' (fastgrpo_kernels.grpo_loss). What its micro-batches need beside latents is made once for an
+optimizer step, and each takes a slice. Nothing is read back to the host.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithms.advantages import Advantages
-from fastgrpo.algorithms.objectives.grpo import Statistics, policy_loss
+from fastgrpo.algorithms.objectives.grpo import clipped_loss_settings
 from fastgrpo.algorithms.schedule import kl_factors, loss_scale
 from fastgrpo.config import Config
 from fastgrpo.distributed.fsdp import hold_weights, set_gradient_sync
@@ -22,11 +23,12 @@ from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.models.trainable import Reference
 from fastgrpo.rollout.generator import Batch
-from fastgrpo.rollout.trajectory import Trajectory, take_rows
+from fastgrpo.rollout.trajectory import take_rows
 from fastgrpo.training.micro_batches import MicroBatch, micro_batches_of_step
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import KEPT, Residency
-from fastgrpo_kernels import log_prob, noise, shift_moments
+from fastgrpo_kernels import LossStatistics, clipped_loss, grpo_loss, log_prob, noise, shift_moments
+from fastgrpo_kernels.clipped_loss import FIELDS
 
 # Goes through the micro-batches of an optimizer step. The memory plan runs only those that differ.
 Walk = Callable[[Sequence[MicroBatch]], Iterable[MicroBatch]]
@@ -34,12 +36,34 @@ Walk = Callable[[Sequence[MicroBatch]], Iterable[MicroBatch]]
 
 @dataclass
 class UpdateResult:
-    """Device-side results of one iteration's update: statistics of all and of the first optimizer step."""
+    """Device-side results of one iteration's update.
 
-    statistics: Statistics
-    first: Statistics
+    Attributes:
+        device: Where they are.
+        values: `LossStatistics.values` [7] of each micro-batch.
+        in_first_step: How many of these belong to the first optimizer step.
+        grad_norms: The gradient norm of each optimizer step, before clipping.
+        skipped_steps: 1 for each optimizer step that was skipped, else 0.
+    """
+
+    device: torch.device
+    values: list[Tensor] = field(default_factory=list)
+    in_first_step: int = 0
     grad_norms: list[Tensor] = field(default_factory=list)
     skipped_steps: list[Tensor] = field(default_factory=list)
+
+    @property
+    def statistics(self) -> LossStatistics:
+        """Of all micro-batches."""
+        return self._total(self.values)
+
+    @property
+    def first(self) -> LossStatistics:
+        """Of the first optimizer step, where the policy has not moved yet."""
+        return self._total(self.values[: self.in_first_step])
+
+    def _total(self, values: Sequence[Tensor]) -> LossStatistics:
+        return LossStatistics.total(values or [torch.zeros(len(FIELDS), device=self.device)])
 
 
 @dataclass
@@ -70,101 +94,154 @@ class Updater:
         Args:
             batch: Its samples, as the rollout left them.
             advantages: Of all global samples.
-            kl_weight: What the Gaussian KL to the reference is multiplied by.
+            kl_weight: What the KL to the reference is multiplied by.
 
         Returns:
             Statistics on the device; nothing is read back to the host.
         """
-        device, schedule = self.family.device, batch.schedule
-        factors = kl_factors(self.config.objective.kl, self.config.rollout.sampler, schedule)
-        inputs = _Inputs.of(batch, advantages, factors, device)
-        result = UpdateResult(Statistics.zeros(device), Statistics.zeros(device))
-        steps, samples = self.config.update.optimizer_steps, len(advantages.terms)
+        config, schedule, layout = self.config, batch.schedule, batch.trajectory.layout
+        result = UpdateResult(self.family.device)
+        steps, samples = config.update.optimizer_steps, len(advantages.terms)
         worth = advantages.valid & ((advantages.terms != 0).any(axis=1) | (kl_weight > 0))
         # Of the planned pairs: with the best of N, those of the samples that are kept.
-        planned = samples // self.config.rollout.candidates * self.config.rollout.group_size * schedule.pairs_per_sample
-        scale = loss_scale(self.config.objective, schedule) * self.world.ranks * steps / planned
+        planned = samples // config.rollout.candidates * config.rollout.group_size * schedule.pairs_per_sample
+        scale = loss_scale(config.objective, schedule) * self.world.ranks * steps / planned
+        gradient = torch.full((), scale, dtype=torch.float32, device=self.family.device)
         for k in range(steps):
-            chosen = micro_batches_of_step(self.config, self.world, schedule, batch.trajectory.layout, worth, k)
-            statistics, ran = Statistics.zeros(device), False
+            chosen = micro_batches_of_step(config, self.world, schedule, layout, worth, k)
+            inputs = _StepInputs.of(chosen, batch, advantages, config, self.family.device)
+            before, seed = len(result.values), self.optimizer.seed(gradient)
             for micro in self.walk(chosen):
-                ran = True
                 module = self.family.modules[micro.module]
                 set_gradient_sync(module, micro.syncs or not self.residency.sync_once)
                 if self.residency.update_unsharded:
                     hold_weights(module, last=micro.syncs)
-                loss, counted = self._loss(micro, batch, inputs, kl_weight)
-                (loss * scale).backward()
-                statistics.add(counted)
-            if not ran:
+                loss, statistics = self._loss(micro, batch, inputs, kl_weight)
+                # The constant that divides by the number of planned pairs, without a launch of its own.
+                loss.backward(seed)
+                result.values.append(statistics.values)
+            if len(result.values) == before:
                 continue
-            result.statistics.add(statistics)
             if k == 0:
-                result.first.add(statistics)
+                result.in_first_step = len(result.values)
             norm, skipped = self.optimizer.step()
             result.grad_norms.append(norm)
             result.skipped_steps.append(skipped)
         self.optimizer.end_iteration(batch.iteration)
         return result
 
-    def _loss(self, micro: MicroBatch, batch: Batch, inputs: _Inputs, kl_weight: float) -> tuple[Tensor, Statistics]:
-        device, trajectory, layout = self.family.device, batch.trajectory, batch.trajectory.layout
-        objective = self.config.objective
-        rows, pairs = to_device(micro.rows, device), to_device(micro.pairs.reshape(-1), device)
-        x = take_rows(trajectory.x, micro.rows, rows)
-        time = inputs.time.index_select(0, rows)
+    def _loss(
+        self, micro: MicroBatch, batch: Batch, inputs: _StepInputs, kl_weight: float
+    ) -> tuple[Tensor, LossStatistics]:
+        trajectory, objective = batch.trajectory, clipped_loss_settings(self.config.objective)
+        part = inputs.of_micro(micro)
+        x = take_rows(trajectory.x, micro.rows, part.rows)
         model = self.family.modules[micro.module]
-        condition = batch.conditioning.rows(layout.row_prompt[micro.rows])
-        v = _per_pair(self.family.predict(x, time, condition, model), micro)
-        b, s = inputs.b.index_select(0, pairs), inputs.s.index_select(0, pairs)
-        weight = to_device(micro.weight.reshape(-1), device)
-        advantage = inputs.advantage.index_select(0, pairs)
+        condition = batch.conditioning.rows(trajectory.layout.row_prompt[micro.rows])
+        v = _per_pair(self.family.predict(x, part.time, condition, model), micro)
         if trajectory.log_prob is not None and trajectory.y is not None:
-            y, a = take_rows(trajectory.y, micro.pairs.reshape(-1), pairs), inputs.a.index_select(0, pairs)
+            y = take_rows(trajectory.y, micro.pairs.reshape(-1), part.pairs)
+            layout = trajectory.layout
+            steps = layout.row_step[layout.pair_row[micro.pairs.reshape(-1)]]
+            # In float64: a is near 1, and log-probabilities are subtracted.
+            a, b, s = (to_device(c, v.device) for c in np.array(batch.schedule.transitions, dtype=np.float64)[steps].T)
             new = log_prob(_per_pair(x, micro), v, y, a, b, s)
-            P = new - trajectory.log_prob.index_select(0, pairs)
-            return policy_loss(P, torch.zeros_like(P), s.float(), advantage, weight, objective, kl_weight)
-        v_old = _per_pair(take_rows(trajectory.v_old, micro.rows, rows), micro)
-        eps = self._noise(micro, trajectory, batch.iteration)
-        P, Q = shift_moments(v, v_old, b, s, eps)
-        Q_reference = None
-        if self.reference is not None:
-            with torch.no_grad(), self.reference() as frozen:
-                other = model if frozen is None else frozen[micro.module]
-                v_reference = _per_pair(self.family.predict(x, time, condition, other), micro)
-            _, Q_reference = shift_moments(v, v_reference, b, s, eps)
-            Q_reference = Q_reference * inputs.kl.index_select(0, pairs)
-        return policy_loss(P, Q, s.float(), advantage, weight, objective, kl_weight, Q_reference)
-
-    def _noise(self, micro: MicroBatch, trajectory: Trajectory, iteration: int) -> Tensor | noise.NoiseKey:
-        device, layout, pairs = self.family.device, trajectory.layout, micro.pairs.reshape(-1)
+            moved = new - trajectory.log_prob.index_select(0, part.pairs)
+            return clipped_loss(log_ratio=moved, advantages=part.advantages, weight=part.weight, **objective)
+        v_old = _per_pair(take_rows(trajectory.v_old, micro.rows, part.rows), micro)
+        key: noise.NoiseKey | Tensor = part.key
         if trajectory.noise is not None:
-            return take_rows(trajectory.noise, pairs, to_device(pairs, device))
-        samples = to_device(layout.samples[layout.pair_sample[pairs]], device)
-        steps = to_device(layout.row_step[layout.pair_row[pairs]], device)
-        return noise.noise_key(self.config.run.seed, samples, steps, iteration, noise.STREAM_SDE, device)
+            key = take_rows(trajectory.noise, micro.pairs.reshape(-1), part.pairs)
+        if self.reference is None:
+            return grpo_loss(v, v_old, part.b, part.s, key, part.advantages, part.weight, **objective)
+        with torch.no_grad(), self.reference() as frozen:
+            other = model if frozen is None else frozen[micro.module]
+            v_reference = _per_pair(self.family.predict(x, part.time, condition, other), micro)
+        if self.config.objective.kl == "gaussian":
+            return grpo_loss(
+                v, v_old, part.b, part.s, key, part.advantages, part.weight, **objective, kl_weight=kl_weight,
+                v_reference=v_reference,
+            )  # fmt: skip
+        P, Q = shift_moments(v, v_old, part.b, part.s, key)
+        # The other conventions weigh the KL of a step by a factor of their own.
+        _, to_reference = shift_moments(v, v_reference, part.b, part.s, key)
+        return clipped_loss(
+            P, Q, part.s, part.advantages, part.weight, **objective, kl_weight=kl_weight,
+            Q_reference=to_reference * part.kl,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What the pairs of an iteration need beside its trajectory, on the device."""
+class _MicroInputs:
+    """Slices of `_StepInputs`: the rows [F] of a micro-batch, and its pairs [F · W] after that of each row."""
 
-    time: Tensor  # [R] float32
-    a: Tensor  # [M] float64
-    b: Tensor  # [M] float64
-    s: Tensor  # [M] float64
-    kl: Tensor  # [M] float32, `kl_factors` of each pair's step
-    advantage: Tensor  # [M, T] float32
+    rows: Tensor
+    time: Tensor
+    pairs: Tensor
+    b: Tensor
+    s: Tensor
+    kl: Tensor
+    weight: Tensor
+    advantages: Tensor
+    key: noise.NoiseKey
+
+
+@dataclass(frozen=True)
+class _StepInputs:
+    """What the micro-batches of an optimizer step need beside latents, on the device, one after the other.
+
+    Attributes:
+        places: Where the rows and the pairs of a micro-batch begin, by its identity.
+        rows: int64 [n · F], rows of the trajectory; time: float32 [n · F].
+        pairs: int64 [m]; words: the noise keys of the pairs.
+        table: float32 [m, 4 + R]: b, s, the KL's factor, weight, R advantages of each pair.
+    """
+
+    places: dict[int, tuple[int, int]]
+    rows: Tensor
+    time: Tensor
+    pairs: Tensor
+    key: noise.NoiseKey
+    table: Tensor
 
     @staticmethod
-    def of(batch: Batch, advantages: Advantages, factors: np.ndarray, device: torch.device) -> _Inputs:
-        layout, schedule = batch.trajectory.layout, batch.schedule
-        coefficients = np.array([schedule.transitions[t] for t in layout.row_step], dtype=np.float64).reshape(-1, 3)
-        a, b, s = (to_device(coefficients[layout.pair_row, column], device) for column in range(3))
-        time = to_device(np.array(schedule.times, dtype=np.float32)[layout.row_step], device)
-        kl = to_device(factors[layout.row_step[layout.pair_row]], device).float()
-        terms = to_device(advantages.terms[layout.samples[layout.pair_sample]], device).float()
-        return _Inputs(time, a, b, s, kl, terms)
+    def of(
+        chosen: Sequence[MicroBatch], batch: Batch, advantages: Advantages, config: Config, device: torch.device
+    ) -> _StepInputs:
+        schedule, layout = batch.schedule, batch.trajectory.layout
+        places, first_row, first_pair = {}, 0, 0
+        for micro in chosen:
+            places[id(micro)] = first_row, first_pair
+            first_row, first_pair = first_row + micro.rows.size, first_pair + micro.pairs.size
+        rows = _joined([micro.rows for micro in chosen])
+        pairs = _joined([micro.pairs.reshape(-1) for micro in chosen])
+        weight = _joined([micro.weight.reshape(-1) for micro in chosen])
+        steps, samples = layout.row_step[layout.pair_row[pairs]], layout.samples[layout.pair_sample[pairs]]
+        transitions = np.array(schedule.transitions, dtype=np.float64)[steps].reshape(-1, 3)
+        factors = kl_factors(config.objective.kl, config.rollout.sampler, schedule)[steps]
+        columns = [transitions[:, 1], transitions[:, 2], factors, weight, *advantages.terms[samples].T]
+        time = np.array(schedule.times, dtype=np.float32)[layout.row_step[rows]]
+        key = noise.noise_key(
+            config.run.seed, to_device(samples, device), to_device(steps, device), batch.iteration, noise.STREAM_SDE,
+            device,
+        )  # fmt: skip
+        table = to_device(np.stack(columns, axis=1).astype(np.float32), device)
+        return _StepInputs(
+            places, to_device(rows, device), to_device(time, device), to_device(pairs, device), key, table
+        )
+
+    def of_micro(self, micro: MicroBatch) -> _MicroInputs:
+        first_row, first_pair = self.places[id(micro)]
+        rows, pairs = slice(first_row, first_row + micro.rows.size), slice(first_pair, first_pair + micro.pairs.size)
+        table = self.table[pairs]
+        b, s, kl, weight = table[:, :4].unbind(1)
+        advantages = table[:, 4] if table.shape[1] == 5 else table[:, 4:]
+        key = noise.NoiseKey(self.key.seed, self.key.words[pairs])
+        return _MicroInputs(self.rows[rows], self.time[rows], self.pairs[pairs], b, s, kl, weight, advantages, key)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def _per_pair(rows: Tensor, micro: MicroBatch) -> Tensor:
@@ -176,10 +253,8 @@ def _per_pair(rows: Tensor, micro: MicroBatch) -> Tensor:
 
 
 def packed(result: UpdateResult) -> Tensor:
-    """The update's statistics as one float64 vector on the device."""
-    device = result.statistics.sums.device
-    norms = [n.double() for n in result.grad_norms] or [torch.zeros((), dtype=torch.float64, device=device)]
-    skipped = [s.double() for s in result.skipped_steps] or [torch.zeros((), dtype=torch.float64, device=device)]
-    extremes = [result.statistics.max_deviation, result.first.max_deviation]
-    tail = torch.stack([*extremes, torch.stack(norms).mean(), torch.stack(skipped).sum()])
-    return torch.cat([result.statistics.sums, tail])
+    """Returns the update's statistics as one float64 vector on the device, as `update_metrics` reads it."""
+    none = [torch.zeros((), device=result.device)]
+    norm = torch.stack(result.grad_norms or none).double().mean()
+    skipped = torch.stack(result.skipped_steps or none).double().sum()
+    return torch.cat([result.statistics.values, torch.stack([result.first.max_deviation, norm, skipped])])

@@ -17,7 +17,7 @@ from fastgrpo.models.attention import set_backend
 from fastgrpo.models.context import split_lengths
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.models.sharded_load import load_shards
-from fastgrpo.models.trainable import make_trainable
+from fastgrpo.models.trainable import load_lora, make_trainable
 
 
 def prepare_weights(
@@ -30,6 +30,9 @@ def prepare_weights(
     if config.objective.kl_weight and not config.model.lora:
         frozen = {name: copy.deepcopy(module).to(family.dtype) for name, module in family.modules.items()}
     make_trainable(family)
+    if fill is None:
+        # A plan has no values to begin with.
+        load_lora(family)
     for module in (*family.modules.values(), *frozen.values()):
         set_backend(module, config.model.attention_backend)
         if world.context > 1:

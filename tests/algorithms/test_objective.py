@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from support.objective import SUMMED, log_ratio, policy_loss
 
-from fastgrpo.algorithms.objectives.grpo import SUMMED, log_ratio, policy_loss
 from fastgrpo.config import ObjectiveConfig
 
 

@@ -10,18 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support import tiny_images, tiny_video
+from support.exports import config_of, written_run
 
 from fastgrpo.commands.export import comfyui_lora, export_run, lora_layers
-from fastgrpo.config import Config, dump
 from fastgrpo.data.prompts import load_prompts
 from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily, family_class, load_family
 from fastgrpo.models.trainable import make_trainable
-from fastgrpo.training.checkpoint import CheckpointStore, training_tensors
-from fastgrpo.training.optimizer import OptimizerState
 
 CPU = torch.device("cpu")
-LORA = {"rank": 2, "alpha": 6.0}
 # A family each, in the dtype and the way that it is exported in; alpha is not the rank.
 CASES = {
     "flux": ("bfloat16", "lora"),
@@ -34,35 +31,6 @@ CASES = {
     "wan_i2v": ("float32", "merge"),
 }
 FULL = {"sdxl": ("bfloat16", "lora"), "wan": ("float32", "full"), "wan_5b_i2v": ("float32", "lora")}
-
-
-def config_of(kind: str, base: Path, run: Path, dtype: str, how: str) -> Config:
-    video = kind in tiny_video.MODELS
-    sizes = {**(tiny_video.MODELS if video else tiny_images.MODELS)[kind], "dtype": dtype}
-    model = {**sizes, "lora": None if how == "full" else LORA}
-    shift = "pipeline" if kind.startswith("sd") and kind != "sd3" else 2.0
-    roll = {"steps": 3, "shift": shift, "trained": {"kind": "window", "size": 1}}
-    if video:
-        return tiny_video.video_config(base, kind, model={**model, "frames": 5}, run={"dir": str(run)}, rollout=roll)
-    return tiny_images.image_config(base, kind, run, model=model, rollout=roll)
-
-
-def written_run(tmp_path: Path, kind: str, dtype: str = "float32", how: str = "lora") -> tuple[Config, ModelFamily]:
-    """A run directory with one checkpoint of random trained weights, and the family that has them."""
-    base, run = tmp_path / "base", tmp_path / "run"
-    (tiny_video if kind in tiny_video.MODELS else tiny_images).build(kind).save_pretrained(base)
-    config = config_of(kind, base, run, dtype, how)
-    family = load_family(config.model, CPU)
-    make_trainable(family)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in family.policy.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator) * (0.2 if config.model.lora else 0.01))
-    optimizer = OptimizerState(family.policy, config.update, 1)
-    CheckpointStore.of_run(run).save(1, training_tensors(optimizer), {"best_iteration": None}, 1)
-    (run / "config.yaml").write_text(dump(config))
-    return config, family
 
 
 def snippet_of(out: Path) -> str:

@@ -128,7 +128,7 @@ def test_overrides_reach_sections_lists_and_what_is_not_in_the_file(tmp_path):
 SAYS = {
     "rollout.group_sise=4": "rollout.group_sise: unknown setting; did you mean 'group_size'? (one of: best_of, "
     "decode_batch, …",
-    "trian.iterations=3": "trian: unknown setting; did you mean 'train'? (one of: advantage, checkpoint, …",
+    "trian.iterations=3": "trian: unknown setting; did you mean 'train'? (one of: advantage, callbacks, …",
     "rollout.trained.frac=0.5": "rollout.trained.frac: unknown setting; (one of: every, kind, move, size, …",
     "rewards.0.wieght=1": "rewards.0.wieght: unknown setting; did you mean 'weight'? (one of: every, label, name, "
     "options, path, weight, when)",
@@ -353,11 +353,11 @@ def test_a_thousand_mutated_configs_are_each_valid_or_one_clear_line(tmp_path, c
         outcomes[code] += 1
         if code == 2:
             what = f"mutation {number}: {printed.err!r}"
-            assert re.fullmatch(r"error: [^\n]+\n", printed.err), what
+            assert re.fullmatch(r"((error|warning): [^\n]+\n)*error: [^\n]+\n", printed.err), what
             assert "Traceback" not in printed.err, what
             assert "pydantic" not in printed.err, what
             assert "constrained" not in printed.err, what
-            assert len(printed.err) < 900, what
+            assert max(map(len, printed.err.splitlines())) < 900, what
         else:
             assert "optimizer steps" in printed.out
     assert outcomes[0] > 100

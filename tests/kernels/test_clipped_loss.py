@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from support.kernel_cases import KERNEL_DEVICE, make_case
+from support.objective import SUMMED, policy_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo.algorithms.objectives.grpo import SUMMED, policy_loss
 from fastgrpo.config import ObjectiveConfig
 from fastgrpo_kernels import clipped_loss, shift_moments
 from fastgrpo_kernels.clipped_loss import LossStatistics, op

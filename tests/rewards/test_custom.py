@@ -19,6 +19,7 @@ from fastgrpo.rewards import Scores, load_reward
 from fastgrpo.rewards.base import ask
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import score_samples
+from fastgrpo.rewards.time_limit import LimitedReward
 
 IMAGES = torch.linspace(0.125, 1, 4)[:, None, None, None].expand(4, 3, 8, 8)
 PROMPTS = [Prompt(f"number {i}", metadata={"words": ["a"]}) for i in range(4)]
@@ -106,7 +107,8 @@ def test_what_is_no_score_is_refused_in_one_line(kind, tmp_path):
     assert "in ask" in path.read_text()
 
 
-def test_what_one_reward_writes_no_other_sees():
+@pytest.mark.parametrize("limit", [None, 60.0], ids=["", "with a time limit"])
+def test_what_one_reward_writes_no_other_sees(limit):
     class Vandal:
         def score(self, samples, prompts, fps):
             samples.numpy()[:] = 0
@@ -122,7 +124,10 @@ def test_what_one_reward_writes_no_other_sees():
             return samples.flatten(1).mean(1)
 
     images = IMAGES.clone()
-    scores = score_samples({"vandal": Vandal(), "next": Reads()}, images, PROMPTS, None, FailureLog(pytest.fail))
+    rewards = {"vandal": Vandal(), "next": Reads()}
+    if limit is not None:
+        rewards = {name: LimitedReward(reward, name, limit) for name, reward in rewards.items()}
+    scores = score_samples(rewards, images, PROMPTS, None, FailureLog(pytest.fail))
     assert scores["next"].values.tolist() == pytest.approx(MEANS.tolist())
     assert torch.equal(images, IMAGES)
 

@@ -10,7 +10,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo.algorithms.layout import lay_out
-from fastgrpo.algorithms.objectives.grpo import SUMMED
 from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.distributed.world import World
@@ -20,6 +19,7 @@ from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.update import Updater
+from fastgrpo_kernels.clipped_loss import FIELDS
 from support.updates import run_update
 
 
@@ -78,5 +78,5 @@ def run_iteration(
         updater = Updater(family, config, World(0, 1, device), OptimizerState(family.policy, config.update, 1))
         result = run_update(updater, plan, trajectory, conditioning, advantages)
     assert len(result.grad_norms) == config.update.optimizer_steps
-    assert result.statistics.sums.shape == (len(SUMMED),)
+    assert result.statistics.values.shape == (len(FIELDS),)
     return {"latents": trajectory.latents.shape, "images": images.shape, "x": trajectory.x.shape}

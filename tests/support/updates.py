@@ -6,13 +6,15 @@ import numpy as np
 import torch
 
 from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.algorithms.schedule import loss_scale
 from fastgrpo.distributed.world import World
 from fastgrpo.models import Conditioning
 from fastgrpo.rollout.generator import Batch
-from fastgrpo.rollout.sampler import rollout
+from fastgrpo.rollout.sampler import forward_batches, rollout
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.update import Updater
-from fastgrpo_kernels import noise
+from fastgrpo_kernels import noise, shift_moments
+from support.objective import policy_loss
 from support.tiny import tiny_rollout_inputs
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -71,6 +73,27 @@ def textbook_loss(transformer, family, plan, trajectory, conditioning, A, config
         clipped = ratio.clamp(1 - config.objective.clip_low, 1 + config.objective.clip_high)
         total = total + torch.maximum(-advantage * ratio, -advantage * clipped)
     return total / len(layout.pair_row)
+
+
+def oracle_gradients(updater, schedule, trajectory, conditioning, A, kl_weight=0.0):
+    """Loss and gradients by the objective in PyTorch, of float64 coefficients, over all pairs at once."""
+    config, layout, device = updater.config, trajectory.layout, trajectory.x.device
+    coefficients = torch.tensor([schedule.transitions[t] for t in layout.row_step], dtype=torch.float64)
+    _, b, s = coefficients[torch.from_numpy(layout.pair_row)].unbind(1)
+    terms = torch.from_numpy(np.asarray(A, dtype=np.float64).reshape(len(A), -1)[layout.samples[layout.pair_sample]])
+    times = torch.tensor(schedule.times, dtype=torch.float32)[torch.from_numpy(layout.row_step)]
+    v = torch.cat([
+        updater.family.predict(trajectory.x[part], times[part], conditioning.rows(layout.row_prompt[part]))[:real]
+        for part, real in forward_batches(np.arange(len(layout.row_step)), config.rollout.forward_batch)
+    ])  # fmt: skip
+    pair_row = torch.from_numpy(layout.pair_row)
+    samples, steps = layout.samples[layout.pair_sample], layout.row_step[layout.pair_row]
+    key = noise.noise_key(config.run.seed, samples.tolist(), torch.from_numpy(steps), 0, noise.STREAM_SDE, device)
+    P, Q = shift_moments(v[pair_row], trajectory.v_old[pair_row], b, s, key)
+    loss, _ = policy_loss(P, Q, s.float(), terms.float(), torch.ones(len(P)), config.objective)
+    scale = loss_scale(config.objective, schedule) / len(P)
+    (loss * scale).backward()
+    return float(loss), [p.grad for p in updater.optimizer.parameters]
 
 
 def run_update(updater, schedule, trajectory, conditioning, A, kl_weight=None):

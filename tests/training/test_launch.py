@@ -1,5 +1,6 @@
 """The launch scripts, with a scheduler of two small scripts in place of Slurm's."""
 
+import json
 import os
 import signal
 import subprocess
@@ -62,8 +63,9 @@ def interrupt(folder: Path) -> None:
         os.kill(int(pid), signal.SIGUSR1)
 
 
-def test_the_script_is_a_script():
-    subprocess.run(["bash", "-n", str(ROOT / "configs/launch/slurm.sh")], check=True)
+@pytest.mark.parametrize("name", ["slurm.sh", "torchrun.sh"])
+def test_the_script_is_a_script(name):
+    subprocess.run(["bash", "-n", str(ROOT / "configs/launch" / name)], check=True)
 
 
 @pytest.mark.full
@@ -83,3 +85,67 @@ def test_slurm_requeues_a_preempted_run_which_then_goes_on(submit, tmp_path, ran
     assert again.returncode == 0, errors
     assert not (tmp_path / "requeued").exists()
     assert stopped + 1 in CheckpointStore.of_run(tmp_path / "run").iterations()
+
+
+@pytest.fixture
+def torchrun(tiny_flux, tmp_path):
+    """Starts configs/launch/torchrun.sh with two ranks whose iterations take so many seconds."""
+
+    def start(seconds: float, iterations: int, *flags: str) -> subprocess.Popen:
+        slow = [{"name": "support.slow:SlowReward", "options": {"seconds": seconds}}]
+        settings = tiny_config(
+            tiny_flux, tmp_path / "run", rollout={"group_size": 4}, train={"iterations": iterations}, rewards=slow,
+            checkpoint={"every": 1},
+        )  # fmt: skip
+        (tmp_path / "c.yaml").write_text(dump_settings(settings), encoding="utf-8")
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ["PYTHONPATH"]])
+        command = ["bash", str(ROOT / "configs/launch/torchrun.sh"), "--standalone", "--nproc-per-node", "2", *flags]
+        command += ["-m", "fastgrpo", "train", str(tmp_path / "c.yaml"), "run.resume=auto"]
+        errors = (tmp_path / "errors").open("w")
+        return subprocess.Popen(
+            command, env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": paths}, stderr=errors
+        )
+
+    return start
+
+
+def wait_for(there, process: subprocess.Popen, seconds: float = 300) -> None:
+    limit = time.monotonic() + seconds
+    while not there():
+        assert process.poll() is None, "ended before"
+        assert time.monotonic() < limit, "never came"
+        time.sleep(0.2)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if b"fastgrpo" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_waits_for_a_long_iteration_to_end_with_a_checkpoint(torchrun, tmp_path, number):
+    job = torchrun(45, 50)
+    doing = tmp_path / "run" / "ranks" / "1.json"
+    wait_for(lambda: doing.exists() and "reward" in doing.read_text(), job)
+    ranks = ranks_of(job)
+    assert len(ranks) == 2
+    job.send_signal(number)
+    # torchrun raises its signal: its own exit code says nothing of the ranks.
+    assert job.wait(300) == 1
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert (events[-1]["event"], events[-1]["why"]) == ("end", "preempted")
+    assert CheckpointStore.of_run(tmp_path / "run").iterations() == [0]
+    assert "forcefully" not in (tmp_path / "errors").read_text()
+
+
+@pytest.mark.full
+def test_torchrun_starts_ranks_again_from_the_last_checkpoint(torchrun, tmp_path):
+    job = torchrun(1, 5, "--max-restarts", "2")
+    lines = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: lines.exists() and len(lines.read_text().splitlines()) > 1, job)
+    os.kill(ranks_of(job)[-1], signal.SIGKILL)
+    assert job.wait(400) == 0, (tmp_path / "errors").read_text()
+    assert [json.loads(line)["iteration"] for line in lines.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    assert CheckpointStore.of_run(tmp_path / "run").iterations()[-1] == 5

@@ -1,14 +1,24 @@
 """Updates: ratio exactly 1, the gradient of the textbook loss in float64, micro-batches that cover every pair once."""
 
 import copy
+from contextlib import nullcontext
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from support.launches import counting, triton
 from support.tiny import tiny_config, tiny_rollout_inputs
-from support.updates import advantages, prepare, run_update, textbook_loss
+from support.updates import ALONE, advantages, oracle_gradients, prepare, run_update, textbook_loss
 
+from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.rollout.generator import Batch
+from fastgrpo.rollout.trajectory import Trajectory
+from fastgrpo.training import update
 from fastgrpo.training.micro_batches import micro_batches, rows_to_train
+from fastgrpo.training.residency import KEPT
+from fastgrpo.training.update import Updater
 
 WINDOW = {"kind": "window", "size": 2, "start": 1}
 SUBSET = {"kind": "subset", "fraction": 0.6}
@@ -24,7 +34,7 @@ def test_on_policy_every_ratio_is_exactly_one(tiny_flux, trained, share, kept):
     A = advantages(config, zeros=2)
     result = run_update(updater, plan, trajectory, conditioning, A)
     assert result.statistics.max_deviation.item() == 0
-    assert result.statistics.sums[-1].item() == 4 * plan.pairs_per_sample
+    assert result.statistics.weight.item() == 4 * plan.pairs_per_sample
 
 
 @pytest.mark.parametrize("trained", [WINDOW, SUBSET], ids=["window", "subset"])
@@ -66,7 +76,7 @@ def test_a_trained_last_step_starts_at_ratio_one_and_has_a_gradient(tiny_flux):
     result = run_update(updater, plan, trajectory, conditioning, A)
     assert plan.pairs_per_sample == config.rollout.steps
     assert result.statistics.max_deviation.item() == 0
-    assert result.statistics.sums[-1].item() == 6 * config.rollout.steps
+    assert result.statistics.weight.item() == 6 * config.rollout.steps
     assert max(g.abs().max().item() for g in updater.optimizer.seen[0] if g is not None) > 0
 
 
@@ -89,7 +99,7 @@ def test_nothing_to_train_takes_no_step(tiny_flux):
     _, plan, trajectory, conditioning, updater = prepare(config)
     result = run_update(updater, plan, trajectory, conditioning, np.zeros(6))
     assert updater.optimizer.seen == []
-    assert result.statistics.sums[-1].item() == 0
+    assert result.statistics.weight.item() == 0
 
 
 def test_optimizer_steps_take_equal_shares_of_whole_samples(tiny_flux):
@@ -127,3 +137,80 @@ def test_a_shared_row_is_evaluated_once_for_its_whole_group(tiny_flux):
     [batch] = micro_batches(layout, np.ones(6, bool), 4, 1)
     assert batch.weight.sum() == 6
     assert batch.pairs.shape == (4, 3)
+
+
+@pytest.mark.parametrize("objective", [{}, {"ratio": "ratio_norm"}, {"dual_clip": 1.5}], ids=["plain", "guard", "dual"])
+@pytest.mark.parametrize("move", [0.0, 1e-4, 1e-2], ids=["on policy", "near", "far"])
+@pytest.mark.parametrize("rewards", [1, 2])
+def test_the_kernels_loss_has_the_gradient_of_the_objective_in_pytorch(tiny_flux, objective, move, rewards):
+    config = tiny_config(tiny_flux, objective=objective)
+    A = np.stack([advantages(config) * (i + 1) for i in range(rewards)], axis=1)
+    _, schedule, trajectory, conditioning, updater = prepare(config, move)
+    result = run_update(updater, schedule, trajectory, conditioning, A)
+    _, _, _, _, again = prepare(config, move)
+    loss, expected = oracle_gradients(again, schedule, trajectory, conditioning, A)
+    pairs = result.statistics.weight.item()
+    assert abs(result.statistics.loss.item() - loss) / pairs < 1e-7
+    known = [(a, b) for a, b in zip(updater.optimizer.seen[0], expected, strict=True) if a is not None]
+    norm = torch.stack([b.norm() for _, b in known]).norm()
+    error = torch.stack([(a - b).norm() for a, b in known]).norm()
+    assert norm > 0
+    assert error / norm < 1e-6
+    assert (result.first.max_deviation.item() == 0) is (move == 0)
+
+
+class Meta:
+    """A family on the meta device whose model launches nothing."""
+
+    device, dtype = torch.device("meta"), torch.bfloat16
+
+    def __init__(self, rows, shape):
+        self.modules = {"transformer": torch.nn.Identity()}
+        self.output = torch.empty(rows, *shape, dtype=self.dtype, device="meta", requires_grad=True)
+
+    def predict(self, *_):
+        return self.output if torch.is_grad_enabled() else self.output.detach()
+
+
+class Nothing:
+    """Conditioning and optimizer of it."""
+
+    parameters: ClassVar[list] = []
+
+    def rows(self, index):
+        return self
+
+    def seed(self, gradient):
+        return gradient
+
+    def step(self):
+        return torch.empty((), device="meta"), torch.empty((), device="meta")
+
+    def end_iteration(self, iteration):
+        pass
+
+
+@pytest.mark.parametrize("form", ["key", "stored noise", "kl", "two rewards"])
+def test_launches_of_a_micro_batch_beside_the_model(tiny_flux, monkeypatch, form):
+    config = tiny_config(
+        tiny_flux, rollout={"share_prefix": False}, objective={"kl_weight": 0.1 if form == "kl" else 0}
+    )
+    family, schedule, layout, *_ = tiny_rollout_inputs(config)
+    shape, rows, pairs = family.latent_shape, len(layout.row_step), len(layout.pair_row)
+    empty = partial(torch.empty, device="meta")
+    stored = empty(pairs, *shape) if form == "stored noise" else None
+    trajectory = Trajectory(layout, empty(0), empty(rows, *shape), empty(rows, *shape, dtype=torch.bfloat16), stored)
+    monkeypatch.setattr(update, "to_device", lambda array, device: torch.from_numpy(array).to("meta"))
+    reference = (lambda: nullcontext({"transformer": None})) if form == "kl" else None
+    terms = np.stack([advantages(config)] * (2 if form == "two rewards" else 1), axis=1)
+    taken = Advantages(terms.sum(1), terms, np.ones(len(terms), bool), np.zeros(2, bool))
+    counts = []
+    for number in (1, 2):
+        meta = Meta(config.rollout.forward_batch, shape)
+        updater = Updater(meta, config, ALONE, Nothing(), reference, KEPT, lambda chosen, n=number: chosen[:n])
+        with counting() as counted:
+            updater.run(Batch(0, np.arange(2), schedule, trajectory, Nothing()), taken, config.objective.kl_weight)
+        counts.append(counted)
+    each = counts[1] - counts[0]
+    assert triton(each) == 2, each
+    assert sum(each.values()) <= 10, each

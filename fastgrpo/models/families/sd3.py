@@ -28,6 +28,7 @@ class StableDiffusion3(ModelFamily):
     pipeline_classes = ("StableDiffusion3Pipeline",)
     guidance_style = "cfg"
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    optional_encoders = ("text_encoder_3", "tokenizer_3")
     block_lists = ("transformer_blocks",)
 
     @classmethod

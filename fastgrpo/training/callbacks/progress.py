@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastgrpo.algorithms.arithmetic import arithmetic
@@ -18,13 +18,15 @@ class ProgressCallback(Callback):
 
     name = "progress"
 
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
+    def __init__(self, enabled: bool, said: Sequence[str] = ()) -> None:
+        self.enabled, self.said = enabled, said
         self.progress: Progress | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         self.progress = Progress(trainer.config.train.iterations, trainer.iteration, self.enabled)
         trainer.note(arithmetic(trainer.config, trainer.world.size))
+        for text in self.said:
+            trainer.note(f"warning: {text}")
 
     def on_metrics(self, trainer: Trainer, iteration: int, metrics: Mapping[str, float]) -> None:
         if self.progress is not None:

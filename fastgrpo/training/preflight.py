@@ -1,0 +1,111 @@
+"""All that can be known of a run without its weights: every problem at once, and what is likely not meant.
+
+`fastgrpo train CONFIG --check` prints it; a run tells the remarks when it starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fastgrpo.algorithms.schedule import check_sampler
+from fastgrpo.config import Config, Model
+from fastgrpo.data.prompts import Prompt, load_prompts
+from fastgrpo.distributed.world import check_world
+from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.models import ModelFamily, family_class
+from fastgrpo.models.architectures import architecture, known
+from fastgrpo.models.attention import check_backend
+from fastgrpo.models.context import check_context
+from fastgrpo.models.loading import read_configs, resolve_path
+from fastgrpo.models.nf4 import check_quantization
+from fastgrpo.rewards import load_reward
+from fastgrpo.training.adamw_8bit import check_optimizer
+from fastgrpo.training.remarks import check_pictures, remarks
+from fastgrpo.training.setup import load_callback
+
+Result = TypeVar("Result")
+# GPUs of a node, where only the number of ranks is known.
+NODE = 8
+
+
+@dataclass
+class Preflight:
+    """What was found. problems: each would end the run; remarks: each is likely not meant; prompts: by source."""
+
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    prompts: dict[str, list[Prompt]] = field(default_factory=dict)
+
+    def attempt(self, work: Callable[[], Result]) -> Result | None:
+        """The result of `work`, or None where it raises UserError, whose problems are kept."""
+        try:
+            return work()
+        except UserError as error:
+            found = getattr(error, "problems", None) or (str(error),)
+            self.problems += [problem for problem in found if problem not in self.problems]
+        return None
+
+
+def preflight(config: Config, ranks: int = 1) -> Preflight:
+    """Checks a run of `ranks` ranks; loads no weights, downloads nothing and writes nothing."""
+    found = Preflight()
+    kind, cls = "", found.attempt(lambda: family_class(config.model.family))
+    if cls is not None:
+        found.attempt(lambda: check_sampler(config.rollout.sampler, cls.paradigm, cls.name))
+        kind, parts = found.attempt(lambda: _described(cls, config.model, found)) or ("", {})
+        if parts:
+            found.attempt(lambda: cls.check(config.model, parts))
+        if parts and config.parallel.context > 1:
+            found.attempt(lambda: check_context(config, cls, parts, "cuda" if torch.cuda.is_available() else "cpu"))
+    found.attempt(lambda: check_quantization(config.model))
+    found.attempt(lambda: check_backend(config.model.attention_backend, config.parallel.context))
+    found.attempt(lambda: check_optimizer(config.update.optimizer))
+    found.attempt(lambda: check_world(config, ranks, min(ranks, NODE)))
+    found.attempt(lambda: _check_groups(config, ranks))
+    for spec in config.scored:
+        found.attempt(lambda spec=spec: load_reward(spec))
+    for name in config.callbacks:
+        found.attempt(lambda name=name: load_callback(name))
+    for source in dict.fromkeys(filter(None, (config.prompts.train, config.prompts.heldout))):
+        prompts = found.attempt(lambda source=source: load_prompts(source))
+        if prompts is not None:
+            found.prompts[source] = prompts
+            found.attempt(lambda source=source, prompts=prompts: check_pictures(source, prompts, kind))
+    if not found.problems and cls is not None:
+        found.remarks += remarks(config, cls, found.prompts)
+    return found
+
+
+def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[str, dict[str, Mapping[str, Any]]]:
+    """The class of the pipeline at model.path and its components' configs, as far as they are on this machine."""
+    if model.path in known():
+        spec = architecture(model.path)
+        kind, parts = spec["pipeline"], {name: settings for name, (_, _, settings) in spec["parts"].items()}
+        if kind not in cls.pipeline_classes:
+            raise ConfigError(f"model.path: '{model.path}' is a {kind}, not a {' or '.join(cls.pipeline_classes)}")
+    else:
+        folder = Path(resolve_path(model.path))
+        if not folder.is_dir() and model.path.count("/") == 1:
+            found.remarks.append(f"model.path: '{model.path}' is no directory here, and as a hub id it was not checked")
+            return "", {}
+        if not folder.is_dir():
+            raise ConfigError(f"model.path: there is no directory '{model.path}'")
+        parts = read_configs(cls, model)
+        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    return kind, parts
+
+
+def _check_groups(config: Config, ranks: int) -> None:
+    """Raises ConfigError where best-of-N's groups would be divided among ranks."""
+    roll, shares = config.rollout, max(1, ranks // config.parallel.context) * config.update.optimizer_steps
+    if roll.best_of is not None and roll.prompts_per_iteration % shares:
+        raise ConfigError(
+            f"rollout.best_of: groups of {roll.best_of} stay whole, and {roll.prompts_per_iteration} prompts an "
+            f"iteration do not divide over {shares} (ranks × update.optimizer_steps)"
+        )

@@ -1,0 +1,112 @@
+"""Directories that are not whole: one line that names the file, whether weights are loaded whole or by shards."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_images import build, image_config
+
+from fastgrpo.errors import ConfigError
+from fastgrpo.models import load_family
+
+CPU = torch.device("cpu")
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+SINGLE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A pipeline in one file a component, in shards, and in a variant's files."""
+    pipeline, folder = build("sd_v"), tmp_path_factory.mktemp("pipelines")
+    pipeline.save_pretrained(folder / "one")
+    pipeline.save_pretrained(folder / "shards", max_shard_size="300KB")
+    pipeline.save_pretrained(folder / "fp16", variant="fp16")
+    pipeline.save_pretrained(folder / "fp16 shards", variant="fp16", max_shard_size="300KB")
+    assert len(list((folder / "shards" / "unet").glob("*.safetensors"))) > 1
+    return folder
+
+
+def relist(folder: Path, **entries):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **entries}))
+
+
+def cut(file: Path):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def first(folder: Path, component: str) -> Path:
+    return min((folder / component).glob("*.safetensors"))
+
+
+def point(component: str):
+    return lambda folder: (folder / component / SINGLE).write_text(POINTER)
+
+
+def pickled(folder: Path):
+    (folder / "unet" / SINGLE).rename(folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def without_first(folder: Path):
+    first(folder, "unet").unlink()
+
+
+FIRST = r"there is no .*unet/.*-00001-of-\d+\.safetensors, which"
+SHORT = r"bytes: it is cut short"
+# Which pipeline is copied, what is done to the copy, and what is said of it.
+DAMAGE = {
+    "null vae": ("one", lambda f: relist(f, vae=[None, None]), r"model_index\.json of '.*' has no vae, which"),
+    "null unet": ("one", lambda f: relist(f, unet=[None, None]), r"has no unet, which"),
+    "null text encoder": ("one", lambda f: relist(f, text_encoder=[None, None]), r"has no text_encoder, which"),
+    "no folder": ("one", lambda f: shutil.rmtree(f / "text_encoder"), r"lists text_encoder, and there is no folder"),
+    "pointer": ("one", point("vae"), rf"vae/{SINGLE} is a git-lfs pointer"),
+    "pointer, trained": ("one", point("unet"), rf"unet/{SINGLE} is a git-lfs pointer"),
+    "cut": ("one", lambda f: cut(f / "unet" / SINGLE), rf"unet/{SINGLE} has [\d,]+ of [\d,]+ {SHORT}"),
+    "empty": ("one", lambda f: (f / "unet" / SINGLE).write_bytes(b""), rf"unet/{SINGLE} is not a safetensors file"),
+    "cut shard": ("shards", lambda f: cut(first(f, "unet")), rf"unet/.*-00001-of-.* {SHORT}"),
+    "missing shard": ("shards", without_first, FIRST),
+    "no weights": ("one", lambda f: (f / "unet" / SINGLE).unlink(), r"no weights in .*unet: no \.safetensors file"),
+    "a pickle": ("one", pickled, r"unet/diffusion_pytorch_model\.bin is a pickle"),
+    "variant": ("fp16", lambda f: None, r"has weights of variant fp16 alone; set model\.variant to it"),
+}
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("name", list(DAMAGE))
+def test_one_line_names_the_file(whole, tmp_path, name, sharded):
+    kind, damage, words = DAMAGE[name]
+    folder = shutil.copytree(whole / kind, tmp_path / "copy")
+    damage(folder)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_family(image_config(folder, "sd_v").model, CPU, sharded)
+    assert str(caught.value).startswith("model.path: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_variants_shards_are_looked_at_too(whole, tmp_path):
+    folder = shutil.copytree(whole / "fp16 shards", tmp_path / "copy")
+    first(folder, "unet").unlink()
+    config = image_config(folder, "sd_v", model={"variant": "fp16"}).model
+    for sharded in (False, True):
+        with pytest.raises(ConfigError, match=r"there is no .*unet/.*fp16-00001-of-\d+\.safetensors, which"):
+            load_family(config, CPU, sharded)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "fp16 shards"])
+def test_a_variant_is_loaded_where_it_is_set(whole, kind):
+    plain = load_family(image_config(whole / "one", "sd_v").model, CPU)
+    config = image_config(whole / kind, "sd_v", model={"variant": "fp16"}).model
+    found = load_family(config, CPU)
+    for a, b in zip(plain.denoiser.parameters(), found.denoiser.parameters(), strict=True):
+        assert torch.equal(a, b)
+    files = load_family(config, CPU, sharded=True).weight_files["unet"]
+    assert set(files) == set(plain.denoiser.state_dict())
+    assert all("fp16" in file.name for file in files.values())
+
+
+def test_a_listed_safety_checker_without_folder_is_not_missed(whole, tmp_path):
+    folder = shutil.copytree(whole / "one", tmp_path / "copy")
+    relist(folder, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    assert load_family(image_config(folder, "sd_v").model, CPU).pipeline.safety_checker is None
