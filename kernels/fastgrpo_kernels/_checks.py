@@ -107,8 +107,7 @@ def as_coefficients(
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: expected float64 or float32, got {value.dtype}")
     if is_host_readable(value):
-        finite = bool(torch.isfinite(value).all())
-        _check_values(name, value, finite, not positive or bool((value > 0).all()))
+        _check_readable(name, value, positive=positive)
     if less_one:
         value = value - 1.0
     if like.device.type != "cpu":
@@ -122,7 +121,16 @@ def check_traced(**rows: Tensor | None) -> None:
     """In the body of a custom operator: refuse coefficients that tracing could not read; `s` must be positive."""
     for name, value in rows.items():
         if value is not None and value.device.type == "cpu":
-            _check_values(name, value, bool(torch.isfinite(value).all()), name != "s" or bool((value > 0).all()))
+            _check_readable(name, value, positive=name == "s")
+
+
+def _check_readable(name: str, value: Tensor, *, positive: bool) -> None:
+    if value.numel() > 256:
+        _check_values(name, value, bool(torch.isfinite(value).all()), not positive or bool((value > 0).all()))
+        return
+    # Of few numbers Python is done before two operations are.
+    numbers_ = value.flatten().tolist()
+    _check_values(name, value, all(map(math.isfinite, numbers_)), not positive or min(numbers_, default=1.0) > 0)
 
 
 def _check_values(name: str, value: object, finite: bool, in_range: bool) -> None:

@@ -34,10 +34,9 @@ def add_scaled(total: Tensor, coefficient: float | Tensor, term: Tensor) -> None
 
 def difference(left: Tensor, right: Tensor) -> Tensor:
     """left - right as a new contiguous float32 tensor."""
-    out = torch.empty(left.shape, dtype=torch.float32)
-    if left.dtype == right.dtype == torch.float32:
-        return torch.sub(left, right, out=out)
-    return out.copy_(left).sub_(right)
+    if left.dtype == right.dtype == torch.float32 and left.is_contiguous():
+        return torch.sub(left, right)
+    return torch.empty(left.shape, dtype=torch.float32).copy_(left).sub_(right)
 
 
 def residual(y: Tensor, x: Tensor, v: Tensor, a_less_one: float | Tensor, b: float | Tensor) -> Tensor:
@@ -57,8 +56,11 @@ def quotient(numerator: float | Tensor, denominator: float | Tensor) -> float | 
     return numerator / (denominator.double() if isinstance(denominator, Tensor) else denominator)
 
 
-def tiles(batch: int, elements: int) -> Iterator[Tile]:
-    """(rows, columns) that cover [B, D], whole blocks wide but for the last."""
+def tiles(batch: int, elements: int) -> Iterator[Tile | None]:
+    """(rows, columns) that cover [B, D], whole blocks wide but for the last; None where one tile is all."""
+    if batch * elements <= _TILE:
+        yield None
+        return
     columns = max(_TILE // batch // _BLOCK, 1) * _BLOCK
     height = max(_TILE // min(columns, elements), 1)
     for row in range(0, batch, height):
@@ -66,41 +68,40 @@ def tiles(batch: int, elements: int) -> Iterator[Tile]:
             yield slice(row, row + height), slice(column, min(column + columns, elements))
 
 
-def tile_coefficient(coefficient: float | Tensor, tile: Tile) -> float | Tensor:
+def tile_coefficient(coefficient: float | Tensor, tile: Tile | None) -> float | Tensor:
     """A coefficient of a tile's rows."""
-    return coefficient[tile[0]] if isinstance(coefficient, Tensor) else coefficient
+    return coefficient[tile[0]] if isinstance(coefficient, Tensor) and tile is not None else coefficient
 
 
 class BlockSums:
-    """Sums over dim 1 of [B, D] from its tiles: partial sums of fixed blocks, so that a row's bits are its own."""
+    """Several sums over dim 1 of [B, D] from tiles: partial sums of fixed blocks, so that a row's bits are its own."""
 
-    def __init__(self, batch: int, elements: int) -> None:
-        self.whole = elements // _BLOCK
-        self.partials = torch.empty((batch, -(-elements // _BLOCK)), dtype=torch.float32)
+    def __init__(self, count: int, batch: int, elements: int) -> None:
+        self.partials = torch.empty((count, batch, -(-elements // _BLOCK)), dtype=torch.float32)
 
-    def add(self, tile: Tile, values: Tensor) -> None:
-        """Take in the values of one tile."""
-        rows, columns = tile
-        first, whole = columns.start // _BLOCK, values.shape[1] // _BLOCK
+    def add(self, index: int, tile: Tile | None, values: Tensor) -> None:
+        """Take in the values of one tile (None: of all) for the sum `index`."""
+        partials, first = self.partials[index], 0
+        if tile is not None:
+            partials, first = partials[tile[0]], tile[1].start // _BLOCK
+        length = values.shape[1]
+        whole = length // _BLOCK
         if whole:
-            blocks = values[:, : whole * _BLOCK].unflatten(1, (-1, _BLOCK))
-            self.partials[rows, first : first + whole] = blocks.sum(2)
-        if values.shape[1] % _BLOCK:
-            self.partials[rows, first + whole] = values[:, whole * _BLOCK :].sum(1)
+            part = values if length == whole * _BLOCK else values[:, : whole * _BLOCK]
+            torch.sum(part.unflatten(1, (whole, _BLOCK)), -1, out=partials[:, first : first + whole])
+        if length != whole * _BLOCK:
+            torch.sum(values[:, whole * _BLOCK :] if whole else values, -1, out=partials[:, first + whole])
 
     def total(self) -> Tensor:
-        """The sums, float64 [B]."""
-        total = self.partials[:, self.whole :].sum(1).double()
-        if self.whole:
-            total += self.partials[:, : self.whole].sum(1, dtype=torch.float64)
-        return total
+        """The sums, float64 [count, B]."""
+        return self.partials.sum(2, dtype=torch.float64)
 
 
 def sum_blocks(values: Tensor) -> Tensor:
     """Sum over dim 1 of [B, D], float64 [B], in the order of `BlockSums`."""
-    sums = BlockSums(*values.shape)
-    sums.add((slice(0, values.shape[0]), slice(0, values.shape[1])), values)
-    return sums.total()
+    sums = BlockSums(1, *values.shape)
+    sums.add(0, None, values)
+    return sums.total()[0]
 
 
 def guide(v: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:

@@ -121,12 +121,11 @@ def launch_grpo_loss(
 
 
 def _backward(grad: Tensor, factors: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
-    grad_p, grad_q, *rest = factors.unbind(0)
-    grad_reference = rest[0] if rest else None
     if launches(shift.v):
-        return launch_shift_moments_backward(grad_p, grad_q, shift, grad_reference, grad)
-    scaled = None if grad_reference is None else grad * grad_reference
-    return shift_moments_backward_cpu(grad * grad_p, grad * grad_q, shift, scaled)
+        grad_p, grad_q, *rest = factors.unbind(0)
+        return launch_shift_moments_backward(grad_p, grad_q, shift, rest[0] if rest else None, grad)
+    grad_p, grad_q, *rest = (grad * factors).unbind(0)
+    return shift_moments_backward_cpu(grad_p, grad_q, shift, rest[0] if rest else None)
 
 
 class _GrpoLoss(torch.autograd.Function):

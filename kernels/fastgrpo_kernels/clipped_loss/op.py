@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward
-from .._checks import as_coefficients, as_rows, check_integer, check_no_grad, check_number, check_traced, is_eager
+from .._checks import (
+    as_coefficients,
+    as_rows,
+    check_integer,
+    check_no_grad,
+    check_number,
+    check_traced,
+    is_eager,
+    is_host_readable,
+)
 from .._checks import per_sample as per_sample_rows
 from .._launch import coefficient_steps, kernel_scalar, launch, launches
 
@@ -253,49 +262,60 @@ def clipped_loss_cpu(
 
     `share` [B] multiplies the factors where moments are means over a mask.
     """
-    s, A, w = (c.to(torch.float32) if isinstance(c, Tensor) else c for c in (s, advantages, weight))
-    P, half = P * objective.unit, None if Q is None else Q * (objective.unit / 2)
-    gaussian = P if half is None else P - half
-    scale, by_q = {"gaussian": (1.0, -0.5), "unit": (2 * s * s, -0.5), "ratio_norm": (s, 0.0)}[objective.ratio]
-    ratio = torch.exp(scale * (P if objective.ratio == "ratio_norm" else gaussian))
-    several = A.ndim == 2
-    r, h = (ratio[:, None], None if half is None else half[:, None]) if several else (ratio, half)
-    unclipped, clipped = -A * r, -A * r.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    s, N, w = (c.to(torch.float32) if isinstance(c, Tensor) else c for c in (s, -advantages, weight))
+    if isinstance(w, Tensor) and not (is_host_readable(w) and all(w.tolist())):
+        # A sample of weight 0 has no part in anything, whatever its moments are.
+        padding = w == 0
+        P, Q, Q_reference = (None if m is None else m.masked_fill(padding, 0.0) for m in (P, Q, Q_reference))
+        assert P is not None
+    if objective.unit != 1.0:
+        P = P * objective.unit
+    half = torch.zeros_like(P) if Q is None else Q * (objective.unit / 2)
+    if objective.ratio == "gaussian":
+        scale, by_q, log_ratio = 1.0, -0.5, P - half
+    elif objective.ratio == "unit":
+        scale, by_q = 2 * s * s, -0.5
+        log_ratio = scale * (P - half)
+    else:
+        scale, by_q, log_ratio = s, 0.0, s * P
+    ratio = torch.exp(log_ratio)
+    several = N.ndim == 2
+    r, h = (ratio[:, None], half[:, None]) if several else (ratio, half)
+    unclipped, clipped = N * r, N * r.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     loss, was_clipped = torch.maximum(unclipped, clipped), clipped > unclipped
     slope = unclipped.masked_fill(was_clipped, 0.0)
     if objective.dual_clip is not None:
-        bound, negative = -A * objective.dual_clip, A < 0
+        bound, negative = N * objective.dual_clip, N > 0
         above = negative & (loss > bound)
         # At a tie autograd of minimum gives each side half.
         slope = torch.where(negative & (loss == bound), 0.5 * slope, slope).masked_fill(above, 0.0)
         loss = torch.where(above, bound, loss)
-    dropped = torch.zeros_like(was_clipped)
-    if objective.dppo_threshold is not None and h is not None:
-        dropped = ((r > 1) & (A > 0) | (r < 1) & (A < 0)) & (objective.dppo_threshold <= h)
+    shares = [was_clipped.float()]
+    if objective.dppo_threshold is not None:
+        dropped = ((r > 1) & (N < 0) | (r < 1) & (N > 0)) & (objective.dppo_threshold <= h)
         loss, slope = loss.masked_fill(dropped, 0.0), slope.masked_fill(dropped, 0.0)
-    masks = was_clipped.float(), dropped.float()
+        shares.append(dropped.float())
     if several:
-        loss, slope, masks = loss.sum(1), slope.sum(1), [mask.mean(1) for mask in masks]
+        loss, slope, shares = loss.sum(1), slope.sum(1), [share_.mean(1) for share_ in shares]
     factor = w * objective.unit if share is None else w * objective.unit * share
-    factors = [slope * scale * factor]
-    kl = torch.zeros_like(P) if half is None else half
-    if half is not None:
+    factors = [slope * factor if isinstance(scale, float) else slope * scale * factor]
+    kl = half
+    if Q is not None:
         factors.append(factors[0] * by_q)
     if Q_reference is not None:
         kl = Q_reference * (objective.unit / 2)
-        loss = loss + objective.kl_weight * kl
-        factors += [torch.zeros_like(P)] * (half is None)
+        loss = torch.add(loss, kl, alpha=objective.kl_weight)
+        factors += [factors[0]] * (Q is None)
         factors.append(torch.ones_like(P) * (factor * (objective.kl_weight * 0.5)))
-    columns = torch.stack([ratio, masks[0], kl, masks[1], loss, torch.ones_like(P)]) * w
-    deviation = (ratio - 1).abs()
-    if isinstance(w, Tensor):
-        # A sample of weight 0 has no part in anything, whatever its moments are.
-        columns, deviation = torch.where(w != 0, columns, 0.0), torch.where(w > 0, deviation, 0.0)
-        made = torch.where(w != 0, torch.stack(factors), 0.0)
-    else:
-        deviation, made = deviation * (w > 0), torch.stack(factors)
-    statistics = torch.cat([columns.sum(1), deviation.amax().view(1)])
-    return columns[4].clone() if per_sample else columns[4].sum(), statistics, made
+    one = torch.ones_like(P)
+    columns = torch.stack([ratio, shares[0], kl, shares[1] if len(shares) == 2 else torch.zeros_like(P), loss, one])
+    columns *= w
+    sums = columns.sum(1)
+    deviation = torch.linalg.vector_norm(ratio - 1.0, torch.inf, 0, keepdim=True)
+    if not isinstance(w, Tensor) and w <= 0:
+        deviation = torch.zeros_like(deviation)
+    # An operator's results may not share their storage.
+    return (columns[4] if per_sample else sums[4]).clone(), torch.cat([sums, deviation]), torch.stack(factors)
 
 
 def launch_clipped_loss(

@@ -128,18 +128,21 @@ def with_noise(shift: Shift) -> Shift:
     return shift._replace(eps=noise_cpu(None, shift.words, shift.seed, shift.v), words=None)
 
 
-def shift_tiles(shift: Shift) -> Iterator[tuple[Tile, Shift]]:
+def shift_tiles(shift: Shift) -> Iterator[tuple[Tile | None, Shift]]:
     """(tile, its part of the call as [rows, columns]) of every tile; a key's noise is made first."""
     shift = with_noise(shift)
     flat = {name: rows(t) for name in LATENTS if (t := getattr(shift, name)) is not None}
-    mask = masked(shift)
-    names = ("b", "s", "a_less_one", "guidance")
-    coefficients = {name: c for name in names if (c := getattr(shift, name)) is not None}
-    for tile in tiles(*flat["v"].shape):
+    if (mask := masked(shift)) is not None:
+        flat["mask"] = mask
+    batch, elements = flat["v"].shape
+    for tile in tiles(batch, elements):
+        if tile is None:
+            yield None, shift._replace(**flat)
+            continue
         parts: dict[str, object] = {name: t[tile] for name, t in flat.items()}
-        if mask is not None:
-            parts["mask"] = mask[tile]
-        yield tile, shift._replace(**parts, **{n: tile_coefficient(c, tile) for n, c in coefficients.items()})
+        for name in ("b", "s", "a_less_one", "guidance"):
+            parts[name] = tile_coefficient(getattr(shift, name), tile)
+        yield tile, shift._replace(**parts)
 
 
 def noise_of(part: Shift) -> Tensor:

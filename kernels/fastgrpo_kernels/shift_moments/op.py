@@ -102,32 +102,33 @@ def moments_cpu(shift: Shift, *, mean_of_masked: bool) -> tuple[Tensor, Tensor, 
     Without `mean_of_masked` sums over a mask are still divided by all elements, and there is no share.
     """
     batch, elements = shift.v.shape[0], shift.v[0].numel()
-    p, q, r, n = (BlockSums(batch, elements) for _ in range(4))
+    # Of d·ε, d², d² to the reference, and of elements that count.
+    sums = BlockSums(4 if shift.mask is not None else 3 if shift.v_reference is not None else 2, batch, elements)
     for tile, part in shift_tiles(shift):
         v = guided(part)
-        change = difference(v, part.v_old)
-        if part.mask is not None:
-            change.masked_fill_(~part.mask, 0.0)
-        q.add(tile, change * change)
-        product = change.mul_(noise_of(part))
-        if part.mask is not None:
-            # Also where ε is no number.
-            product.masked_fill_(~part.mask, 0.0)
-            n.add(tile, part.mask.to(torch.float32))
-        p.add(tile, product)
         if part.v_reference is not None:
-            square = difference(v, part.v_reference).square_()
-            r.add(tile, square if part.mask is None else square.masked_fill_(~part.mask, 0.0))
+            sums.add(2, tile, _selected(difference(v, part.v_reference), part.mask).square_())
+        change = _selected(difference(v, part.v_old), part.mask)
+        sums.add(1, tile, change * change)
+        # Also where ε is no number.
+        sums.add(0, tile, _selected(change.mul_(noise_of(part)), part.mask))
+        if part.mask is not None:
+            sums.add(3, tile, part.mask.to(torch.float32))
+    totals = sums.total()
     scale = quotient(shift.b, shift.s)
-    share = elements / n.total().clamp_min(1.0) if shift.mask is not None and mean_of_masked else None
-    square = scale * scale / elements
-    P, Q = p.total() * (scale / elements), q.total() * square
-    reference = None if shift.v_reference is None else r.total() * square
-    moments = [m if m is None or share is None else m * share for m in (P, Q, reference)]
-    P, Q, reference, share = (None if m is None else m.to(torch.float32) for m in (*moments, share))
-    assert P is not None
-    assert Q is not None
-    return P, Q, reference, share
+    linear, square = scale / elements, scale * scale / elements
+    share = None
+    if shift.mask is not None and mean_of_masked:
+        share = elements / totals[3].clamp_min(1.0)
+        linear, square = linear * share, square * share
+    P, Q = (totals[0] * linear).float(), (totals[1] * square).float()
+    reference = None if shift.v_reference is None else (totals[2] * square).float()
+    return P, Q, reference, None if share is None else share.float()
+
+
+def _selected(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The values, in place zero where the mask selects none."""
+    return values if mask is None else values.masked_fill_(~mask, 0.0)
 
 
 def shift_moments_backward_cpu(
@@ -136,23 +137,32 @@ def shift_moments_backward_cpu(
     """Gradients of v and v_uncond in ATen, tile by tile."""
     scale = quotient(shift.b, shift.s)
     per_element = scale / shift.v[0].numel()
-    by_change, by_noise = grad_q.double() * 2.0 * scale * per_element, grad_p.double() * per_element
-    by_reference = None if grad_reference is None else grad_reference.double() * 2.0 * scale * per_element
+    by_change, by_noise = _scaled(grad_q, 2.0 * scale * per_element), _scaled(grad_p, per_element)
+    by_reference = None if grad_reference is None else _scaled(grad_reference, 2.0 * scale * per_element)
     grad_v, grad_v_uncond = empty_gradients(shift)
+    out, out_uncond = grad_v.flatten(1), grad_v_uncond.flatten(1) if shift.guidance is not None else None
+    in_place = shift.guidance is None and shift.v.dtype == shift.v_old.dtype == torch.float32
     for tile, part in shift_tiles(shift):
+        rows, whole = (slice(None), ...) if tile is None else (tile[0], tile)
         v = guided(part)
-        grad = difference(v, part.v_old).mul_(column(by_change[tile[0]], v))
-        add_scaled(grad, by_noise[tile[0]], noise_of(part))
+        grad = torch.sub(v, part.v_old, out=out[whole]) if in_place else difference(v, part.v_old)
+        grad.mul_(column(by_change[rows], v))
+        add_scaled(grad, by_noise[rows], noise_of(part))
         if part.v_reference is not None and by_reference is not None:
-            add_scaled(grad, by_reference[tile[0]], difference(v, part.v_reference))
-        if part.mask is not None:
-            grad.masked_fill_(~part.mask, 0.0)
-        if part.guidance is not None:
+            add_scaled(grad, by_reference[rows], difference(v, part.v_reference))
+        _selected(grad, part.mask)
+        if part.guidance is not None and out_uncond is not None:
             guidance = column(part.guidance, v)
-            grad_v_uncond.flatten(1)[tile] = grad * (1.0 - guidance)
+            out_uncond[whole] = grad * (1.0 - guidance)
             grad.mul_(guidance)
-        grad_v.flatten(1)[tile] = grad
+        if not in_place:
+            out[whole] = grad
     return grad_v, grad_v_uncond
+
+
+def _scaled(grad: Tensor, factor: float | Tensor) -> Tensor:
+    """grad·factor in float32; factors that differ by row are float64."""
+    return grad * factor if isinstance(factor, float) else (grad.double() * factor).float()
 
 
 def launch_shift_moments(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor]:
