@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from fastgrpo.config.schema import Lora
@@ -76,6 +75,8 @@ def load_lora(family: ModelFamily) -> None:
     lora = family.config.lora
     if lora is None or lora.path is None:
         return
+    from safetensors import SafetensorError
+
     path = Path(lora.path).expanduser()
     for name, module in family.modules.items():
         given: dict[str, Any] = {"adapter_name": GIVEN, "use_safetensors": True}

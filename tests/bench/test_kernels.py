@@ -119,7 +119,8 @@ def test_host_time_is_that_of_one_call():
     times = device_time.host_times(lambda: (calls.append(0), time.sleep(1e-3)), calls=4, rounds=3)
     assert len(calls) == 3 + 3 * 4
     assert len(times) == 3
-    assert 1e-3 <= sorted(times)[1] < 4e-3
+    # Of a round it would be four times that, and what disturbs the machine does not disturb every round.
+    assert 1e-3 <= min(times) < 4e-3
 
 
 def test_unknown_names_and_refs_are_one_line():
