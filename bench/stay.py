@@ -160,7 +160,7 @@ def signals(count: int = 100, iterations: int = 3, seed: int = 0) -> dict[str, A
     A moment after the last agreement of the ranks finds a run that ends by itself: 0 on both.
     """
     chance = random.Random(seed)
-    settings = ("eval.every=2", "eval.images=4", "parallel.timeout=120")
+    settings = ("eval.every=2", "eval.images=4", "eval.steps=3", "parallel.timeout=600")
     outcome = {"trials": 0, "75 on both": 0, "ended before the signal, 0 on both": 0, "other": 0, "identical": 0}
     slowest = 0.0
     with tempfile.TemporaryDirectory() as temporary:

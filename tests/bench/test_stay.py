@@ -1,16 +1,28 @@
 """What `fastgrpo bench stay` measures, a handful of each: random signals, and pairs of processes."""
 
-from fastgrpo.commands.bench import load
+import json
+import subprocess
+import sys
+
+# In a process of its own: every trial is a fork of it, and a fork of one that has run models may hang.
+CODE = "import json; from fastgrpo.commands.bench import load; print(json.dumps(load('stay').{}(2, iterations=2)))"
+
+
+def measured(what):
+    command = [sys.executable, "-c", CODE.format(what)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_random_signals_end_both_ranks_alike_and_lose_nothing():
-    found = load("stay").signals(2, iterations=2)
+    found = measured("signals")
     assert found["other"] == 0
     assert found["75 on both"] + found["ended before the signal, 0 on both"] == 2
     assert found["identical"] == found["trials"] == 2
 
 
 def test_of_two_processes_on_a_run_directory_one_trains():
-    found = load("stay").pairs(2, iterations=2)
+    found = measured("pairs")
     assert found["one trained, the other said so"] + found["one after the other"] == 2
     assert found["all iterations"] == found["identical"] == found["pairs"] == 2

@@ -2,13 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from support.runs import metrics
+from support.tiny import tiny_config
 
+from fastgrpo.config.sections import dump_settings
 from fastgrpo.training import signals
 from fastgrpo.training.signals import GRACE, INTERRUPTED, PREEMPTED, StopRequest, listening
 
@@ -72,10 +76,6 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_signal_while_torch_is_imported_is_taken(tiny_flux, tmp_path):
-    from support.tiny import tiny_config
-
-    from fastgrpo.config.sections import dump_settings
-
     (tmp_path / "c.yaml").write_text(dump_settings(tiny_config(tiny_flux, tmp_path / "run")), encoding="utf-8")
     command = [sys.executable, "-c", EARLY, "train", str(tmp_path / "c.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -132,9 +132,13 @@ sys.exit(main(["train", sys.argv[1], "run.resume=auto"]))
 
 def two_ranks(folder, *arguments):
     """Exit codes and errors of two ranks that nobody watches over."""
-    (folder / "two.py").write_text(TWO)
-    import socket
+    ranks = start_two(folder, *arguments)
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    return [rank.returncode for rank in ranks], errors
 
+
+def start_two(folder, *arguments):
+    (folder / "two.py").write_text(TWO)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -144,8 +148,7 @@ def two_ranks(folder, *arguments):
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, str(folder / "two.py"), str(folder / "c.yaml"), *arguments]
         ranks.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    return [rank.returncode for rank in ranks], errors
+    return ranks
 
 
 MOMENTS = ["load", "claim", "first evaluation", "evaluation", "rollout", "gather", "update", "checkpoint",
@@ -164,11 +167,6 @@ def test_a_signal_at_one_rank_during_its_update_stops_both(tiny_flux, tmp_path):
 
 
 def one_moment(tiny_flux, folder, moment, name, rank):
-    from support.runs import metrics
-    from support.tiny import tiny_config
-
-    from fastgrpo.config.sections import dump_settings
-
     config = tiny_config(
         tiny_flux, folder / "run", rollout={"group_size": 4}, train={"iterations": 3},
         eval={"every": 2, "images": 4}, checkpoint={"every": 2},
@@ -182,3 +180,48 @@ def one_moment(tiny_flux, folder, moment, name, rank):
     assert codes == [0, 0], errors
     assert [line["iteration"] for line in metrics(folder / "run")] == [0, 1, 2]
     assert time.monotonic() - begin < 500
+
+
+@pytest.mark.full
+def test_a_stopped_rank_is_named_and_the_run_goes_on_when_it_does(tiny_flux, tmp_path):
+    config = tiny_config(
+        tiny_flux, tmp_path / "run", rollout={"group_size": 4}, train={"iterations": 6},
+        telemetry={"progress": False, "stall_seconds": 3.0},
+        rewards=[{"name": "support.slow:SlowReward", "options": {"seconds": 2.0}}],
+    )  # fmt: skip
+    (tmp_path / "c.yaml").write_text(dump_settings(config), encoding="utf-8")
+    ranks = start_two(tmp_path, "load", "SIGTERM", "none")
+    limit = time.monotonic() + 300
+    while not (tmp_path / "run" / "ranks" / "1.json").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    time.sleep(1)
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        events = tmp_path / "run" / "events.jsonl"
+        while '"stall"' not in events.read_text():
+            assert time.monotonic() < limit
+            time.sleep(0.2)
+    finally:
+        ranks[1].send_signal(signal.SIGCONT)
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert "warning: rank 1 has given no sign of life for" in errors[0]
+    assert not (tmp_path / "run" / "ranks").exists()
+
+
+@pytest.mark.full
+def test_a_rank_that_is_gone_is_one_line(tiny_flux, tmp_path):
+    slow = [{"name": "support.slow:SlowReward", "options": {"seconds": 2.0}}]
+    config = tiny_config(tiny_flux, tmp_path / "run", rollout={"group_size": 4}, train={"iterations": 60}, rewards=slow)
+    (tmp_path / "c.yaml").write_text(dump_settings(config), encoding="utf-8")
+    ranks = start_two(tmp_path, "load", "SIGTERM", "none")
+    limit = time.monotonic() + 300
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    ranks[1].kill()
+    errors = ranks[0].communicate(timeout=100)[1]
+    assert ranks[0].returncode == 1
+    assert "error: another rank ended, or was silent for parallel.timeout" in errors
+    assert "Traceback" not in errors
