@@ -167,13 +167,16 @@ def _snippet(config: Config, family: ModelFamily, scheduler: str | None) -> str:
     if model.path.startswith("shapes:"):
         imports.append("from fastgrpo.shapes import weights_path")
         base = f'weights_path("{model.path.removeprefix("shapes:")}")'
+    source = "here"
+    if scheduler:
+        source = base + (f', variant="{model.variant}"' if model.variant else "")
     lines = [
         "import torch",
         *imports,
         "",
         "# This directory, or its name on the hub.",
         'here = "."',
-        f"pipe = DiffusionPipeline.from_pretrained({base if scheduler else 'here'}, dtype=torch.{model.dtype})",
+        f"pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.{model.dtype})",
     ]
     for name in family.modules if scheduler else ():
         second = ", load_into_transformer_2=True" if name == "transformer_2" else ""

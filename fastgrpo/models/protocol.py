@@ -74,10 +74,7 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
         """
         if config == self.config:
             return self
-        try:
-            self.check(config, self.component_configs)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("model.", f"{section}.", 1)) from None
+        self.check_section(section, config, self.component_configs)
         # Not `encoder` and the like, which belong to the pipeline and not to a size.
         kept = {name for name, value in vars(PlacedPipeline).items() if isinstance(value, cached_property)}
         other = copy.copy(self)
@@ -89,6 +86,14 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
             # Its encodings are those of a size.
             other.embeddings = EmbeddingCache(self.embeddings.directory, encoded_size(config))
         return other
+
+    @classmethod
+    def check_section(cls, section: str, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        """`check` of sizes that another section of the config than `model` sets; its errors name that one."""
+        try:
+            cls.check(config, parts)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model.", f"{section}.", 1)) from None
 
     @classmethod
     @abc.abstractmethod

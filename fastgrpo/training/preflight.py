@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
 from fastgrpo.models.loading import read_configs, resolve_path
 from fastgrpo.models.nf4 import check_quantization
+from fastgrpo.models.weight_files import check_files
 from fastgrpo.rewards import load_reward
 from fastgrpo.training.adamw_8bit import check_optimizer
 from fastgrpo.training.remarks import check_pictures, remarks
@@ -61,6 +64,8 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
         kind, parts = found.attempt(lambda: _described(cls, config.model, found)) or ("", {})
         if parts:
             found.attempt(lambda: cls.check(config.model, parts))
+        if parts and config.evaluated_model != config.model:
+            found.attempt(lambda: cls.check_section("eval", config.evaluated_model, parts))
         if parts and config.parallel.context > 1:
             found.attempt(lambda: check_context(config, cls, parts, "cuda" if torch.cuda.is_available() else "cpu"))
     found.attempt(lambda: check_quantization(config.model))
@@ -86,7 +91,7 @@ def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[
     """The class of the pipeline at model.path and its components' configs, as far as they are on this machine."""
     if model.path in known():
         spec = architecture(model.path)
-        kind, parts = spec["pipeline"], {name: settings for name, (_, _, settings) in spec["parts"].items()}
+        kind, parts = spec["pipeline"], {name: _completed(*entry) for name, entry in spec["parts"].items()}
         if kind not in cls.pipeline_classes:
             raise ConfigError(f"model.path: '{model.path}' is a {kind}, not a {' or '.join(cls.pipeline_classes)}")
     else:
@@ -97,8 +102,18 @@ def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[
         if not folder.is_dir():
             raise ConfigError(f"model.path: there is no directory '{model.path}'")
         parts = read_configs(cls, model)
-        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        kind = index["_class_name"]
+        found.attempt(lambda: check_files(folder, index, model.variant))
     return kind, parts
+
+
+def _completed(library: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's settings with its class, and what the class has where they are silent."""
+    kind = getattr(importlib.import_module(library), name)
+    signature = inspect.signature(kind.__init__).parameters if library == "diffusers" else {}
+    defaults = {key: entry.default for key, entry in signature.items() if entry.default is not entry.empty}
+    return {**defaults, **settings, "_class_name": name}
 
 
 def _check_groups(config: Config, ranks: int) -> None:

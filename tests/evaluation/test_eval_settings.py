@@ -13,6 +13,7 @@ from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import draw
 from fastgrpo.models import family_class, load_family
+from fastgrpo.training.preflight import preflight
 
 ALONE = World(0, 1, torch.device("cpu"))
 PROMPTS = [Prompt("a red circle"), Prompt("a red circle left of a green square")]
@@ -61,6 +62,9 @@ def test_a_size_that_cannot_be_is_named_as_it_is_set(tiny_flux):
     config = tiny_config(tiny_flux, eval={"height": 33})
     with pytest.raises(ConfigError, match=r"^eval\.height: 33 is not a multiple of"):
         draw(load_family(config.model, ALONE.device), PROMPTS, config, ALONE)
+    sized = config.model_copy(update={"eval": config.eval.model_copy(update={"every": 1})})
+    assert [p for p in preflight(sized).problems if p.startswith("eval.height: 33 is not a multiple of")]
+    assert not [p for p in preflight(tiny_config(tiny_flux)).problems if "eval" in p]
     split = {**config.model_dump(mode="json"), "parallel": {"context": 2}}
     with pytest.raises(ConfigError, match=r"eval\.height, width, frames: parallel\.context splits"):
         validate(split)

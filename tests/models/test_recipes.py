@@ -1,10 +1,13 @@
 """The recipes of the real models: they load, and the parity ones hold DanceGRPO's published numbers."""
 
+from pathlib import Path
+
 import pytest
 
 from fastgrpo.algorithms.schedule import trained_steps
 from fastgrpo.config import SubsetSteps, WindowSteps, load_config
 from fastgrpo.models import check_family
+from fastgrpo.training.preflight import preflight
 
 VIDEOS = (
     "hunyuan-video-parity-32xh100",
@@ -116,3 +119,10 @@ def test_the_fast_recipes_do_what_makes_them_fast(name):
     assert roll.share_prefix
     assert roll.forward_batch >= 4
     assert roll.trained.size <= 8
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*xh100.yaml")), ids=lambda p: p.stem)
+def test_a_recipes_model_is_checked_without_it(path):
+    """By the configs of the real models that this package has, their classes' defaults with them."""
+    problems = preflight(load_config(path), 8).problems
+    assert [p for p in problems if not p.startswith(("rewards", "prompts", "parallel"))] == []

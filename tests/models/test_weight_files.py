@@ -1,6 +1,7 @@
 """Directories that are not whole: one line that names the file, whether weights are loaded whole or by shards."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from support.tiny_images import build, image_config
 
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import load_family
+from fastgrpo.training.preflight import preflight
 
 CPU = torch.device("cpu")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -79,8 +81,10 @@ def test_one_line_names_the_file(whole, tmp_path, name, sharded):
     kind, damage, words = DAMAGE[name]
     folder = shutil.copytree(whole / kind, tmp_path / "copy")
     damage(folder)
+    config = image_config(folder, "sd_v")
     with pytest.raises(ConfigError, match=words) as caught:
-        load_family(image_config(folder, "sd_v").model, CPU, sharded)
+        load_family(config.model, CPU, sharded)
+    assert [problem for problem in preflight(config).problems if re.search(words, problem)]
     assert str(caught.value).startswith("model.path: ")
     assert "\n" not in str(caught.value)
 
