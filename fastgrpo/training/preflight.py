@@ -87,7 +87,7 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
     return found
 
 
-def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[str, dict[str, Mapping[str, Any]]]:
+def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
     """The class of the pipeline at model.path and its components' configs, as far as they are on this machine."""
     if model.path in known():
         spec = architecture(model.path)
@@ -101,7 +101,7 @@ def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[
             return "", {}
         if not folder.is_dir():
             raise ConfigError(f"model.path: there is no directory '{model.path}'")
-        parts = read_configs(cls, model)
+        parts = dict(read_configs(cls, model))
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         kind = index["_class_name"]
         found.attempt(lambda: check_files(folder, index, model.variant))
