@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from fastgrpo.errors import EXTRAS, REQUEUE, ConfigError, PreemptedError, UserError, missing, require_extra
+from fastgrpo.observe.quiet import quiet_libraries
+from fastgrpo.training.signals import stop_listening
 
 app = typer.Typer(
     help="GRPO for visual generators: diffusion models and rectified flows, images and video.",
@@ -301,13 +302,9 @@ def _command() -> Any:
 
 
 def _quiet() -> None:
-    """Other libraries' chatter would bury the one line that matters."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    quiet_libraries()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # What checkpointing on one rank is told, at each of them.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -345,6 +342,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(UserError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror))
     else:
         return 0
+    finally:
+        if arguments is not None:
+            # Called from Python: what comes after this command is not its run.
+            stop_listening()
     return 2
 
 

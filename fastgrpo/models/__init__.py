@@ -13,6 +13,7 @@ from fastgrpo.models.context import check_context
 from fastgrpo.models.loading import from_config, read_configs
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.protocol import Conditioning, ModelFamily
+from fastgrpo.observe.quiet import quiet_libraries
 from fastgrpo.registry import Registry
 
 FAMILIES = Registry(
@@ -93,4 +94,6 @@ def load_family(config: Model, device: torch.device, sharded: bool = False) -> M
     Raises:
         ConfigError: For a path that holds no such pipeline, before any weight is loaded where it can be told by then.
     """
-    return from_config(family_class(config.family), config, device, sharded)
+    cls = family_class(config.family)
+    quiet_libraries()
+    return from_config(cls, config, device, sharded)

@@ -80,6 +80,8 @@ class StopRequest:
 
 
 _current: StopRequest | None = None
+# What stood before `listen`.
+_before: dict[int, Any] = {}
 
 
 def stop_request() -> StopRequest:
@@ -92,7 +94,15 @@ def listen() -> None:
     global _current
     _current = StopRequest()
     for number in STOPS:
-        signal.signal(number, _current.ask)
+        _before.setdefault(number, signal.signal(number, _current.ask))
+
+
+def stop_listening() -> None:
+    """Undoes `listen`, where the process goes on after a command."""
+    global _current
+    _current = None
+    while _before:
+        signal.signal(*_before.popitem())
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 from support.runs import metrics
 from support.tiny import tiny_config
 
+from fastgrpo.commands.main import main
 from fastgrpo.config.sections import dump_settings
 from fastgrpo.training import signals
 from fastgrpo.training.signals import GRACE, INTERRUPTED, PREEMPTED, StopRequest, listening
@@ -225,3 +226,10 @@ def test_a_rank_that_is_gone_is_one_line(tiny_flux, tmp_path):
     assert ranks[0].returncode == 1
     assert "error: another rank ended, or was silent for parallel.timeout" in errors
     assert "Traceback" not in errors
+
+
+def test_a_command_that_python_calls_leaves_no_handler_behind(tmp_path):
+    before = {number: signal.getsignal(number) for number in signals.STOPS}
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert {number: signal.getsignal(number) for number in signals.STOPS} == before
+    assert signals.stop_request() is not signals.stop_request()
