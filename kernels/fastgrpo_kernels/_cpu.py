@@ -104,6 +104,14 @@ def sum_blocks(values: Tensor) -> Tensor:
     return sums.total()[0]
 
 
+def traced_sum(values: Tensor) -> Tensor:
+    """Sum over dim 1 of [B, D] for `torch.compile`, float64 [B], in blocks: one long float32 sum loses a digit."""
+    if (extra := -values.shape[1] % _BLOCK) and values.shape[1] > _BLOCK:
+        values = torch.nn.functional.pad(values, (0, extra))
+    blocks = values.unflatten(1, (-1, _BLOCK)) if values.shape[1] > _BLOCK else values.unsqueeze(1)
+    return blocks.sum(2).sum(1, dtype=torch.float64)
+
+
 def guide(v: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:
     """v_uncond + scale·(v - v_uncond) in float32, rounded to v's dtype."""
     out = difference(v, v_uncond).mul_(column(scale, v))

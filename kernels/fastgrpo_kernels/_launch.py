@@ -15,6 +15,12 @@ def launches(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
+def is_traced_plainly(tensor: Tensor) -> bool:
+    """Whether `torch.compile` is to see an operation's formula instead of an operator: on a CPU, where Inductor fuses
+    the formula with what stands around it and writes a loop that is as fast as any."""
+    return torch.compiler.is_compiling() and not launches(tensor)
+
+
 def rows(tensor: Tensor) -> Tensor:
     """[B, D] view of latents whose samples are contiguous, at any batch stride; otherwise a contiguous copy.
 

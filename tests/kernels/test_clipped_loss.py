@@ -179,10 +179,12 @@ def test_compiles_with_gradient():
     total, kl = loss(*leaves)
     total.backward()
     expected, statistics, gradients = run_eager(rows, form)
-    assert torch.equal(total.detach(), expected.detach())
-    assert torch.equal(kl, statistics.kl)
+    # On a CPU Inductor sees the formula, and has an exponential of its own.
+    close(total, expected)
+    close(kl, statistics.kl)
     assert not kl.requires_grad
-    assert all(torch.equal(leaf.grad, gradient) for leaf, gradient in zip(leaves, gradients, strict=True))
+    for found, gradient in zip(gradients_of(leaves, form), gradients, strict=True):
+        close(found, gradient)
 
 
 def test_registration():

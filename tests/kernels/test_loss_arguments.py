@@ -305,3 +305,27 @@ def test_launches_of_a_training_loss(kind):
     # float64 coefficient is converted, forward and once more backward.
     allowed = {"everything": 2, "float64": 5}.get(kind, 1)
     assert aten(counted) <= allowed, counted
+
+
+@pytest.mark.parametrize("noise", ["key", "eps"])
+def test_compiled_on_a_cpu_it_is_the_eager_loss(noise):
+    """Inductor sees the formula: a mask, a reference, several advantages, padding, losses of each sample."""
+    case = inputs("cpu")
+    mask = MASKS["tokens"](torch.Generator().manual_seed(3))
+    weight = WEIGHT * torch.tensor([1.0, 0.0, 1.0, 1.0])
+    given = case.key if noise == "key" else case.eps
+
+    def call(v, given):
+        arguments = v, case.v_old, case.b, case.s, given, ADVANTAGES, weight
+        more = {"kl_weight": 0.1, "v_reference": case.v_old.flip(2), "mask": mask, "per_sample": True}
+        return grpo_loss(*arguments, **CLIP, **FORMS, **more)
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True)):
+        v = case.v.clone().requires_grad_()
+        losses, statistics = function(v, given)
+        (losses * torch.tensor([1.0, 2.0, -1.0, 0.5])).sum().backward()
+        assert not statistics.values.requires_grad
+        results.append((losses, statistics.values, 1e3 * v.grad))
+    for found, expected in zip(*reversed(results), strict=True):
+        close(found, expected)

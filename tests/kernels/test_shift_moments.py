@@ -73,7 +73,7 @@ def test_kernels_match_the_oracle(shape, dtype, explicit):
 
 
 @pytest.mark.parametrize("shift", [0.01, 0.1, 1.0])
-@pytest.mark.parametrize("path", ["cpu", "kernel"])
+@pytest.mark.parametrize("path", ["cpu", "compiled", "kernel"])
 def test_log_ratio_accuracy_at_a_million_elements(shift, path):
     """<= 1e-9 at rms(d) <= 0.1; else <= 2 ulp of Q/2."""
     case = make_case((1, 16, 256, 256), torch.float32)
@@ -83,6 +83,8 @@ def test_log_ratio_accuracy_at_a_million_elements(shift, path):
     assert expected_q.sqrt().item() == pytest.approx(shift, rel=0.01)
     if path == "cpu":
         p, q = shift_moments(case.v, v_old, b, s, case.eps)
+    elif path == "compiled":
+        p, q = torch.compile(shift_moments, fullgraph=True)(case.v, v_old, b, s, case.eps)
     else:
         inputs = (t.to(KERNEL_DEVICE) for t in (case.v, v_old, b, s, case.eps))
         p, q, _ = op.launch_shift_moments(Shift(*inputs))

@@ -7,10 +7,16 @@ from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import as_rows, check_traced, is_eager
-from .._launch import arrivals, launch, launches
+from .._launch import arrivals, is_traced_plainly, launch, launches
 from .._noise_args import Noise, StoredStep
 from ..shift_moments.inputs import Shift, check_shift, empty_gradients, kernel_arguments, with_noise, with_rows
-from ..shift_moments.op import launch_shift_moments_backward, moments_cpu, place, shift_moments_backward_cpu
+from ..shift_moments.op import (
+    launch_shift_moments_backward,
+    moments_cpu,
+    moments_traced,
+    place,
+    shift_moments_backward_cpu,
+)
 from .op import (
     LossStatistics,
     Objective,
@@ -74,7 +80,14 @@ def grpo_loss(
     if kl_weight != 0.0 and v_reference is None:
         raise ValueError("kl_weight: needs v_reference, the reference model's output")
     advantages, weight = check_rows(advantages, weight, v)
-    if not is_eager(*shift.tensors, advantages):
+    if is_traced_plainly(v):
+        P, Q, Q_reference, share = moments_traced(shift, mean_of_masked=objective.unit == 1.0)
+        step = shift.s if not isinstance(shift.s, Tensor) else torch.where(shift.s > 0, shift.s, torch.nan)
+        loss, statistics, _ = clipped_loss_cpu(
+            P, Q, step, advantages, weight, Q_reference, objective, per_sample, share
+        )
+        statistics = statistics.detach()
+    elif not is_eager(*shift.tensors, advantages):
         (weight,) = as_rows((weight,), v)
         loss, statistics, _ = _grpo_loss_op(advantages, weight, *objective, per_sample, *with_rows(shift))
         statistics = statistics.detach()

@@ -19,7 +19,7 @@ from .._checks import (
     is_host_readable,
 )
 from .._checks import per_sample as per_sample_rows
-from .._launch import coefficient_steps, kernel_scalar, launch, launches
+from .._launch import coefficient_steps, is_traced_plainly, kernel_scalar, launch, launches
 
 Coefficient = float | Tensor
 Ratio = Literal["gaussian", "unit", "ratio_norm"]
@@ -160,7 +160,11 @@ def clipped_loss(
     s = per_sample_rows("s", s, P, positive=True)
     advantages, weight = check_rows(advantages, weight, P)
     check_no_grad(s=s)
-    if not is_eager(P, Q, Q_reference, advantages):
+    if is_traced_plainly(P):
+        step = s if not isinstance(s, Tensor) else torch.where(s > 0, s, torch.nan)
+        loss, statistics, _ = clipped_loss_cpu(P, Q, step, advantages, weight, Q_reference, objective, per_sample)
+        statistics = statistics.detach()
+    elif not is_eager(P, Q, Q_reference, advantages):
         s, weight = as_rows((s, weight), P)
         loss, statistics, _ = _clipped_loss_op(P, Q, s, advantages, weight, Q_reference, *objective, per_sample)
         statistics = statistics.detach()

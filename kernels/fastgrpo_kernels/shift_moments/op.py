@@ -5,15 +5,18 @@ from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import check_traced, is_eager
-from .._cpu import BlockSums, add_scaled, column, difference, quotient
-from .._launch import arrivals, launch, launches
+from .._cpu import BlockSums, add_scaled, column, difference, quotient, traced_sum
+from .._launch import arrivals, is_traced_plainly, launch, launches
 from .._noise_args import Noise, StoredStep
+from ..noise import NoiseKey, normal
 from .inputs import (
+    LATENTS,
     Shift,
     check_shift,
     empty_gradients,
     guided,
     kernel_arguments,
+    masked,
     noise_of,
     shift_tiles,
     with_noise,
@@ -66,6 +69,8 @@ def shift_moments(
             backward.
     """
     shift = check_shift(v, v_old, b, s, noise, v_uncond, guidance_scale, None, mask)
+    if is_traced_plainly(v):
+        return moments_traced(shift, mean_of_masked=True)[:2]
     if not is_eager(*shift.tensors):
         P, Q, _ = _shift_moments_op(*without_reference(with_rows(shift)))
         return P, Q
@@ -124,6 +129,29 @@ def moments_cpu(shift: Shift, *, mean_of_masked: bool) -> tuple[Tensor, Tensor, 
     P, Q = (totals[0] * linear).float(), (totals[1] * square).float()
     reference = None if shift.v_reference is None else (totals[2] * square).float()
     return P, Q, reference, None if share is None else share.float()
+
+
+def moments_traced(shift: Shift, *, mean_of_masked: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The formula of `moments_cpu`, for `torch.compile` on a CPU; NaN where s is not positive, which it cannot read."""
+    shape, elements = shift.v.shape, shift.v[0].numel()
+    if shift.words is not None:
+        shift = shift._replace(eps=normal(NoiseKey(shift.seed, shift.words), shape[1:]), words=None)
+    if isinstance(shift.s, Tensor):
+        shift = shift._replace(s=torch.where(shift.s > 0, shift.s, torch.nan))
+    flat = {n: t.flatten(1) for n in LATENTS if (t := getattr(shift, n)) is not None}
+    shift = shift._replace(**flat, mask=masked(shift))
+    v = guided(shift)
+    change = _selected(difference(v, shift.v_old), shift.mask)
+    totals = [_selected(change * noise_of(shift), shift.mask), change.square()]
+    if shift.v_reference is not None:
+        totals.append(_selected(difference(v, shift.v_reference), shift.mask).square())
+    scale, share = quotient(shift.b, shift.s), None
+    factors = [scale / elements, *[scale * scale / elements] * (len(totals) - 1)]
+    if shift.mask is not None and mean_of_masked:
+        share = elements / shift.mask.sum(1).clamp_min(1).float()
+        factors = [factor * share for factor in factors]
+    P, Q, *reference = ((traced_sum(t) * factor).float() for t, factor in zip(totals, factors, strict=True))
+    return P, Q, reference[0] if reference else None, share
 
 
 def _selected(values: Tensor, mask: Tensor | None) -> Tensor:
