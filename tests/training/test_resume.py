@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fastgrpo.training.trainer import Trainer
 
 HOLD = """
 import sys
+import time
 from pathlib import Path
 from fastgrpo.errors import UserError
 from fastgrpo.training.run_lock import RunLock
@@ -260,3 +262,26 @@ def test_the_best_is_never_another_one(tmp_path, best, message):
     stored(tmp_path / "run", best)
     with pytest.raises(UserError, match=message):
         open_run(tmp_path / "run", "best")
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(tiny_flux, tmp_path, monkeypatch):
+    import fastgrpo.training.checkpoint as module
+
+    write = module.write_shard
+
+    def slowly(*arguments):
+        time.sleep(2)
+        write(*arguments)
+
+    class Fails(Callback):
+        def before_iteration(self, trainer):
+            if trainer.iteration == 1:
+                raise RuntimeError("a picture that cannot be read")
+
+    monkeypatch.setattr(module, "write_shard", slowly)
+    trainer = Trainer.from_config(tiny_config(tiny_flux, tmp_path / "run", checkpoint={"every": 1}))
+    trainer.callbacks.insert(0, Fails())
+    with pytest.raises(RuntimeError, match="a picture"):
+        trainer.run()
+    assert CheckpointStore.of_run(tmp_path / "run").iterations() == [1]
+    assert holder(tmp_path / "run").communicate("\n")[0] == "held\n"
