@@ -22,6 +22,7 @@ from fastgrpo.models import ModelFamily, family_class
 from fastgrpo.models.architectures import architecture, known
 from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
+from fastgrpo.models.damage import damaged_files
 from fastgrpo.models.loading import read_configs, resolve_path
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.rewards import load_reward
@@ -96,6 +97,8 @@ def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[
             return "", {}
         if not folder.is_dir():
             raise ConfigError(f"model.path: there is no directory '{model.path}'")
+        if damaged := damaged_files(folder):
+            raise ConfigError(*damaged)
         parts = read_configs(cls, model)
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     return kind, parts
