@@ -62,8 +62,10 @@ def _planned(config: Config, memory: int, ranks: int, local: int) -> str:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return "no plan could be made in time; `fastgrpo plan` says what fits"
-    said = done.stdout.strip().splitlines()
-    return said[-1] if done.returncode == 0 and said else "no plan could be made; see `fastgrpo plan`"
+    if done.returncode == 0 and done.stdout.strip():
+        return done.stdout.strip().splitlines()[-1]
+    why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return f"no plan could be made ({why:.200})"
 
 
 def advice(config: Config, memory: int, ranks: int, local: int) -> str:
@@ -87,9 +89,7 @@ def advice(config: Config, memory: int, ranks: int, local: int) -> str:
 
 
 def _shown(settings: dict[str, Any]) -> str:
-    return " ".join(
-        f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in settings.items()
-    )
+    return " ".join(f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in settings.items())
 
 
 if __name__ == "__main__":
