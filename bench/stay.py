@@ -37,6 +37,8 @@ from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.checkpoint import CheckpointStore, DamagedError, training_tensors
 from fastgrpo.training.trainer import Trainer
 
+from .inputs import inputs
+
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "shapes-flux.yaml"
 SMALL = (
     "rollout.prompts_per_iteration=1",
@@ -377,6 +379,7 @@ def _resident() -> int:
 
 
 MEASURES = {
+    "inputs": inputs,
     "kills": kills,
     "signals": signals,
     "pairs": pairs,

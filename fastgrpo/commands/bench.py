@@ -141,9 +141,7 @@ def curves(iterations: Annotated[int, typer.Option(min=1, help="Timed iterations
 
 @app.command()
 def stay(
-    what: Annotated[
-        str, typer.Argument(metavar="WHAT", help="kills, signals, pairs, ranks, corruptions, costs or soak.")
-    ],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kills, signals, pairs, inputs, ranks, corruptions …")],
     count: Annotated[int | None, typer.Option(min=1, help="Trials; for ranks, iterations; for soak, seconds.")] = None,
 ) -> None:
     """Measure what a run survives (kills, signals, corruption, other world sizes), and what staying up costs."""

@@ -23,6 +23,7 @@ from fastgrpo.data.samplers import PromptSampler
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily
+from fastgrpo.models.loading import levels_of
 from fastgrpo.observe.media import animate, write_frames, write_grid, write_mp4, write_webp
 from fastgrpo.rewards import Reward, release
 from fastgrpo.rewards.failures import FailureLog
@@ -91,7 +92,7 @@ def draw(family: ModelFamily, prompts: Sequence[Prompt], config: Config, world: 
     mine = np.minimum(np.arange(world.rank * share, (world.rank + 1) * share), len(prompts) - 1)
     family = family.at(config.evaluated_model, "eval")
     single = config.rollout.model_copy(update={"group_size": 1, "best_of": None, "shared_noise": False})
-    levels = family.noise_levels(config.eval.steps or config.rollout.steps, config.rollout.shift)
+    levels = levels_of(family, config.eval.steps or config.rollout.steps, config.rollout.shift)
     schedule = schedule_steps(single, levels, first + len(prompts), EVAL_ITERATION, config.run.seed, deterministic=True)
     unique, back = np.unique(mine, return_inverse=True)
     layout = lay_out(schedule, single, first + unique)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.config.dtypes import DTYPES
-from fastgrpo.errors import ConfigError
+from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.models.damage import damaged_files
 from fastgrpo.models.embeddings import model_digest
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.sharded_load import empty_component, weight_files
@@ -23,8 +25,6 @@ from fastgrpo.models.weight_files import UNUSED, check_files, check_index
 
 if TYPE_CHECKING:
     from fastgrpo.models.protocol import ModelFamily
-
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 
 
 def from_config(cls: type[ModelFamily], config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:
@@ -42,9 +42,10 @@ def from_config(cls: type[ModelFamily], config: Model, device: torch.device, sha
     check_quantization(config)
     path = resolve_path(config.path)
     parts = read_configs(cls, config)
-    cls.check(config, parts)
+    with one_line(config, cls.pipeline_classes):
+        cls.check(config, parts)
     if config.lora and config.lora.targets:
-        with _one_line(config, cls.pipeline_classes):
+        with one_line(config, cls.pipeline_classes):
             for name in parts.keys() & cls.trained:
                 check_targets(config.lora.targets, without_weights(parts[name]))
     cache = None
@@ -54,9 +55,11 @@ def from_config(cls: type[ModelFamily], config: Model, device: torch.device, sha
     # With a cache the encoders wait until a prompt is missing from it.
     given: dict[str, Any] = dict.fromkeys(cls.encoders) if cache is not None else {}
     files = {name: weight_files(path, name, config.variant) for name in cls.trained if name in parts} if sharded else {}
-    with _one_line(config, cls.pipeline_classes):
+    with one_line(config, cls.pipeline_classes):
         given |= {name: empty_component(parts[name], torch.float32) for name in files}
-    family = cls(load_pipeline(config, cls.pipeline_classes, cls.trained, given), config, device, cache)
+    pipeline = load_pipeline(config, cls.pipeline_classes, cls.trained, given)
+    with one_line(config, cls.pipeline_classes):
+        family = cls(pipeline, config, device, cache)
     family.weight_files = files
     return family
 
@@ -70,7 +73,7 @@ def read_configs(cls: type[ModelFamily], config: Model) -> dict[str, Mapping[str
     import diffusers
 
     path = resolve_path(config.path)
-    with _one_line(config, cls.pipeline_classes):
+    with one_line(config, cls.pipeline_classes):
         index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
         if index["_class_name"] not in cls.pipeline_classes:
             wanted = " or ".join(cls.pipeline_classes)
@@ -78,6 +81,13 @@ def read_configs(cls: type[ModelFamily], config: Model) -> dict[str, Mapping[str
         check_index(config.path, index, cls.trained, cls.encoders, cls.optional_encoders)
         readers = {"scheduler": diffusers.DDIMScheduler, "vae": diffusers.AutoencoderKL}
         readers |= dict.fromkeys(cls.trained, diffusers.AutoencoderKL)
+        for name in ("scheduler", "vae", cls.trained[0]):
+            entry = index.get(name)
+            if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+                raise ConfigError(
+                    f"model.path: the model_index.json of '{config.path}' has no {name} ([library, class]), which "
+                    "training needs"
+                )
         return {
             name: cast(dict[str, Any], reader.load_config(path, subfolder=name))
             for name, reader in readers.items()
@@ -101,7 +111,7 @@ def load_pipeline(
     if compute == torch.float16:
         # Activations of VAEs leave its range.
         dtypes["vae"] = torch.float32
-    with _one_line(config, pipeline_classes):
+    with one_line(config, pipeline_classes):
         index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
         # Components that the directory goes without (SD 3's T5) must be given as None.
         absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
@@ -118,16 +128,28 @@ def load_pipeline(
 
 
 @contextmanager
-def _one_line(config: Model, pipeline_classes: Sequence[str]) -> Iterator[None]:
-    """Turns whatever a library raises over a directory that it cannot load into one line."""
+def one_line(config: Model, pipeline_classes: Sequence[str]) -> Iterator[None]:
+    """Turns whatever a library raises over a directory that it cannot load into one line, which names the file that is
+    damaged where one is."""
     try:
         yield
-    except ConfigError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except LOAD_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # diffusers, transformers, safetensors and their dependencies each have errors of their own.
+    except Exception as error:
+        folder = Path(resolve_path(config.path))
+        if folder.is_dir() and (damaged := damaged_files(folder)):
+            raise ConfigError(*damaged) from None
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = said if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {said}"
         wanted = " or ".join(pipeline_classes)
         raise ConfigError(f"model.path: '{config.path}' does not load as a {wanted}: {reason}") from None
+
+
+def levels_of(family: ModelFamily, steps: int, shift: float | str) -> NoiseLevels:
+    """The family's noise levels. Raises ConfigError, in one line, where its scheduler's config does not give them."""
+    with one_line(family.config, family.pipeline_classes):
+        return family.noise_levels(steps, shift)
 
 
 def resolve_path(path: str) -> str:

@@ -47,6 +47,10 @@ class PhaseTimer:
         before, self.current = self.current, name
         try:
             yield
+        except Exception as error:
+            # The innermost phase that it came from, for whoever explains it.
+            error.__dict__.setdefault("phase", name)
+            raise
         finally:
             self.current = before
 

@@ -16,6 +16,7 @@ from fastgrpo.data.prompts import Prompt
 from fastgrpo.data.samplers import PromptSampler, SpreadSampler
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import UserError
+from fastgrpo.models.loading import levels_of
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Reward
@@ -60,7 +61,7 @@ class Rollouts:
             )
         # In the order of the optimizer steps that take them; one order on every rank.
         self.mine = np.sort(shares.reshape(-1))
-        self.levels = family.noise_levels(roll.steps, roll.shift)
+        self.levels = levels_of(family, roll.steps, roll.shift)
         self.generator = Generator(
             family, config, rewards, self.mine, self.levels, failures, world.context, world.context_rank
         )

@@ -24,6 +24,7 @@ from fastgrpo.models import ModelFamily, family_class
 from fastgrpo.models.architectures import architecture, known
 from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
+from fastgrpo.models.damage import damaged_files
 from fastgrpo.models.loading import read_configs, resolve_path
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.weight_files import check_files
@@ -101,6 +102,8 @@ def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[
             return "", {}
         if not folder.is_dir():
             raise ConfigError(f"model.path: there is no directory '{model.path}'")
+        if damaged := damaged_files(folder):
+            raise ConfigError(*damaged)
         parts = dict(read_configs(cls, model))
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         kind = index["_class_name"]
