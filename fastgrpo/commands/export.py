@@ -6,6 +6,7 @@ in `scheduler/`; README.md is a model card whose snippet samples as training did
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,7 @@ def comfyui_lora(family: ModelFamily, module: nn.Module) -> dict[str, Tensor]:
         if key in done:
             continue
         done.add(key)
-        trained = [part for part in joined if part in layers]
-        down = torch.cat([layers[part]["A"] for part in trained])
-        widths = [int(module.get_submodule(part).out_features) for part in joined]  # pyright: ignore
-        up, row, column = down.new_zeros(sum(widths), len(down)), 0, 0
-        for part, width in zip(joined, widths, strict=True):
-            if part in layers:
-                matrix = layers[part]["B"]
-                up[row : row + width, column : column + matrix.shape[1]] = matrix
-                column += matrix.shape[1]
-            row += width
+        down, up = _joined(module, joined, layers) if len(joined) > 1 else (layers[layer]["A"], layers[layer]["B"])
         if key.startswith("lora_unet_"):
             # kohya's form.
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
@@ -128,6 +120,20 @@ def comfyui_lora(family: ModelFamily, module: nn.Module) -> dict[str, Tensor]:
         else:
             tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _joined(module: nn.Module, parts: Sequence[str], layers: Mapping[str, dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A and B of one matrix that stacks the outputs of several linear layers; those without a LoRA get zeros."""
+    down = torch.cat([layers[part]["A"] for part in parts if part in layers])
+    widths = [int(module.get_submodule(part).out_features) for part in parts]  # pyright: ignore
+    up, row, column = down.new_zeros(sum(widths), len(down)), 0, 0
+    for part, width in zip(parts, widths, strict=True):
+        if part in layers:
+            matrix = layers[part]["B"]
+            up[row : row + width, column : column + matrix.shape[1]] = matrix
+            column += matrix.shape[1]
+        row += width
+    return down, up
 
 
 def model_card(config: Config, iteration: int, family: ModelFamily, scheduler: str | None) -> str:

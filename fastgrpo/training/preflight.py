@@ -111,7 +111,7 @@ def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[
     return kind, parts
 
 
-def _completed(library: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(library: str, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """A component's settings with its class, and what the class has where they are silent."""
     kind = getattr(importlib.import_module(library), name)
     signature = inspect.signature(kind.__init__).parameters if library == "diffusers" else {}
