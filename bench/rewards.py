@@ -74,7 +74,7 @@ def overlap(iterations: int = 8) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         plain = _prepared(Path(folder) / "probe", free)
         seconds = [_timed(plain) for _ in range(4)][1:]
-        plain._flush()
+        plain.flush()
         laps = read_metrics(plain.dir)
         rollout = median(line["time/rollout"] for line in laps[1:])
         sleeper = Sleeps(rollout / 2 / plain.samples)

@@ -2,11 +2,14 @@
 
 import functools
 
+import pytest
 import torch
 from support.tiny import tiny_config, tiny_rollout_inputs
 
+from fastgrpo.commands.train import train
 from fastgrpo.config import load_config
 from fastgrpo.distributed.activation import checkpoint_activations
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.trainable import make_trainable
 from fastgrpo.planning import plan as planning
 from fastgrpo.planning.gpus import Gpu
@@ -55,6 +58,8 @@ def test_auto_takes_the_least_recomputation_that_fits(tiny_flux, monkeypatch):
 
 def test_a_run_settles_auto_before_it_starts(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", model={"activation_checkpointing": "auto"})
-    trainer = Trainer.from_config(config)
-    assert trainer.config.model.activation_checkpointing == "none"
+    with pytest.raises(ConfigError, match=r"auto needs a plan, which fastgrpo\.train and"):
+        Trainer.from_config(config)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert train(config).iterations == 2
     assert load_config(tmp_path / "run" / "config.yaml").model.activation_checkpointing == "none"
