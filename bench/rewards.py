@@ -75,11 +75,11 @@ def overlap(iterations: int = 8) -> dict[str, Any]:
         plain = _prepared(Path(folder) / "probe", free)
         seconds = [_timed(plain) for _ in range(4)][1:]
         plain.flush()
-        laps = read_metrics(plain.dir)
+        laps = read_metrics(plain.log.directory or Path(folder))
         rollout = median(line["time/rollout"] for line in laps[1:])
-        sleeper = Sleeps(rollout / 2 / plain.samples)
+        sleeper = Sleeps(rollout / 2 / plain.rollouts.samples)
         with serving(create_app(service(), TOKEN, {"slow": sleeper})) as url:
-            slow = remote(url, "slow", batch=plain.samples, connections=4)
+            slow = remote(url, "slow", batch=plain.rollouts.samples, connections=4)
             variants = {
                 "without reward": (free, "scoring.chunks=1"),
                 "without reward, 4 chunks": (free, "scoring.chunks=4"),

@@ -176,3 +176,10 @@ def test_a_failing_command_fails(tmp_path):
         run_command("false", tmp_path, "README.md:3")
     with pytest.raises(AssertionError):
         run_command("fastgrpo train none.yaml", tmp_path, "README.md:3")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_folders_that_a_document_names_are_there(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for named in re.findall(r"`((?:fastgrpo|kernels|tests|bench|configs|examples)/[\w./-]+)`", text):
+        assert (ROOT / named).exists(), f"{path.name} names {named}, which is not there"
