@@ -194,11 +194,14 @@ def test_missing_and_unexpected_keys_are_errors_that_name_them(hps_path, clip_pa
 @pytest.mark.parametrize(
     "spec, expected",
     [
-        ({"name": "clip"}, "rewards.clip: path: this setting is required"),
+        ({"name": "clip"}, "rewards.clip: 'clip' does not take its options: missing a required argument: 'path'"),
         ({"name": "clip", "path": "no/where/at/all"}, "rewards.clip: path: there is nothing at no/where/at/all"),
         ({"name": "hps", "path": "HPS_v2.1_compressed.pt"}, "fastgrpo convert-reward HPS_v2.1_compressed.pt OUT"),
         ({"name": "clip", "path": "a/b", "options": {"batch": "many"}}, "rewards.clip: batch: 'many' is not valid"),
-        ({"name": "clip", "path": "a/b", "options": {"bacth": 1}}, "rewards.clip: options.bacth: unknown option"),
+        (
+            {"name": "clip", "path": "a/b", "options": {"bacth": 1}},
+            "keyword argument 'bacth'; did you mean 'batch'?",
+        ),
         ({"name": "clip", "path": "a/b", "options": {"dtype": "fp8"}}, "rewards.clip: dtype: 'fp8' is not valid"),
     ],
 )

@@ -32,11 +32,13 @@ def fresh():
 @pytest.mark.parametrize("trained", [{"kind": "window", "size": 2, "start": 1}, {"kind": "subset"}])
 def test_chunks_scored_beside_the_rollout_change_no_bit(tiny_flux, tmp_path, trained):
     sections = {"rewards": REDNESS, "rollout": {"group_size": 4, "trained": trained}}
-    whole = finished(tiny_config(tiny_flux, tmp_path / "whole", **sections))
+    # With a time limit a reward has a thread of its own, whoever waits for it.
+    unlimited = {"timeout": None}
+    whole = finished(tiny_config(tiny_flux, tmp_path / "whole", scoring=unlimited, **sections))
     assert set(Redness.threads) == {"MainThread"}
     Redness.threads, Redness.sizes = [], []
     # Three chunks of eight samples: groups are cut.
-    parts = finished(tiny_config(tiny_flux, tmp_path / "parts", scoring={"chunks": 3}, **sections))
+    parts = finished(tiny_config(tiny_flux, tmp_path / "parts", scoring={"chunks": 3, **unlimited}, **sections))
     assert "MainThread" not in Redness.threads
     assert Redness.sizes == [3, 3, 2] * 2
     assert_same(whole, parts)
