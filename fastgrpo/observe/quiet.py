@@ -19,7 +19,7 @@ def quiet_libraries() -> None:
         variable = f"{package.upper()}_VERBOSITY"
         chosen = variable in os.environ
         os.environ.setdefault(variable, "error")
-        if package in sys.modules and not chosen:
+        if sys.modules.get(package) is not None and not chosen:
             messages = importlib.import_module(f"{package}.utils.logging")
             messages.set_verbosity_error()
             messages.disable_progress_bar()
