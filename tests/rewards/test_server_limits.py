@@ -80,6 +80,14 @@ def test_half_sent_headers_have_seconds_and_then_a_408(remote):
         assert said.startswith(b"HTTP/1.1 408 ")
 
 
+def is_closed(connection):
+    """Whether the server has closed it, in order or with a reset: which of them it is, is the kernel's affair."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
 def test_four_hundred_of_them_close_it_for_nobody(remote):
     with serving(app(), **server_options(32, 60.0)) as url:
         held = [half_open(url) for _ in range(400)]
@@ -90,8 +98,7 @@ def test_four_hundred_of_them_close_it_for_nobody(remote):
         with pytest.raises(TimeoutError):
             held[-1].recv(1)
         held[0].settimeout(5)
-        with pytest.raises(ConnectionResetError):
-            held[0].recv(1)
+        assert is_closed(held[0])
         for connection in held:
             connection.close()
 
