@@ -152,8 +152,9 @@ class Trainer:
         return result_of(self.callbacks, self.log.directory, self.iteration, self.flush())
 
     def callback(self, kind: type[CallbackType]) -> CallbackType:
-        """Returns the trainer's callback of a class. Raises LookupError where it has none."""
-        return [c for c in self.callbacks if isinstance(c, kind)][0]  # noqa: RUF015
+        """Returns the trainer's callback of a class. Raises ValueError where it has none."""
+        found, *_ = [c for c in self.callbacks if isinstance(c, kind)]
+        return found
 
     def note(self, text: str) -> None:
         """Says a line: into the log, and to the callbacks."""

@@ -173,7 +173,7 @@ class Updater:
 
 @dataclass(frozen=True)
 class _MicroInputs:
-    """Slices of `_StepInputs`: the rows [F] of a micro-batch, and its pairs [F · W] after that of each row."""
+    """The slices of `_StepInputs` that one micro-batch needs: F rows, and the F · W pairs that read them."""
 
     rows: Tensor
     time: Tensor
@@ -191,10 +191,12 @@ class _StepInputs:
     """What the micro-batches of an optimizer step need beside latents, on the device, one after the other.
 
     Attributes:
-        places: Where the rows and the pairs of a micro-batch begin, by its identity.
-        rows: int64 [n · F], rows of the trajectory; time: float32 [n · F].
-        pairs: int64 [m]; words: the noise keys of the pairs.
-        table: float32 [m, 4 + R]: b, s, the KL's factor, weight, R advantages of each pair.
+        places: Where the rows and the pairs of each micro-batch begin, by `id` of the micro-batch.
+        rows: Rows of the trajectory, int64 [n · F].
+        time: Noise level of each row, float32 [n · F].
+        pairs: Pairs of the trajectory, int64 [m].
+        key: The noise key of each pair.
+        table: Columns b, s, the KL's factor, weight and R advantages of each pair, float32 [m, 4 + R].
     """
 
     places: dict[int, tuple[int, int]]
