@@ -75,7 +75,7 @@ class Model(Section):
     )
     fps: PositiveFloat = Field(default=8.0, description="Frames a second, as rewards and video files see a sample.")
     guidance: Annotated[float, Field(ge=0)] = Field(
-        default=3.5, description="Guidance scale, as the pipeline takes it; at most 1: no classifier-free guidance."
+        default=3.5, description="Guidance scale, as the pipeline takes it; at most 1 (of z_image 0): no second branch."
     )
     negative_prompt: str = Field(
         default="", description="What classifier-free guidance leads away from, where a prompt has none of its own."

@@ -21,12 +21,14 @@ FAMILIES = Registry(
     "fastgrpo.families",
     {
         "flux": "fastgrpo.models.families.flux:Flux",
+        "flux2": "fastgrpo.models.families.flux2:Flux2",
         "hunyuan_video": "fastgrpo.models.families.hunyuan_video:HunyuanVideo",
         "qwen_image": "fastgrpo.models.families.qwen_image:QwenImage",
         "sd3": "fastgrpo.models.families.sd3:StableDiffusion3",
         "skyreels": "fastgrpo.models.families.skyreels:SkyReels",
         "stable_diffusion": "fastgrpo.models.families.stable_diffusion:StableDiffusion",
         "wan": "fastgrpo.models.families.wan:Wan",
+        "z_image": "fastgrpo.models.families.z_image:ZImage",
     },
 )
 # What a family must declare: the rest of `ModelFamily`'s settings have defaults.

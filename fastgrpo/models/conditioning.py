@@ -65,12 +65,13 @@ class PromptEncoding(abc.ABC):
     embeddings: EmbeddingCache
     # What a family declares: see fastgrpo/models/protocol.py.
     guidance_style: ClassVar[Literal["embedded", "cfg"]]
+    unguided_scale: ClassVar[float]
     host_names: ClassVar[tuple[str, ...]]
 
     @property
     def guided(self) -> bool:
         """Whether a prediction takes two branches."""
-        return self.guidance_style == "cfg" and self.config.guidance > 1
+        return self.guidance_style == "cfg" and self.config.guidance > self.unguided_scale
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:

@@ -46,14 +46,14 @@ def remarks(config: Config, cls: type[ModelFamily], sources: Mapping[str, Sequen
                 f"rewards.{spec.key}: is {use}, but its when ({wanted}) matches none of the {len(train)} prompts of "
                 f"{config.prompts.train}; {_metadata(train, spec.when)}"
             )
-    guided = cls.guidance_style == "cfg" and config.model.guidance > 1
+    guided = cls.guidance_style == "cfg" and config.model.guidance > cls.unguided_scale
     for source, prompts in sources.items():
         negatives = sum(p.negative is not None for p in prompts)
         if negatives and not guided:
             reason = (
                 f"{cls.name} has no negative branch"
                 if cls.guidance_style != "cfg"
-                else f"model.guidance {config.model.guidance:g} is not above 1"
+                else f"model.guidance {config.model.guidance:g} is not above {cls.unguided_scale:g}"
             )
             said.append(f"{source}: {negatives} of {len(prompts)} prompts have a negative prompt, unused: {reason}")
         said += _pictures_stretched(source, prompts, config.model)
