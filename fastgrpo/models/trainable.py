@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -147,7 +148,10 @@ def add_old_lora(modules: Iterable[nn.Module], lora: Lora, default_targets: Sequ
         tuned: Any = module
         trained = {name for name, p in module.named_parameters() if p.requires_grad}
         adapter = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets)
-        tuned.add_adapter(adapter, adapter_name=OLD)
+        with warnings.catch_warnings():
+            # PEFT asks whether several adapters are meant.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            tuned.add_adapter(adapter, adapter_name=OLD)
         tuned.set_adapter(TRAINED)
         named = dict(module.named_parameters())
         for name in trained:
