@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.algorithms.schedule import check_sampler
 from fastgrpo.config import Config, Model
 from fastgrpo.data.prompts import Prompt, load_prompts
@@ -69,6 +70,7 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
             found.attempt(lambda: cls.check_section("eval", config.evaluated_model, parts))
         if parts and config.parallel.context > 1:
             found.attempt(lambda: check_context(config, cls, parts, "cuda" if torch.cuda.is_available() else "cpu"))
+    found.attempt(lambda: forward_objective(config))
     found.attempt(lambda: check_quantization(config.model))
     if cls is not None:
         found.attempt(lambda: check_guidance(config.model))
