@@ -63,8 +63,8 @@ class Phase:
 @dataclass(frozen=True)
 class DryRun:
     """phases: of one iteration of rank 0. forwards, trained: rows that it rolls out, and that it evaluates with
-    gradients; compared: those that other policies evaluate in its update. parameters, trainable: of the whole model. state: bytes that a checkpoint copies to the host, of this
-    rank; host: the most that it holds there besides."""
+    gradients; compared: those that other policies evaluate in its update. parameters, trainable: of the whole model.
+    state: bytes that a checkpoint copies to the host, of this rank; host: the most that it holds there besides."""
 
     phases: list[Phase]
     forwards: int
