@@ -91,7 +91,7 @@ def _model(config: Config) -> Asset:
         return Asset("model.path", path, ABSENT, note="there is no such directory; docs/video.md says how one is made"
                      if path in known() else "there is no such directory")  # fmt: skip
     local = folder if folder.is_dir() else snapshot(path)
-    size = facts["gigabytes"] * 1e9 if facts else None
+    size = facts["gigabytes"] * 1e9 if "gigabytes" in facts else None
     hub = None if folder.is_dir() else (path, (*TEXTS, ".safetensors"))
     if local is None:
         return Asset("model.path", path, ABSENT, size=size, note=_how(path, licence, bool(facts.get("gated"))), hub=hub)
@@ -185,7 +185,7 @@ def _damage(found: Path, weights: bool) -> str:
 
 def _prompts(setting: str, source: str) -> Asset:
     kind = source.partition(":")[0]
-    if kind in ("set", "shapes", "moving"):
+    if kind in ("set", "shapes", "moving", "editing"):
         return Asset(setting, source, HERE, "in this package")
     if kind == "hf":
         return Asset(setting, source, ELSEWHERE, note="a dataset of the hub, which its library downloads and keeps")
