@@ -77,6 +77,9 @@ class Model(Section):
     guidance: Annotated[float, Field(ge=0)] = Field(
         default=3.5, description="Guidance scale, as the pipeline takes it; at most 1 (of z_image 0): no second branch."
     )
+    guidance_2: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="Guidance scale of a second transformer (Wan 2.2 A14B's); null: model.guidance."
+    )
     negative_prompt: str = Field(
         default="", description="What classifier-free guidance leads away from, where a prompt has none of its own."
     )

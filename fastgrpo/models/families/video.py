@@ -45,17 +45,22 @@ def set_tiling(vae: Any, config: Model) -> None:
         vae.enable_tiling()
 
 
-def first_frames(pipeline: Any, prompts: Sequence[Prompt], config: Model, device: torch.device) -> Tensor:
-    """The prompts' images as the pipeline prepares them: float32 [B, 3, H, W] in −1..1.
-
-    Raises ConfigError for a prompt without one.
-    """
+def pictures(prompts: Sequence[Prompt], config: Model) -> list[Any]:
+    """The prompts' images. Raises ConfigError for a prompt without one."""
     for prompt in prompts:
         if prompt.image is None:
             raise ConfigError(
                 f"prompts: '{prompt.text[:60]}' has no image; {config.family} makes a video from a first frame: give "
                 "each prompt an 'image' column"
             )
-    pictures = [open_image(p.image) for p in prompts if p.image is not None]
-    processed = [pipeline.video_processor.preprocess(p, height=config.height, width=config.width) for p in pictures]
+    return [open_image(p.image) for p in prompts if p.image is not None]
+
+
+def first_frames(pipeline: Any, prompts: Sequence[Prompt], config: Model, device: torch.device) -> Tensor:
+    """The prompts' images as the pipeline prepares them: float32 [B, 3, H, W] in −1..1.
+
+    Raises ConfigError for a prompt without one.
+    """
+    size = {"height": config.height, "width": config.width}
+    processed = [pipeline.video_processor.preprocess(p, **size) for p in pictures(prompts, config)]
     return torch.cat(processed).to(device, torch.float32)
