@@ -167,6 +167,18 @@ def report(
 
 
 @app.command()
+def watch(
+    run: RunDir,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the loopback interface; 0: any free one.")] = 8008,
+) -> None:
+    """Serve the report of a run that goes on, on this machine alone; it is made again every minute."""
+    require_extra("train", "fastgrpo watch")
+    from fastgrpo.commands.watch import watch as serve
+
+    serve(run, port, _note)
+
+
+@app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,

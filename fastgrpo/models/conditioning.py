@@ -71,7 +71,12 @@ class PromptEncoding(abc.ABC):
     @property
     def guided(self) -> bool:
         """Whether a prediction takes two branches."""
-        return self.guidance_style == "cfg" and self.config.guidance > self.unguided_scale
+        return self.branch_scale(self.config) > self.unguided_scale
+
+    @classmethod
+    def branch_scale(cls, config: Model) -> float:
+        """The scale of classifier-free guidance by two branches; at most `unguided_scale`: there is one."""
+        return config.guidance if cls.guidance_style == "cfg" else config.true_cfg
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from fastgrpo.models import Conditioning, ModelFamily
 from fastgrpo.models.architectures import build_family
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
 from fastgrpo.models.placement import OffloadedModule
-from fastgrpo.models.trainable import reference_of
+from fastgrpo.models.trainable import Reference, reference_of
 from fastgrpo.planning.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
 from fastgrpo.planning.meter import Cost, Meter, Peaks
 from fastgrpo.planning.repeated import CountedWalk, Repeated
@@ -37,10 +37,11 @@ from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.training.adamw_8bit import AdamW8bit
+from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import Residency, decide_residency, kept_bytes
 from fastgrpo.training.update import Updater
-from fastgrpo.training.weights import prepare_weights
+from fastgrpo.training.weights import needs_reference, prepare_weights
 
 CPU = torch.device("cpu")
 
@@ -150,7 +151,7 @@ class _Iteration:
             with self.mode:
                 materialize(module)
 
-        self.frozen = prepare_weights(family, config, world, fill)
+        self.copies = prepare_weights(family, config, world, fill)
         self.stretches = Stretches(self.meter, family, stacks, lengths)
         # Outside the mode: schedulers read their tensors.
         self.levels = family.noise_levels(config.rollout.steps, config.rollout.shift)
@@ -161,7 +162,7 @@ class _Iteration:
             return self._run(kept, decoded)
 
     def _run(self, kept: Residency, decoded: dict[int, Any]) -> DryRun:
-        config, family, world, meter, frozen = self.config, self.family, self.world, self.meter, self.frozen
+        config, family, world, meter, copies = self.config, self.family, self.world, self.meter, self.copies
         for layer in quantized_layers(family.policy):
             layer.dequantize = _unpacked
         offloaded = set(family.offloaded)
@@ -177,24 +178,26 @@ class _Iteration:
                 loaded = torch.empty(self.loaded, dtype=torch.uint8)
             with self.phase("encode", "activations"), family.encoding():
                 del loaded
-        held = [family.policy, *(frozen or {}).values()]
+        held = [family.policy, *copies.modules()]
         meter.claim((t for m in held for t in (*m.parameters(), *m.buffers())), "parameters")
         with meter.counting("optimizer"):
             optimizer = OptimizerState(
-                family.policy, config.update, 1, _PlannedAdamW8bit, config.model.dtype == "float16"
+                family.policy, config.update, 1, _PlannedAdamW8bit, config.model.dtype == "float16", copies.old
             )
         meter.claim(optimizer.ema or (), "ema")
         roll = config.rollout
         samples = roll.prompts_per_iteration * roll.candidates
-        schedule = schedule_steps(roll, self.levels, samples, 0, config.run.seed)
+        schedule = schedule_steps(
+            roll, self.levels, samples, 0, config.run.seed, forward=config.objective.forward
+        )  # fmt: skip
         mine = np.sort(rank_samples(samples, config.update.optimizer_steps, world.size, world.rank).reshape(-1))
         layout = lay_out(schedule, roll, mine)
         with meter.counting("caches"):
             conditioning = fake_conditioning(family, len(layout.prompts))
-        reference = reference_of(family.policy, frozen) if config.objective.kl_weight else None
+        reference = reference_of(family.policy, copies.frozen) if needs_reference(config) else None
         counted = meter, self.stretches, self.whole
         walk = CountedWalk(*counted, family.policy, kept)
-        updater = Updater(family, config, world, optimizer, reference, kept, walk)
+        updater = Updater(family, config, world, optimizer, reference, kept, walk, self._forward(reference))
 
         if config.model.text_encoders == "offload":
             with self.phase("encode", "activations"), family.encoding():
@@ -222,10 +225,18 @@ class _Iteration:
             walk.rows,
             parameter_count(family.policy),
             sum(p.numel() for p in trainable),
-            meter.live["optimizer"] + meter.live["ema"] + sum(local_bytes(p) for p in trainable),
+            meter.live["optimizer"]
+            + meter.live["ema"]
+            + sum(local_bytes(p) for p in (*trainable, *(copies.old.parameters if copies.old else ()))),
             meter.host,
             kept,
         )
+
+    def _forward(self, reference: Reference | None) -> ForwardTraining | None:
+        """The training of a forward process, if the config has one."""
+        if not self.config.objective.forward:
+            return None
+        return ForwardTraining(self.family, self.config, self.world, self.levels, self.copies.old, reference)
 
     def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with self.meter.counting("host"):

@@ -99,8 +99,8 @@ class CountedWalk:
             begun.add(micro.module)
         self.stretches.enter("optimizer")
 
-    def _kind(self, micro: MicroBatch) -> tuple[str, int, bool]:
-        return micro.module, micro.pairs.shape[1], micro.syncs and self.syncs_matter
+    def _kind(self, micro: MicroBatch) -> tuple[str, int, bool, bool]:
+        return micro.module, micro.pairs.shape[1], micro.syncs and self.syncs_matter, micro.old
 
 
 def _gradients(policy: nn.Module) -> Iterator[Tensor]:

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.algorithms.schedule import check_sampler
 from fastgrpo.config import Config, Model
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.distributed.world import check_world
 from fastgrpo.errors import ConfigError, UserError
-from fastgrpo.models import ModelFamily, family_class
+from fastgrpo.models import ModelFamily, check_guidance, family_class
 from fastgrpo.models.architectures import architecture, known
 from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
@@ -69,7 +70,10 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
             found.attempt(lambda: cls.check_section("eval", config.evaluated_model, parts))
         if parts and config.parallel.context > 1:
             found.attempt(lambda: check_context(config, cls, parts, "cuda" if torch.cuda.is_available() else "cpu"))
+    found.attempt(lambda: forward_objective(config))
     found.attempt(lambda: check_quantization(config.model))
+    if cls is not None:
+        found.attempt(lambda: check_guidance(config.model))
     found.attempt(lambda: check_backend(config.model.attention_backend, config.parallel.context))
     found.attempt(lambda: check_optimizer(config.update.optimizer))
     found.attempt(lambda: check_world(config, ranks, min(ranks, NODE)))
@@ -78,11 +82,12 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
         found.attempt(lambda spec=spec: load_reward(spec))
     for name in config.callbacks:
         found.attempt(lambda name=name: load_callback(name))
+    pictured = kind if cls is not None and kind in cls.image_pipelines else ""
     for source in dict.fromkeys(filter(None, (config.prompts.train, config.prompts.heldout))):
         prompts = found.attempt(lambda source=source: load_prompts(source))
         if prompts is not None:
             found.prompts[source] = prompts
-            found.attempt(lambda source=source, prompts=prompts: check_pictures(source, prompts, kind))
+            found.attempt(lambda source=source, prompts=prompts: check_pictures(source, prompts, pictured))
     if not found.problems and cls is not None:
         found.remarks += remarks(config, cls, found.prompts)
     return found

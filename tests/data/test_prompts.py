@@ -142,7 +142,10 @@ def test_a_bad_line_is_named_by_file_and_line(write, name, content, line, words)
     "source, words",
     [
         ("none.txt", "cannot read the prompts: No such file or directory"),
-        ("prompts.parquet", "unknown prompt source; it should be a file (.csv, .jsonl, .txt), or begin with hf:, "),
+        (
+            "prompts.parquet",
+            "unknown prompt source; it should be a file (.csv, .jsonl, .txt), or begin with editing:, ",
+        ),
         ("shape:train", "unknown prompt source; did you mean 'shapes:'? it should be a file"),
         ("shapes:held_out", "did you mean 'shapes:heldout'?"),
     ],
@@ -154,7 +157,7 @@ def test_an_unknown_source_is_refused(source, words):
 
 
 def test_sources_are_listed():
-    assert available() == [".csv", ".jsonl", ".txt", "hf:", "moving:", "set:", "shapes:"]
+    assert available() == [".csv", ".jsonl", ".txt", "editing:", "hf:", "moving:", "set:", "shapes:"]
 
 
 @pytest.mark.parametrize(

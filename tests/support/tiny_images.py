@@ -24,6 +24,9 @@ from support.tiny import tiny_config
 MODELS: dict[str, dict[str, Any]] = {
     "flux": {"family": "flux", "guidance": 3.5, "max_sequence_length": 10},
     "flux_plain": {"family": "flux", "guidance": 3.5, "max_sequence_length": 10},
+    "flux_true_cfg": {"family": "flux", "guidance": 3.5, "max_sequence_length": 10, "true_cfg": 2.0},
+    "flux_kontext": {"family": "flux_kontext", "guidance": 2.5, "max_sequence_length": 10},
+    "flux_kontext_true_cfg": {"family": "flux_kontext", "guidance": 2.5, "max_sequence_length": 10, "true_cfg": 2.0},
     "sd_epsilon": {"family": "stable_diffusion", "guidance": 3.0},
     "sd_v": {"family": "stable_diffusion", "guidance": 3.0},
     "sdxl": {"family": "stable_diffusion", "guidance": 3.0},
@@ -35,7 +38,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "z_image": {"family": "z_image", "guidance": 2.0, "max_sequence_length": 18},
 }
 CLASSES = {
-    "flux": "FluxPipeline", "flux_plain": "FluxPipeline", "sd_epsilon": "StableDiffusionPipeline",
+    "flux": "FluxPipeline", "flux_plain": "FluxPipeline", "flux_true_cfg": "FluxPipeline",
+    "flux_kontext": "FluxKontextPipeline", "flux_kontext_true_cfg": "FluxKontextPipeline",
+    "sd_epsilon": "StableDiffusionPipeline",
     "sd_v": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline",
     "sd3_without_t5": "StableDiffusion3Pipeline", "qwen_image": "QwenImagePipeline", "z_image": "ZImagePipeline",
     "flux2": "Flux2KleinPipeline", "flux2_distilled": "Flux2KleinPipeline",

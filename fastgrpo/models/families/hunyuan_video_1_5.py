@@ -21,8 +21,7 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.families.hunyuan_video import HunyuanVideo
 from fastgrpo.models.families.image import check_text_length
-from fastgrpo.models.families.shared import guide
-from fastgrpo.models.families.video import pictures
+from fastgrpo.models.families.shared import guide, prompt_images
 from fastgrpo.models.protocol import Conditioning, ModelFamily
 
 # Tokens of the quoted words of a prompt, and of the picture that a video starts from, whatever they are.
@@ -34,6 +33,7 @@ TEXT, GLYPHS, IMAGE = range(3)
 class HunyuanVideo15(HunyuanVideo):
     name = "hunyuan_video_1_5"
     pipeline_classes = ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
+    image_pipelines = ("HunyuanVideo15ImageToVideoPipeline",)
     guidance_style = "cfg"
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder", "feature_extractor")
     block_lists = ("transformer_blocks",)
@@ -62,20 +62,12 @@ class HunyuanVideo15(HunyuanVideo):
 
         return tiny_hunyuan_video_1_5.build_tokenizers(moving_world.vocabulary())
 
-    @property
-    def from_image(self) -> bool:
-        return "ImageToVideo" in type(self.pipeline).__name__
-
-    @property
-    def takes_image(self) -> bool:
-        return self.from_image
-
     def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
         return ModelFamily.comfyui_layer(self, layer)
 
     def pipeline_arguments(self, steps: int) -> dict[str, Any]:
         # Its guidance is the guider's (`pipeline_settings`); from an image, its size follows the image's.
-        unknown = ("guidance_scale", "max_sequence_length", *(("height", "width") if self.from_image else ()))
+        unknown = ("guidance_scale", "max_sequence_length", *(("height", "width") if self.takes_image else ()))
         return {key: value for key, value in super().pipeline_arguments(steps).items() if key not in unknown}
 
     def pipeline_settings(self) -> tuple[str, ...]:
@@ -85,7 +77,7 @@ class HunyuanVideo15(HunyuanVideo):
         settings: Any = self.denoiser.config
         text = self.config.max_sequence_length, settings.text_embed_dim
         shapes: dict[str, tuple[int, ...]] = {"text": text, "glyphs": (GLYPH_TOKENS, settings.text_embed_2_dim)}
-        if not self.from_image:
+        if not self.takes_image:
             return shapes
         channels, _, height, width = self.latent_shape
         return shapes | {"first_frame": (channels, 1, height, width), "image": (IMAGE_TOKENS, settings.image_embed_dim)}
@@ -100,12 +92,12 @@ class HunyuanVideo15(HunyuanVideo):
             pipeline.tokenizer_2, pipeline.text_encoder_2, texts, self.device, GLYPH_TOKENS
         )
         encoded = {"text": text, "glyphs": glyphs, "text_length": mask.sum(1), "glyph_length": glyph_mask.sum(1)}
-        return encoded | (self.encode_pictures(prompts) if self.from_image else {})
+        return encoded | (self.encode_pictures(prompts) if self.takes_image else {})
 
     def encode_pictures(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """`first_frame` [B, C, 1, h, w], latents, and `image` [B, tokens, D], what the image encoder sees."""
         frames, seen, size = [], [], {"height": self.config.height, "width": self.config.width}
-        for picture in pictures(prompts, self.config):
+        for picture in prompt_images(prompts, self.name):
             cropped = self.pipeline.video_processor.resize(picture, **size, resize_mode="crop")
             processor = self.pipeline.video_processor
             frames.append(
@@ -121,7 +113,7 @@ class HunyuanVideo15(HunyuanVideo):
         # A channel says which frames are given.
         condition = torch.zeros(len(x), x.shape[1] + 1, *x.shape[2:], device=x.device)
         image = None
-        if self.from_image:
+        if self.takes_image:
             image = conditioning["image"].to(self.dtype)
             condition[:, :-1, :1] = conditioning["first_frame"]
             condition[:, -1, 0] = 1

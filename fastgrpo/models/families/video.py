@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import Model
-from fastgrpo.data.prompts import Prompt, open_image
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError, nearest_sizes
-from fastgrpo.models.families.shared import uneven_sides
+from fastgrpo.models.families.shared import prompt_images, uneven_sides
 
 
 def check_video_size(config: Model, multiple: int, stride: int) -> None:
@@ -45,22 +45,11 @@ def set_tiling(vae: Any, config: Model) -> None:
         vae.enable_tiling()
 
 
-def pictures(prompts: Sequence[Prompt], config: Model) -> list[Any]:
-    """The prompts' images. Raises ConfigError for a prompt without one."""
-    for prompt in prompts:
-        if prompt.image is None:
-            raise ConfigError(
-                f"prompts: '{prompt.text[:60]}' has no image; {config.family} makes a video from a first frame: give "
-                "each prompt an 'image' column"
-            )
-    return [open_image(p.image) for p in prompts if p.image is not None]
-
-
 def first_frames(pipeline: Any, prompts: Sequence[Prompt], config: Model, device: torch.device) -> Tensor:
     """The prompts' images as the pipeline prepares them: float32 [B, 3, H, W] in −1..1.
 
     Raises ConfigError for a prompt without one.
     """
-    size = {"height": config.height, "width": config.width}
-    processed = [pipeline.video_processor.preprocess(p, **size) for p in pictures(prompts, config)]
+    pictures = prompt_images(prompts, config.family)
+    processed = [pipeline.video_processor.preprocess(p, height=config.height, width=config.width) for p in pictures]
     return torch.cat(processed).to(device, torch.float32)
