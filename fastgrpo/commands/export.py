@@ -193,7 +193,8 @@ def _snippet(config: Config, family: ModelFamily, scheduler: str | None) -> str:
     called = family.pipeline_arguments(config.rollout.steps)
     arguments = [f"prompt={prompt}", *(f"{key}={value!r}" for key, value in called.items())]
     if family.takes_image:
-        arguments.insert(1, 'image=load_image("first_frame.png")')
+        size = f".resize(({model.width}, {model.height}))"
+        arguments.insert(1, 'image=load_image("first_frame.png")' if video else f'image=load_image("source.png"){size}')
     if video:
         arguments.append('output_type="pil"')
     lines += [

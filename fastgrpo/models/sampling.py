@@ -43,6 +43,10 @@ class PipelineSampling:
         """The trained component that acts at each step."""
         return (self.trained[0],) * levels.steps
 
+    def forward_table(self) -> np.ndarray | None:
+        """ᾱ of every timestep that a diffusion model was trained at, float64; None for a flow, which has all levels."""
+        return None
+
     def pipeline_shift(self) -> float | None:
         """The shift k that the pipeline's scheduler config asks for at this size; None where it is no plain shift."""
         config = self.pipeline.scheduler.config
