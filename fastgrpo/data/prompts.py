@@ -70,8 +70,8 @@ def load_prompts(source: str) -> list[Prompt]:
             alone); `moving:train`, `moving:heldout`: its videos, likewise, each prompt with a first frame of its own;
             `editing:train`, `editing:heldout`: edits of its images, each with a source image of its own.
             `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
-            `set:geneval`, `set:hps`, `set:videoalign`: those of fastgrpo/data/sets.py. `<name>:…`: a source that a
-            package offers by the entry point group `fastgrpo.prompts`.
+            `set:geneval`, `set:hps`, `set:videoalign`, `set:vbench`: those of fastgrpo/data/sets.py. `<name>:…`: a
+            source that a package offers by the entry point group `fastgrpo.prompts`.
 
     Raises:
         ConfigError: Naming file and line where there is one.
