@@ -16,7 +16,7 @@ from fastgrpo.models import load_family
 from fastgrpo.training.trainer import Trainer
 
 LORA = {"rank": 2, "alpha": 4.0}
-SHORT = [("sd_v", None), ("sd3", LORA), ("qwen_image", None)]
+SHORT = [("sd_v", None), ("sd3", LORA), ("qwen_image", None), ("flux_kontext", LORA)]
 LONG = [(kind, lora) for kind in ("sd_v", "sdxl", "sd3", "qwen_image", "flux") for lora in (None, LORA)]
 
 
