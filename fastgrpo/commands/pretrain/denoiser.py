@@ -98,16 +98,17 @@ def learned(family: ModelFamily) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def start_from(parts: Mapping[str, nn.Module], path: str) -> None:
-    """Gives the parts the weights that a pipeline directory has for them; rows that it lacks, such as those of new
-    words, keep theirs. Raises ConfigError where the two do not fit."""
+    """Gives the parts the weights that a pipeline directory has for them; rows and columns that it lacks, such as those
+    of new words, keep theirs. Raises ConfigError where the two do not fit."""
     for name, part in parts.items():
         found: Any = type(part).from_pretrained(resolve_path(path), subfolder=name, torch_dtype=torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
         state = part.state_dict()
         for key, value in found.state_dict().items():
             mine = state.get(key)
-            if mine is None or mine.shape[1:] != value.shape[1:] or len(mine) < len(value):
+            sides = range(value.ndim)
+            if mine is None or mine.ndim != value.ndim or any(mine.shape[d] < value.shape[d] for d in sides):
                 raise ConfigError(f"denoiser.init: {path} does not fit at {name}.{key}; give both the same sizes")
-            mine[: len(value)].copy_(value)
+            mine[tuple(slice(side) for side in value.shape)] = value
 
 
 def train(pipeline: Any, config: PretrainConfig) -> None:
@@ -188,9 +189,10 @@ def checkpoint(pipeline: Any, config: PretrainConfig, step: int, n: int) -> None
     save_bfloat16(pipeline, path)
     found = measure(path, config, n)
     (out / "grids").mkdir(exist_ok=True)
-    shown = beside_sources(found.prompts[:96], found.images[:96])
-    write = write_frames if shown.ndim == 5 else write_grid
-    write(shown, out / "grids" / f"{path.name}.png")
+    if found.images.ndim == 5:
+        write_frames(found.images[:96], out / "grids" / f"{path.name}.png")
+    else:
+        write_grid(beside_sources(found.prompts[:96], found.images[:96]), out / "grids" / f"{path.name}.png")
     strict = found.values[f"{config.world.reward}.strict"]
     categories = np.array([str(p.metadata["category"]) for p in found.prompts])
     rates = {"strict": float(strict.mean()), "score": float(found.values[config.world.reward].mean())}
