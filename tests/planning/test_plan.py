@@ -128,6 +128,7 @@ SIZES = {
     "skyreels-v1-i2v": ("skyreels", 12.8), "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("wan", 1.42),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("wan", 14.3), "CompVis/stable-diffusion-v1-4": ("stable_diffusion", 0.86),
     "Qwen/Qwen-Image": ("qwen_image", 20.4), "stabilityai/stable-diffusion-3.5-large": ("sd3", 8.06),
+    "stabilityai/stable-diffusion-3.5-medium": ("sd3", 2.24),
 }  # fmt: skip
 
 
