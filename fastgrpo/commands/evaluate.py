@@ -20,7 +20,7 @@ from fastgrpo.evaluation.compare import compared, diversity, table
 from fastgrpo.evaluation.heldout import Evaluation, evaluate, heldout_prompts, record
 from fastgrpo.evaluation.statistics import by_unit, mean_interval
 from fastgrpo.models import load_family
-from fastgrpo.observe.media import write_frames, write_grid
+from fastgrpo.observe.media import beside_sources, write_frames, write_grid
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.clip import ClipReward
 from fastgrpo.rewards.failures import FailureLog
@@ -120,8 +120,12 @@ def _directory(target: Path, run: bool, request: Request) -> Path:
 
 
 def _side_by_side(base: Evaluation, tuned: Evaluation, config: Config, folder: Path) -> None:
-    """`side-by-side.png`: base and tuned of each prompt next to each other."""
+    """`side-by-side.png`: base and tuned of each prompt next to each other, after the source of an edit."""
     count = min(config.eval.grid, len(base.images))
+    triples = beside_sources(base.prompts[:count], base.images[:count], tuned.images[:count])
+    if triples.shape[-1] == 3 * base.images.shape[-1]:
+        write_grid(triples, folder / "side-by-side.png", columns=4, smallest=3 * 96)
+        return
     pairs = torch.stack([base.images[:count], tuned.images[:count]], dim=1).flatten(0, 1)
     (write_frames if pairs.ndim == 5 else write_grid)(pairs, folder / "side-by-side.png")
 

@@ -75,7 +75,15 @@ class Model(Section):
     )
     fps: PositiveFloat = Field(default=8.0, description="Frames a second, as rewards and video files see a sample.")
     guidance: Annotated[float, Field(ge=0)] = Field(
-        default=3.5, description="Guidance scale, as the pipeline takes it; at most 1: no classifier-free guidance."
+        default=3.5, description="Guidance scale, as the pipeline takes it; at most 1 (of z_image 0): no second branch."
+    )
+    guidance_2: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="Guidance scale of a second transformer (Wan 2.2 A14B's); null: model.guidance."
+    )
+    true_cfg: Annotated[float, Field(ge=1)] = Field(
+        default=1.0,
+        description="FLUX's second guidance, by a negative branch beside the scale that it is told (true_cfg_scale of "
+        "its pipelines); 1: none.",
     )
     negative_prompt: str = Field(
         default="", description="What classifier-free guidance leads away from, where a prompt has none of its own."
@@ -125,8 +133,9 @@ class Prompts(Section):
     """What is drawn: in training, and in evaluation."""
 
     train: PathText = Field(
-        description="A .txt, .jsonl or .csv file, shapes:train, moving:train, hf:<dataset>[:split[:column]] on the "
-        "hub, or a source of an installed package."
+        description="A .txt, .jsonl or .csv file; set:images or set:videos (shipped), shapes:train, moving:train, "
+        "editing:train; "
+        "hf:<dataset>[:split[:column]] on the hub, or a source of an installed package."
     )
     select: Literal["epochs", "spread"] = Field(
         default="epochs",

@@ -8,8 +8,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from fastgrpo.data.images import source_pixels
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import require
 
 # Of every sheet: pictures in a row, and white pixels between them.
@@ -49,6 +52,18 @@ def write_grid(images: Tensor, path: Path, columns: int = COLUMNS, margin: int =
     from PIL import Image
 
     Image.fromarray(arrange(enlarged(to_bytes(images), smallest), columns, margin)).save(path)
+
+
+def beside_sources(prompts: Sequence[Prompt], *images: Tensor) -> Tensor:
+    """Pictures [n, 3, H, k · W], from left to right: the image that each prompt names, if all do, then `images`.
+
+    images: each [n, 3, H, W] in [0, 1]. Videos [n, 3, F, H, W] show their first frame themselves: nothing is added.
+    """
+    parts = list(images)
+    if images[0].ndim == 4 and len(images[0]) and all(p.image is not None for p in prompts):
+        pixels = source_pixels(prompts, *images[0].shape[-2:])
+        parts.insert(0, torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+    return torch.cat([part.cpu() for part in parts], dim=-1)
 
 
 def write_frames(videos: Tensor, path: Path, smallest: int = 64) -> None:
@@ -102,8 +117,18 @@ def write_samples(samples: Tensor, out_dir: Path, names: Sequence[str], fps: flo
     return paths
 
 
-def read_tiles(path: Path, count: int, largest: int) -> list[bytes]:
-    """The `count` pictures of a sheet, each a PNG (WebP where the sheet is animated), shrunk to `largest` pixels."""
+def read_tiles(path: Path, count: int, largest: int, quality: int | None = None) -> list[tuple[str, bytes]]:
+    """The `count` pictures of a sheet, shrunk to `largest` pixels, each with its kind.
+
+    Args:
+        path: A sheet that `write_grid` or `write_webp` wrote.
+        count: How many pictures it holds.
+        largest: Of a picture, the longer side in pixels at most.
+        quality: 0 to 100, of a lossy WebP; None: without loss.
+
+    Returns:
+        Of each picture `png` or `webp`, and its bytes: WebP where the sheet is animated or a quality is given.
+    """
     import io
 
     from PIL import Image, ImageSequence
@@ -114,6 +139,7 @@ def read_tiles(path: Path, count: int, largest: int) -> list[bytes]:
     columns = min(COLUMNS, count)
     width = (sheets[0].width - MARGIN) // columns
     height = (sheets[0].height - MARGIN) // math.ceil(count / columns)
+    lossy = {"lossless": True} if quality is None else {"quality": quality}
     tiles = []
     for place in range(count):
         left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
@@ -123,8 +149,10 @@ def read_tiles(path: Path, count: int, largest: int) -> list[bytes]:
             picture.thumbnail((largest, largest))
         buffer = io.BytesIO()
         if rest:
-            first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=duration, loop=0, lossless=True)
-        else:
+            first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=duration, loop=0, **lossy)
+        elif quality is None:
             first.save(buffer, "PNG", optimize=True)
-        tiles.append(buffer.getvalue())
+        else:
+            first.save(buffer, "WEBP", quality=quality)
+        tiles.append(("webp" if rest or quality is not None else "png", buffer.getvalue()))
     return tiles

@@ -23,6 +23,7 @@ from fastgrpo.errors import RunPausedError, UserError
 from fastgrpo.models import ModelFamily, load_family
 from fastgrpo.models.trainable import reference_of
 from fastgrpo.observe.metrics import advantage_metrics, reward_metrics
+from fastgrpo.observe.provenance import provenance
 from fastgrpo.observe.run_log import RunLog
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Reward, load_rewards
@@ -119,7 +120,7 @@ class Trainer:
             UserError: Where a callback halted the run, or too many samples failed; with a checkpoint.
         """
         self.log.rewind(self.iteration)
-        self.log.event("start", self.iteration, ranks=self.world.size, device=str(self.world.device))
+        self.log.event("start", self.iteration, ranks=self.world.size, **provenance(self.world.device))
         with ExitStack() as stack:
             stack.callback(self.log.close)
             stack.enter_context(listening(self.stop))
