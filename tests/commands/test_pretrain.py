@@ -34,8 +34,8 @@ def recipe_of(family: str, **changes: Any) -> PretrainConfig:
 
 
 def chosen(family: str) -> list[str]:
-    """The overrides that make the FLUX recipe another family's; the moving world has other categories."""
-    return [f"family={family}", *(["denoiser.shares={}"] if TINY[family].world is MOVING else [])]
+    """The overrides that make the FLUX recipe another family's; other worlds have other categories."""
+    return [f"family={family}", *(["denoiser.shares={}"] if TINY[family].world is not STILL else [])]
 
 
 # The others differ by their pipelines alone.
@@ -172,6 +172,69 @@ def test_a_first_frame_is_that_of_its_video_and_what_the_family_encodes():
     texts = family.encode_texts(prompts)
     assert "first_frame" not in texts
     torch.testing.assert_close(texts["text"], encoded["text"])
+
+
+def test_a_source_image_is_that_of_its_edit_and_what_the_family_encodes():
+    config = recipe_of("flux_kontext", **{"denoiser.pool": 6})
+    family: Any = denoiser.open_family(TINY["flux_kontext"].build(config), config)
+    pool, prompts = denoiser.latent_pool(family, config)
+    assert pool["x0"].shape == pool["source"].shape == (6, *family.latent_shape)
+    source, result = config.world.render_pairs(
+        config.world.prompts[0][:6], np.random.default_rng(0), config.checked_sizes
+    )
+    assert source is not None
+    # One object differs, and no more.
+    assert 0.01 < ((source - result).abs().amax(1) > 0.05).float().mean() < 0.4
+    truth, asked = world.truth(world.prompts[1][:8], rng, sizes)
+    encoded = family.encode_prompts(asked[:1])
+    assert encoded["source"].shape[1:] == pool["source"].shape[1:]
+    texts = family.encode_texts(prompts)
+    assert "source" not in texts
+    scores = load_reward(RewardSpec(name="editing")).score(truth, asked, None)
+    assert scores.components["strict"].mean() == 1
+
+
+def test_an_autoencoder_of_more_channels_decodes_as_the_one_it_takes(tmp_path):
+    few = TINY["flux"].build(recipe_of("flux"))
+    few.vae.register_to_config(scaling_factor=1.5, shift_factor=0.25)
+    few.save_pretrained(tmp_path)
+    config = load_settings(
+        PretrainConfig, CONFIGS / "pretrain-shapes-flux-kontext.yaml", [f"init={tmp_path}", f"denoiser.init={tmp_path}"]
+    )
+    many = TINY["flux_kontext"].build(config)
+    autoencoder.take(many.vae, config)
+    assert (many.vae.config.latent_channels, many.vae.config.scaling_factor) == (4, 1.5)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        theirs, ours = (vae.encode(pixels).latent_dist for vae in (few.vae, many.vae))
+        torch.testing.assert_close(ours.mean[:, :3], theirs.mean)
+        torch.testing.assert_close(ours.std[:, :3], theirs.std)
+        assert ours.mean[:, 3].abs().max() == 0
+        assert ours.std[:, 3].max() < 1e-4
+        z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(many.vae.decode(z).sample, few.vae.decode(z[:, :3]).sample)
+
+
+def test_a_denoiser_starts_from_the_weights_that_there_are(tmp_path):
+    few = TINY["flux"].build(recipe_of("flux"))
+    few.save_pretrained(tmp_path)
+    kontext = ["sizes.latent_channels=4", f"init={tmp_path}", f"denoiser.init={tmp_path}"]
+    config = load_settings(PretrainConfig, CONFIGS / "pretrain-shapes-flux-kontext.yaml", kontext)
+    pipeline = TINY["flux_kontext"].build(config)
+    before = pipeline.transformer.x_embedder.weight.detach().clone()
+    words = pipeline.text_encoder.get_input_embeddings().weight.detach().clone()
+    denoiser.start_from(denoiser.learned(denoiser.open_family(pipeline, config)), str(tmp_path))
+    after = pipeline.transformer.x_embedder.weight
+    assert torch.equal(after[:, :12], few.transformer.x_embedder.weight)
+    assert torch.equal(after[:, 12:], before[:, 12:])
+    known = few.text_encoder.get_input_embeddings().weight
+    learned = pipeline.text_encoder.get_input_embeddings().weight
+    assert torch.equal(learned[: len(known)], known)
+    assert torch.equal(learned[len(known) :], words[len(known) :])
+    assert len(words) > len(known)
+    smaller = TINY["flux"].build(recipe_of("flux", **{"sizes.single_layers": 1}))
+    with pytest.raises(ConfigError, match=r"denoiser\.init: .* does not fit at transformer\.single_transformer_blocks"):
+        denoiser.start_from({"transformer": smaller.transformer}, str(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["flux", "stable_diffusion", "hunyuan_video"])
