@@ -38,6 +38,8 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
     paradigm: ClassVar[Literal["flow", "diffusion"]] = "flow"
     # embedded: the scale is an input of the model. cfg: two branches, the negative prompt's and the prompt's.
     guidance_style: ClassVar[Literal["embedded", "cfg"]]
+    # The largest scale, as the pipeline takes it, without a second branch.
+    unguided_scale: ClassVar[float] = 1.0
     # Whether an embedded family takes model.true_cfg: two branches beside the scale that the model is told.
     takes_true_cfg: ClassVar[bool] = False
     # Components that are trained; `noise_levels` says which of them acts at a step.

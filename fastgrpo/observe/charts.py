@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-INK, SOFT, LINE = "#1c2430", "#66707f", "#e4e7ec"
+INK, SOFT, LINE = "#1c2430", "#586170", "#e4e7ec"
 RUN_COLORS = ("#3056d3", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285", "#a61e4d")
-PHASE_COLORS = ("#3056d3", "#74a0f1", "#f08c00", "#2b8a3e", "#9c36b5", "#0b7285", "#e64980", "#94d82d", "#5c3d2e")
-OTHER_COLOR = "#adb5bd"
+
+# The page's names of these colours, which are others in the dark.
+VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line"} | {color: f"run{i}" for i, color in enumerate(RUN_COLORS)}
 
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     # The same data is the same bytes.
     "svg.hashsalt": "fastgrpo",
-    "font.size": 9,
+    "font.size": 10.5,
     "text.color": INK,
     "axes.edgecolor": LINE,
     "axes.labelcolor": SOFT,
@@ -34,70 +36,90 @@ SETTINGS: dict[Any, Any] = {
 
 Series = tuple[Sequence[int], Sequence[float]]
 
+# Iterations, values, and the ends of their intervals, NaN where there is none.
+Points = tuple[Sequence[int], Sequence[float], Sequence[float], Sequence[float]]
+
+# Points of a curve at most: more than a card has pixels.
+MOST_POINTS = 400
+
 
 def curve_chart(
     title: str,
-    series: Mapping[str, Series],
+    series: Mapping[str, Series | Points],
     *,
     smooth: bool = False,
     markers: bool = False,
     percent: bool = False,
     log: bool = False,
     line: tuple[str, float] | None = None,
+    extra: Mapping[str, Points] | None = None,
+    note: str = "",
 ) -> str:
     """A card with one curve a run; empty where no run has a value.
 
-    smooth: the moving mean over a twentieth of the run, the values behind it. log: where all values are positive.
-    line: a labelled horizontal line.
+    Args:
+        title: Above the chart.
+        series: Of each run, the curve; with the ends of intervals, they are drawn as bars.
+        smooth: Draws the moving mean over a twentieth of the run, the values behind it.
+        markers: Draws a dot at each value.
+        percent: Values are shares.
+        log: The axis is logarithmic where all values are positive.
+        line: A labelled horizontal line.
+        extra: Points of their own, as diamonds: of another measurement of the same thing.
+        note: Plain text under the title: what the chart says.
     """
-    present = {name: (np.asarray(x), np.asarray(y, dtype=float)) for name, (x, y) in series.items() if len(x)}
+    present = {
+        name: tuple(np.asarray(part, dtype=float) for part in given) for name, given in series.items() if len(given[0])
+    }
     if not present:
         return ""
     with rc_context(SETTINGS):
         figure = Figure(figsize=(4.2, 2.35), layout="constrained")
         axes = figure.subplots()
-        for color, (name, (x, y)) in zip(_colors(len(present)), present.items(), strict=True):
-            window = max(1, len(y) // 20) if smooth else 1
+        colors = dict(zip(present, _colors(len(present)), strict=True))
+        for name, (x, y, *interval) in present.items():
+            color, window = colors[name], max(1, len(y) // 20) if smooth else 1
+            kept = slice(None, None, -(-len(y) // MOST_POINTS))
             if window > 1:
-                axes.plot(x, y, color=color, alpha=0.22, linewidth=0.8)
-            axes.plot(
-                x, moving_mean(y, window), color=color, linewidth=1.7, label=name, marker="o" if markers else None
-            )
+                axes.plot(x[kept], y[kept], color=color, alpha=0.22, linewidth=0.8)
+            shown = moving_mean(y, window)[kept]
+            axes.plot(x[kept], shown, color=color, linewidth=1.7, label=name, marker="o" if markers else None)
+            _bars(axes, x, y, interval, color)
+        for name, (x, y, *interval) in (extra or {}).items():
+            axes.plot(x, y, color=colors[name], linestyle="none", marker="D", markersize=7, markerfacecolor="none")
+            _bars(axes, x, y, interval, colors[name])
         if line is not None:
             axes.axhline(line[1], color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)), label=line[0])
-        if log and all((y > 0).all() for _, y in present.values()):
+        if log and all((y > 0).all() for _, y, *_ in present.values()):
             axes.set_yscale("log")
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(axis="y", color=LINE, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
         axes.set_xlabel("iteration")
         if len(present) > 1 or line is not None:
-            axes.legend(frameon=False, fontsize=8, labelcolor=SOFT, loc="best")
-        return f'<div class="chart"><h3>{html.escape(title)}</h3>{svg(figure)}</div>'
+            axes.legend(frameon=False, fontsize=10, labelcolor=SOFT, loc="best")
+        said = "; ".join(
+            f"{name}: from {_number(y[0], percent)} to {_number(y[-1], percent)}"
+            for name, (_, y, *_) in present.items()
+        )
+        label = html.escape(f"{title}, by iteration. {said}", quote=True)
+        under = f'<p class="note">{html.escape(note)}</p>' if note else ""
+        return f'<div class="chart"><h3>{html.escape(title)}</h3>{under}{svg(figure, label)}</div>'
 
 
-def time_chart(phases: Mapping[str, Mapping[str, float]]) -> str:
-    """One bar a run, divided by phase: seconds of the whole run."""
-    names = list(dict.fromkeys(name for run in phases.values() for name in run))
-    colors = {name: PHASE_COLORS[i % len(PHASE_COLORS)] for i, name in enumerate(names)} | {"other": OTHER_COLOR}
-    with rc_context(SETTINGS):
-        figure = Figure(figsize=(9.6, 0.85 + 0.42 * len(phases)), layout="constrained")
-        axes = figure.subplots()
-        left = np.zeros(len(phases))
-        for name in names:
-            widths = np.array([run.get(name, 0.0) for run in phases.values()])
-            axes.barh(list(phases), widths, left=left, color=colors[name], height=0.62, label=name)
-            left += widths
-        axes.invert_yaxis()
-        axes.set_xlabel("seconds")
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(length=0)
-        axes.set_xlim(0, left.max() * 1.001)
-        figure.legend(loc="outside upper left", ncols=10, frameon=False, fontsize=8, handlelength=0.9, labelcolor=SOFT)
-        return svg(figure)
+def _number(value: float, percent: bool) -> str:
+    return f"{value:.1%}" if percent else f"{value:.3g}"
+
+
+def _bars(axes: Any, x: Any, y: Any, interval: Sequence[Any], color: str) -> None:
+    """Vertical bars between the ends of intervals, where there are any."""
+    if interval and np.isfinite(np.asarray(interval, dtype=float)).any():
+        low, high = (np.asarray(end, dtype=float) for end in interval)
+        around = np.clip(np.stack([np.asarray(y) - low, high - np.asarray(y)]), 0, None)
+        axes.errorbar(x, y, yerr=around, fmt="none", ecolor=color, elinewidth=1.2, capsize=3, alpha=0.7)
 
 
 def scaling_chart(path: Path, sizes: Sequence[int], curves: Mapping[str, Any], selector: str) -> None:
@@ -132,12 +154,19 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def svg(figure: Figure) -> str:
-    """A figure as an inline SVG element."""
+def svg(figure: Figure, label: str) -> str:
+    """A figure as an inline SVG element, its colours those of the page. label: what it shows, escaped."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :]
+    # Several figures stand in one page: what nothing refers to needs no name.
+    used = set(re.findall(r'"#([^"]+)"|url\(#([^)]+)\)', text))
+    kept = {name for pair in used for name in pair if name}
+    text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in kept else "", text)
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, f"var(--{variable})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def _colors(count: int) -> list[str]:

@@ -117,8 +117,18 @@ def write_samples(samples: Tensor, out_dir: Path, names: Sequence[str], fps: flo
     return paths
 
 
-def read_tiles(path: Path, count: int, largest: int) -> list[bytes]:
-    """The `count` pictures of a sheet, each a PNG (WebP where the sheet is animated), shrunk to `largest` pixels."""
+def read_tiles(path: Path, count: int, largest: int, quality: int | None = None) -> list[tuple[str, bytes]]:
+    """The `count` pictures of a sheet, shrunk to `largest` pixels, each with its kind.
+
+    Args:
+        path: A sheet that `write_grid` or `write_webp` wrote.
+        count: How many pictures it holds.
+        largest: Of a picture, the longer side in pixels at most.
+        quality: 0 to 100, of a lossy WebP; None: without loss.
+
+    Returns:
+        Of each picture `png` or `webp`, and its bytes: WebP where the sheet is animated or a quality is given.
+    """
     import io
 
     from PIL import Image, ImageSequence
@@ -129,6 +139,7 @@ def read_tiles(path: Path, count: int, largest: int) -> list[bytes]:
     columns = min(COLUMNS, count)
     width = (sheets[0].width - MARGIN) // columns
     height = (sheets[0].height - MARGIN) // math.ceil(count / columns)
+    lossy = {"lossless": True} if quality is None else {"quality": quality}
     tiles = []
     for place in range(count):
         left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
@@ -138,8 +149,10 @@ def read_tiles(path: Path, count: int, largest: int) -> list[bytes]:
             picture.thumbnail((largest, largest))
         buffer = io.BytesIO()
         if rest:
-            first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=duration, loop=0, lossless=True)
-        else:
+            first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=duration, loop=0, **lossy)
+        elif quality is None:
             first.save(buffer, "PNG", optimize=True)
-        tiles.append(buffer.getvalue())
+        else:
+            first.save(buffer, "WEBP", quality=quality)
+        tiles.append(("webp" if rest or quality is not None else "png", buffer.getvalue()))
     return tiles

@@ -46,7 +46,7 @@ def remarks(config: Config, cls: type[ModelFamily], sources: Mapping[str, Sequen
                 f"rewards.{spec.key}: is {use}, but its when ({wanted}) matches none of the {len(train)} prompts of "
                 f"{config.prompts.train}; {_metadata(train, spec.when)}"
             )
-    guided = cls.branch_scale(config.model) > 1
+    guided = cls.branch_scale(config.model) > cls.unguided_scale
     for source, prompts in sources.items():
         negatives = sum(p.negative is not None for p in prompts)
         if negatives and not guided:
@@ -54,7 +54,7 @@ def remarks(config: Config, cls: type[ModelFamily], sources: Mapping[str, Sequen
             reason = (
                 f"{cls.name} has no negative branch"
                 if setting == "true_cfg" and not cls.takes_true_cfg
-                else f"model.{setting} {getattr(config.model, setting):g} is not above 1"
+                else f"model.{setting} {getattr(config.model, setting):g} is not above {cls.unguided_scale:g}"
             )
             said.append(f"{source}: {negatives} of {len(prompts)} prompts have a negative prompt, unused: {reason}")
         said += _pictures_stretched(source, prompts, config.model)

@@ -179,9 +179,8 @@ def test_a_source_image_is_that_of_its_edit_and_what_the_family_encodes():
     family: Any = denoiser.open_family(TINY["flux_kontext"].build(config), config)
     pool, prompts = denoiser.latent_pool(family, config)
     assert pool["x0"].shape == pool["source"].shape == (6, *family.latent_shape)
-    source, result = config.world.render_pairs(
-        config.world.prompts[0][:6], np.random.default_rng(0), config.checked_sizes
-    )
+    world, sizes, rng = config.world, config.checked_sizes, np.random.default_rng(0)
+    source, result = world.render_pairs(world.prompts[0][:6], rng, sizes)
     assert source is not None
     # One object differs, and no more.
     assert 0.01 < ((source - result).abs().amax(1) > 0.05).float().mean() < 0.4

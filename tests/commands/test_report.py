@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 from support.tiny import tiny_config
 
-from fastgrpo.commands.report import grid_tiles, write_report
+import fastgrpo
+from fastgrpo.commands.report import pictures, write_report
+from fastgrpo.commands.report.pictures import grid_tiles
 from fastgrpo.config import dump
 from fastgrpo.errors import UserError
+from fastgrpo.observe import charts
 from fastgrpo.observe.charts import moving_mean
 from fastgrpo.observe.media import write_grid
 
@@ -50,7 +53,7 @@ class Page(HTMLParser):
 def make_run(tmp_path):
     """A run directory of 40 iterations with evaluations at 0, 20 and 40."""
 
-    def make(name: str = "first", gain: float = 0.2, summary: bool = True, lr: float = 1e-5):
+    def make(name: str = "first", gain: float = 0.2, summary: bool = True, lr: float = 1e-5, values: bool = True):
         run = tmp_path / name
         (run / "eval").mkdir(parents=True)
         (run / "config.yaml").write_text(dump(tiny_config(run, update={"optimizer": {"lr": lr}})))
@@ -73,8 +76,23 @@ def make_run(tmp_path):
                 "by_category": {"two_object": {"shapes": strict + 0.1, "shapes.strict": strict}},
                 "prompts": PROMPTS,
                 "grid": f"{iteration:06d}.png",
+                "values": {
+                    "shapes": [0.1, 0.2, 0.3],
+                    "shapes.strict": [float(iteration > 0), 1.0, float(iteration < 40)],
+                },
             }
+            if not values:
+                del records[iteration]["values"]
             (run / "eval" / f"{iteration:06d}.json").write_text(json.dumps(records[iteration]))
+        start = {
+            "time": "2026-11-24T10:20:30.000+00:00",
+            "event": "start",
+            "iteration": 0,
+            "ranks": 2,
+            "commit": "abc123+",
+        }
+        start |= {"machine": "NVIDIA H100, x86_64, 16 cores, 8 threads", "versions": {"fastgrpo": "0.1.0"}}
+        (run / "events.jsonl").write_text(json.dumps(start) + '\n{"cut')
         if summary:
             content = {"base": records[0], "tuned": records[40], "iteration": 40, "train_seconds": 40.0, "seed": 7}
             content["difference"] = {"shapes.strict": {"mean": gain, "interval95": [gain - 0.05, gain + 0.05]}}
@@ -92,20 +110,33 @@ def test_a_report_shows_the_run_and_needs_nothing_beside_itself(make_run):
     page = Page(path.read_text())
     assert not page.open
     assert page.scripts == 0
-    assert all(ref.startswith(("data:image/png;base64,", "#")) for ref in page.references)
+    assert all(ref.startswith(("data:image/png;base64,", "#")) or ref == "data:," for ref in page.references)
     assert "@import" not in path.read_text()
     assert "50.0% → 70.0%" in page.text
-    assert "gain +15.0 … +25.0 points (95%), 96 images" in page.text
+    assert "gain +15.0 … +25.0 points (95%), 96 held-out images" in page.text
     assert "two object 50.0% 70.0% +20.0" in page.text
     assert "update 24 s 60.0%" in page.text
     assert "rollout 12 s 30.0%" in page.text
     assert "Exactly 0 in every iteration: Gaussian KL." in page.text
     assert "clip range" in page.text
-    assert "seed 7; fastgrpo 0.1.0, torch 2.13.0" in page.text
+    for fact in (
+        "trained 2026-11-24 10:20 UTC",
+        "took 40 s of iterations",
+        "commit abc123, with changes that are not in",
+    ):
+        assert fact in page.text
+    assert "machine 2 × NVIDIA H100, x86_64" in page.text
+    assert "versions fastgrpo 0.1.0, torch 2.13.0" in page.text
     assert "group_size: 3" in page.text
     for prompt in PROMPTS:
         assert prompt in page.text
-    for title in ("Reward in training", "Held-out shapes.strict", "Gradient norm", "Clipped pairs", "Time by phase"):
+    for title in (
+        "Reward in training",
+        "shapes.strict on held-out prompts",
+        "Gradient norm",
+        "Clipped pairs",
+        "Time by phase",
+    ):
         assert title in page.text
 
 
@@ -117,9 +148,9 @@ def test_a_report_shows_the_run_and_needs_nothing_beside_itself(make_run):
         ("stop", 1, "The guard (guard.action) is stop; of held, one fell"),
     ],
 )
-def test_a_report_always_says_what_held_out_rewards_did(make_run, action, falling, words):
+def test_a_report_always_says_what_watched_rewards_did(make_run, action, falling, words):
     run = make_run()
-    assert "no held-out reward was scored" in Page(write_report(run).read_text()).text
+    assert "no watched reward was scored" in Page(write_report(run).read_text()).text
     rewards = [{"name": "shapes"}, {"name": "ocr", "label": "held", "weight": 0.0}]
     (run / "config.yaml").write_text(dump(tiny_config(run, rewards=rewards, guard={"action": action})))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -127,7 +158,7 @@ def test_a_report_always_says_what_held_out_rewards_did(make_run, action, fallin
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
     page = Page(write_report(run).read_text())
     assert words in page.text
-    assert "first: held-out reward held" in page.text
+    assert "first: watched reward held" in page.text
 
 
 def test_a_report_tells_memory_stragglers_and_what_held_clocks_back(make_run):
@@ -153,7 +184,87 @@ def test_a_report_is_the_same_bytes_for_the_same_run(make_run):
 def test_a_report_during_training_uses_the_runs_own_evaluations(make_run):
     page = Page(write_report(make_run(gain=0.1, summary=False)).read_text())
     assert "50.0% → 60.0%" in page.text
-    assert "95%" not in page.text
+    # Of three values: 0, 1, 1 before, and 1, 1, 0 after.
+    assert "did not change measurably: from 50.0% to 60.0% ( +10.0 points, 95% interval -100.0 … +100.0 )" in page.text
+    bare = Page(write_report(make_run("bare", gain=0.1, summary=False, values=False)).read_text())
+    assert "from 50.0% to 60.0% ( +10.0 points ); shapes rose" in bare.text
+    assert "No interval: the evaluations did not keep the score of each sample." in bare.text
+
+
+def test_the_opening_says_what_was_trained_what_rose_and_what_fell(make_run):
+    run = make_run()
+    text = Page(write_report(run).read_text()).text
+    assert "Training changed all weights of" in text
+    assert "for the reward shapes , in 40 iterations" in text
+    assert (
+        "On 96 images of held-out prompts (never trained on), the share that is exactly right ( shapes.strict ) rose "
+        "from 50.0% to 70.0% ( +20.0 points, 95% interval +15.0 … +25.0 )" in text
+    )
+    assert "No reward that was measured fell." in text
+    summary = json.loads((run / "summary.json").read_text())
+    summary["difference"]["shapes"] = {"mean": -0.1, "interval95": [-0.15, -0.05]}
+    summary["tuned"]["rewards"]["shapes"] = 0.5
+    spread = {"base": 0.5, "tuned": 0.4}
+    change = {"overall": {"mean": -0.1, "interval95": [-0.12, -0.08]}}
+    summary["diversity"] = {"overall": spread, "within_prompt": None, "difference": change}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = Page(write_report(run).read_text()).text
+    assert "shapes fell from 0.600 to 0.500 ( -0.100, 95% interval -0.150 … -0.050 )" in text
+    assert "in a CLIP) fell from 0.500 to 0.400 (-0.100, 95% interval -0.120 … -0.080)." in text
+    assert "No reward that was measured fell." not in text
+
+
+def test_pictures_are_marked_counted_and_most_changed_first(make_run):
+    text = Page(write_report(make_run()).read_text()).text
+    places = [text.index(prompt) for prompt in PROMPTS]
+    assert places[0] < places[2] < places[1]
+    assert "1 became right, 1 became wrong, 1 stayed." in text
+    assert "before ✗ wrong after ✓ right" in text[places[0] : places[2]]
+    assert "before ✓ right after ✗ wrong" in text[places[2] : places[1]]
+
+
+def test_the_closing_evaluations_pictures_and_numbers_are_shown_together(make_run):
+    run = make_run()
+    (run / "final").mkdir()
+    (run / "eval").rename(run / "final" / "eval")
+    (run / "eval").mkdir()
+    for path in (run / "final" / "eval").glob("*.json"):
+        record = json.loads(path.read_text())
+        (run / "eval" / path.name).write_text(json.dumps(record | {"prompts": ["of the run"], "images": 48}))
+    text = Page(write_report(run).read_text()).text
+    assert "of the run" not in text
+    assert PROMPTS[0] in text
+    assert "Dots: the evaluations during training, of 48 images. Diamonds: the closing evaluation, of 96" in text
+
+
+def test_a_page_stays_small_whatever_its_pictures_and_its_length(make_run, monkeypatch):
+    run = make_run(summary=False)
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.rand(6, 3, 256, 256, generator=rng)
+    for iteration in (0, 40):
+        write_grid(noise, run / "eval" / f"{iteration:06d}.png")
+        path = run / "eval" / f"{iteration:06d}.json"
+        record = json.loads(path.read_text()) | {"prompts": [f"prompt {i}" for i in range(6)], "values": {}}
+        path.write_text(json.dumps(record))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with (run / "metrics.jsonl").open("w") as file:
+        for i in range(3000):
+            file.write(json.dumps(lines[i % 40] | {"iteration": i}) + "\n")
+    path = write_report(run)
+    assert path.stat().st_size < 1_000_000
+    assert "prompt 5" in path.read_text()
+    monkeypatch.setattr(pictures, "BUDGET", 20_000)
+    text = Page(write_report(run).read_text()).text
+    assert re.search(r"\d+ images that changed least are left out", text)
+
+
+def test_colours_of_a_chart_are_those_of_the_page(make_run):
+    markup = write_report(make_run()).read_text()
+    for svg in re.findall("<svg.*?</svg>", markup, re.DOTALL):
+        assert not set(re.findall(r"#[0-9a-f]{6}", svg)) & set(charts.VARIABLES)
+        assert re.match(r'<svg role="img" aria-label="[^"]+, by iteration\. [^"]+"', svg)
+    ids = re.findall(r' id="([^"]+)"', markup)
+    assert all(f"#{name}" in markup for name in ids)
 
 
 def test_runs_side_by_side_share_charts_and_say_where_they_differ(make_run, tmp_path):
@@ -162,7 +273,11 @@ def test_runs_side_by_side_share_charts_and_say_where_they_differ(make_run, tmp_
     assert "50.0% → 70.0%" in page.text
     assert "50.0% → 60.0%" in page.text
     assert "update.optimizer.lr 1e-05 2e-05" in page.text
-    assert "before → first, iteration 40 → second, iteration 40" in page.text
+    assert (
+        page.text.count("before")
+        >= len(PROMPTS)
+        <= page.text.count("second ✓ right") + page.text.count("second ✗ wrong")
+    )
     assert page.text.count("Reward in training") == 1
     assert len([ref for ref in page.references if ref.startswith("data:image")]) == 3 * len(PROMPTS)
 
@@ -209,3 +324,21 @@ def test_what_is_no_finished_run_is_refused(make_run, tmp_path):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has not finished an iteration"):
         write_report(run)
+
+
+def test_a_run_writes_its_report_after_each_evaluation_and_says_what_was_gained(tiny_flux, tmp_path):
+    config = tiny_config(
+        tiny_flux, tmp_path / "run", eval={"every": 1, "images": 4, "grid": 2},
+        callbacks=["fastgrpo.commands.report.while_training:ReportCallback"],
+    )  # fmt: skip
+    fastgrpo.train(config)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    said = {event["iteration"]: event["text"] for event in events if "report:" in event.get("text", "")}
+    # Nothing before there is training behind an evaluation.
+    assert list(said) == [1, 2]
+    before, after = (json.loads((tmp_path / "run" / "eval" / f"{i:06d}.json").read_text()) for i in (0, 2))
+    gain = 100 * (after["strict_pass"] - before["strict_pass"])
+    assert f"{gain:+.1f} points (95% interval " in said[2]
+    assert said[1].endswith("report.html; training goes on")
+    assert said[2].endswith("report.html")
+    assert "of 2 iterations" not in (tmp_path / "run" / "report.html").read_text()

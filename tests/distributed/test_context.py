@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support import tiny_images
 from support.tiny import tiny_config
+from support.tiny_images import image_config
 from support.tiny_video import build, video_config
 
 from fastgrpo.algorithms.layout import lay_out, rank_samples
@@ -28,11 +30,11 @@ from fastgrpo.rollout.sampler import rollout
 from fastgrpo.shapes.editing_world import all_prompts, image_name
 
 CPU = torch.device("cpu")
-KINDS = ("flux", "flux_kontext", "wan", "hunyuan_video", "skyreels")
+KINDS = ("flux", "flux_kontext", "flux2", "wan", "hunyuan_video", "hunyuan_15", "skyreels")
 
 
 def family_of(kind: str) -> tuple[Config, ModelFamily]:
-    if kind.startswith("flux"):
+    if kind in ("flux", "flux_kontext"):
         from fastgrpo.shapes import world
         from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
 
@@ -42,6 +44,8 @@ def family_of(kind: str) -> tuple[Config, ModelFamily]:
             build_pipeline(world.vocabulary(), sizes, 0),
         )
         torch.nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.3)
+    elif kind in tiny_images.MODELS:
+        config, pipeline = image_config("unused", kind), tiny_images.build(kind)
     else:
         config, pipeline = video_config("unused", kind), build(kind)
     return config, family_class(config.model.family)(pipeline, config.model, CPU)

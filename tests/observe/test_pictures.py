@@ -34,7 +34,8 @@ def test_an_animation_is_read_back_bit_for_bit(videos, tmp_path):
         np.testing.assert_array_equal(np.asarray(file.convert("RGB")), frames[8])
         assert file.info["duration"] == 125
     tiles = read_tiles(tmp_path / "grid.webp", 3, largest=256)
-    (tmp_path / "tile.webp").write_bytes(tiles[1])
+    assert {kind for kind, _ in tiles} == {"webp"}
+    (tmp_path / "tile.webp").write_bytes(tiles[1][1])
     with Image.open(tmp_path / "tile.webp") as file:
         file.seek(5)
         np.testing.assert_array_equal(np.asarray(file.convert("RGB")), to_bytes(videos)[1, 5])

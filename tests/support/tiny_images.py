@@ -33,13 +33,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "sd3": {"family": "sd3", "guidance": 3.0, "max_sequence_length": 10},
     "sd3_without_t5": {"family": "sd3", "guidance": 3.0, "max_sequence_length": 10},
     "qwen_image": {"family": "qwen_image", "guidance": 3.0, "max_sequence_length": 14},
+    "flux2": {"family": "flux2", "guidance": 3.0, "max_sequence_length": 28},
+    "flux2_distilled": {"family": "flux2", "guidance": 3.0, "max_sequence_length": 28},
+    "z_image": {"family": "z_image", "guidance": 2.0, "max_sequence_length": 18},
 }
 CLASSES = {
     "flux": "FluxPipeline", "flux_plain": "FluxPipeline", "flux_true_cfg": "FluxPipeline",
     "flux_kontext": "FluxKontextPipeline", "flux_kontext_true_cfg": "FluxKontextPipeline",
     "sd_epsilon": "StableDiffusionPipeline",
     "sd_v": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline",
-    "sd3_without_t5": "StableDiffusion3Pipeline", "qwen_image": "QwenImagePipeline",
+    "sd3_without_t5": "StableDiffusion3Pipeline", "qwen_image": "QwenImagePipeline", "z_image": "ZImagePipeline",
+    "flux2": "Flux2KleinPipeline", "flux2_distilled": "Flux2KleinPipeline",
 }  # fmt: skip
 # What the families of edits start from; the others do not look at it.
 SOURCES = [editing_world.image_name(edit, seed) for seed, edit in enumerate(editing_world.all_prompts()[::900])]
@@ -59,7 +63,7 @@ PROMPTS = [
 def build(kind: str, seed: int = 0) -> Any:
     """A random pipeline that knows the words of the shapes world."""
     words = world.vocabulary()
-    if kind.startswith("flux"):
+    if kind.startswith("flux") and not kind.startswith("flux2"):
         from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
 
         task = "edit" if "kontext" in kind else "text"
@@ -85,6 +89,14 @@ def build(kind: str, seed: int = 0) -> Any:
         from fastgrpo.shapes.tiny_qwen_image import TinyQwenImageSizes, build_pipeline
 
         return build_pipeline(words, TinyQwenImageSizes(layers=2), seed)
+    if kind in ("flux2", "flux2_distilled"):
+        from fastgrpo.shapes.tiny_flux2 import TinyFlux2Sizes, build_pipeline
+
+        return build_pipeline(words, TinyFlux2Sizes(distilled=kind == "flux2_distilled"), seed)
+    if kind == "z_image":
+        from fastgrpo.shapes.tiny_z_image import TinyZImageSizes, build_pipeline
+
+        return build_pipeline(words, TinyZImageSizes(layers=2), seed)
     from fastgrpo.shapes.tiny_sd3 import TinySD3Sizes, build_pipeline
 
     return build_pipeline(words, TinySD3Sizes(layers=2, t5=kind == "sd3"), seed)
@@ -168,11 +180,14 @@ def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps
             "output_type": "pt", "latents": initial(family, [i]),
         }  # fmt: skip
         settings["true_cfg_scale" if "Qwen" in name else "guidance_scale"] = model.guidance
-        if "Flux" not in name or model.true_cfg > 1:
-            plain = name.startswith(("StableDiffusionP", "StableDiffusionX", "StableDiffusion3"))
-            settings["negative_prompt"] = prompt.negative if plain else prompt.negative or ""
-        if "Flux" in name:
-            settings["true_cfg_scale"] = model.true_cfg
+        flux = name in ("FluxPipeline", "FluxKontextPipeline")
+        if "Flux2" in name and family.guided:
+            negative = prompt.negative if prompt.negative is not None else model.negative_prompt
+            settings["negative_prompt_embeds"] = family.encode_prompts([Prompt(negative)])["text"]
+        elif flux and model.true_cfg > 1:
+            settings |= {"negative_prompt": prompt.negative or "", "true_cfg_scale": model.true_cfg}
+        elif "Flux" not in name:
+            settings["negative_prompt"] = (prompt.negative or "") if "Qwen" in name else prompt.negative
         if "Kontext" in name:
             assert prompt.image is not None
             settings["image"] = open_image(prompt.image).resize((model.width, model.height), 1)

@@ -39,7 +39,7 @@ CHUNK = 1024
 def open_family(pipeline: Any, config: PretrainConfig) -> ModelFamily:
     """The pipeline as its family, without a second branch: guidance without a classifier is not for training."""
     kind = family_class(config.family)
-    scale = 1.0 if kind.guidance_style == "cfg" else config.denoiser.guidance
+    scale = kind.unguided_scale if kind.guidance_style == "cfg" else config.denoiser.guidance
     return kind(pipeline, config.model(config.out, scale), ALONE.device)
 
 
