@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastgrpo.commands.pretrain import autoencoder, denoiser, main
+from fastgrpo.commands.pretrain.empty_channels import with_empty_channels
 from fastgrpo.commands.pretrain.recipe import MOVING, STILL, TINY, PretrainConfig, as_prompts, cosine_lr
 from fastgrpo.config import RewardSpec
 from fastgrpo.config.sections import load_settings
@@ -193,45 +194,48 @@ def test_a_source_image_is_that_of_its_edit_and_what_the_family_encodes():
     assert scores.components["strict"].mean() == 1
 
 
-def test_an_autoencoder_of_more_channels_decodes_as_the_one_it_takes(tmp_path):
-    few = TINY["flux"].build(recipe_of("flux"))
+def test_empty_channels_change_nothing():
+    config = recipe_of("flux_kontext", **{"empty_channels": 1})
+    few = TINY["flux_kontext"].build(config)
     few.vae.register_to_config(scaling_factor=1.5, shift_factor=0.25)
-    few.save_pretrained(tmp_path)
-    config = load_settings(
-        PretrainConfig, CONFIGS / "pretrain-shapes-flux-kontext.yaml", [f"init={tmp_path}", f"denoiser.init={tmp_path}"]
-    )
-    many = TINY["flux_kontext"].build(config)
-    autoencoder.take(many.vae, config)
-    assert (many.vae.config.latent_channels, many.vae.config.scaling_factor) == (4, 1.5)
-    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wide: Any = with_empty_channels(few, config)
+    assert (wide.vae.config.latent_channels, wide.vae.config.scaling_factor) == (4, 1.5)
+    generator = torch.Generator().manual_seed(0)
+    pixels, z = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1, torch.randn(2, 4, 8, 8, generator=generator)
+    x, text = torch.randn(2, 32, 16, generator=generator), torch.randn(2, 10, 64, generator=generator)
     with torch.no_grad():
-        theirs, ours = (vae.encode(pixels).latent_dist for vae in (few.vae, many.vae))
+        theirs, ours = (vae.encode(pixels).latent_dist for vae in (few.vae, wide.vae))
         torch.testing.assert_close(ours.mean[:, :3], theirs.mean)
         torch.testing.assert_close(ours.std[:, :3], theirs.std)
         assert ours.mean[:, 3].abs().max() == 0
         assert ours.std[:, 3].max() < 1e-4
-        z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        torch.testing.assert_close(many.vae.decode(z).sample, few.vae.decode(z[:, :3]).sample)
+        torch.testing.assert_close(wide.vae.decode(z).sample, few.vae.decode(z[:, :3]).sample)
+        told: Any = {
+            "encoder_hidden_states": text, "pooled_projections": text[:, 0], "timestep": torch.tensor([0.2, 0.7]),
+            "guidance": torch.tensor([2.5, 2.5]), "txt_ids": torch.zeros(10, 3), "img_ids": torch.zeros(32, 3),
+        }  # fmt: skip
+        seen = wide.transformer(hidden_states=x, **told).sample
+        torch.testing.assert_close(seen[..., :12], few.transformer(hidden_states=x[..., :12], **told).sample)
+        assert seen[..., 12:].abs().max() == 0
+    # Channels of a packed token, in the order of the pipeline: a latent's four pixels beside each other.
+    packed = wide._pack_latents(z, *z.shape)
+    torch.testing.assert_close(packed[..., :12], few._pack_latents(z[:, :3], 2, 3, 8, 8))
 
 
 def test_a_denoiser_starts_from_the_weights_that_there_are(tmp_path):
     few = TINY["flux"].build(recipe_of("flux"))
     few.save_pretrained(tmp_path)
-    kontext = ["sizes.latent_channels=4", f"init={tmp_path}", f"denoiser.init={tmp_path}"]
-    config = load_settings(PretrainConfig, CONFIGS / "pretrain-shapes-flux-kontext.yaml", kontext)
-    pipeline = TINY["flux_kontext"].build(config)
-    before = pipeline.transformer.x_embedder.weight.detach().clone()
+    config = recipe_of("flux_kontext")
+    pipeline: Any = TINY["flux_kontext"].build(config)
     words = pipeline.text_encoder.get_input_embeddings().weight.detach().clone()
     denoiser.start_from(denoiser.learned(denoiser.open_family(pipeline, config)), str(tmp_path))
-    after = pipeline.transformer.x_embedder.weight
-    assert torch.equal(after[:, :12], few.transformer.x_embedder.weight)
-    assert torch.equal(after[:, 12:], before[:, 12:])
+    assert torch.equal(pipeline.transformer.x_embedder.weight, few.transformer.x_embedder.weight)
     known = few.text_encoder.get_input_embeddings().weight
     learned = pipeline.text_encoder.get_input_embeddings().weight
     assert torch.equal(learned[: len(known)], known)
     assert torch.equal(learned[len(known) :], words[len(known) :])
     assert len(words) > len(known)
-    smaller = TINY["flux"].build(recipe_of("flux", **{"sizes.single_layers": 1}))
+    smaller: Any = TINY["flux"].build(recipe_of("flux", **{"sizes.single_layers": 1}))
     with pytest.raises(ConfigError, match=r"denoiser\.init: .* does not fit at transformer\.single_transformer_blocks"):
         denoiser.start_from({"transformer": smaller.transformer}, str(tmp_path))
 
@@ -287,6 +291,7 @@ def test_learning_rate_warms_up_and_decays():
         ("sizes.text_widht=32", r"sizes\.text_widht"),
         ("init=shapes:flux", "one of the two"),
         ("categories=[colours]", r"categories\.colours: unknown category; did you mean 'colors'"),
+        ("empty_channels=-1", r"empty_channels"),
         ("autoencoder.inflate=shapes:flux", r"autoencoder\.inflate: flux draws no videos"),
     ],
 )
