@@ -30,7 +30,7 @@ from fastgrpo.rollout.sampler import rollout
 from fastgrpo.shapes.editing_world import all_prompts, image_name
 
 CPU = torch.device("cpu")
-KINDS = ("flux", "flux2", "flux_kontext", "wan", "hunyuan_video", "hunyuan_15", "skyreels")
+KINDS = ("flux", "flux_kontext", "flux2", "wan", "hunyuan_video", "hunyuan_15", "skyreels")
 
 
 def family_of(kind: str) -> tuple[Config, ModelFamily]:

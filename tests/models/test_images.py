@@ -25,7 +25,7 @@ from fastgrpo.training.update import Updater
 CPU = torch.device("cpu")
 KINDS = list(MODELS)
 # Guided by an embedded scale, or not at all.
-ONE_BRANCH = ("flux", "flux_plain", "flux2_distilled", "flux_kontext")
+ONE_BRANCH = ("flux", "flux_plain", "flux_kontext", "flux2_distilled")
 # Those that encode prompts as no other does.
 WORDED = [k for k in KINDS if k not in ("flux_plain", "flux_true_cfg", "flux_kontext_true_cfg", "flux2_distilled")]
 

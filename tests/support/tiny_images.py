@@ -63,11 +63,7 @@ PROMPTS = [
 def build(kind: str, seed: int = 0) -> Any:
     """A random pipeline that knows the words of the shapes world."""
     words = world.vocabulary()
-    if kind in ("flux2", "flux2_distilled"):
-        from fastgrpo.shapes.tiny_flux2 import TinyFlux2Sizes, build_pipeline
-
-        return build_pipeline(words, TinyFlux2Sizes(distilled=kind == "flux2_distilled"), seed)
-    if kind.startswith("flux"):
+    if kind.startswith("flux") and not kind.startswith("flux2"):
         from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
 
         task = "edit" if "kontext" in kind else "text"
@@ -93,6 +89,10 @@ def build(kind: str, seed: int = 0) -> Any:
         from fastgrpo.shapes.tiny_qwen_image import TinyQwenImageSizes, build_pipeline
 
         return build_pipeline(words, TinyQwenImageSizes(layers=2), seed)
+    if kind in ("flux2", "flux2_distilled"):
+        from fastgrpo.shapes.tiny_flux2 import TinyFlux2Sizes, build_pipeline
+
+        return build_pipeline(words, TinyFlux2Sizes(distilled=kind == "flux2_distilled"), seed)
     if kind == "z_image":
         from fastgrpo.shapes.tiny_z_image import TinyZImageSizes, build_pipeline
 
@@ -180,15 +180,14 @@ def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps
             "output_type": "pt", "latents": initial(family, [i]),
         }  # fmt: skip
         settings["true_cfg_scale" if "Qwen" in name else "guidance_scale"] = model.guidance
-        if "Flux2" in name:
-            if family.guided:
-                negative = prompt.negative if prompt.negative is not None else model.negative_prompt
-                settings["negative_prompt_embeds"] = family.encode_prompts([Prompt(negative)])["text"]
-        elif "Flux" not in name or model.true_cfg > 1:
-            plain = name.startswith(("StableDiffusionP", "StableDiffusionX", "StableDiffusion3", "ZImage"))
-            settings["negative_prompt"] = prompt.negative if plain else prompt.negative or ""
-        if "Flux" in name and "Flux2" not in name:
-            settings["true_cfg_scale"] = model.true_cfg
+        flux = name in ("FluxPipeline", "FluxKontextPipeline")
+        if "Flux2" in name and family.guided:
+            negative = prompt.negative if prompt.negative is not None else model.negative_prompt
+            settings["negative_prompt_embeds"] = family.encode_prompts([Prompt(negative)])["text"]
+        elif flux and model.true_cfg > 1:
+            settings |= {"negative_prompt": prompt.negative or "", "true_cfg_scale": model.true_cfg}
+        elif "Flux" not in name:
+            settings["negative_prompt"] = (prompt.negative or "") if "Qwen" in name else prompt.negative
         if "Kontext" in name:
             assert prompt.image is not None
             settings["image"] = open_image(prompt.image).resize((model.width, model.height), 1)

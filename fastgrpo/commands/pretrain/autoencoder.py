@@ -102,31 +102,11 @@ def normalise(vae: Any, latents: Tensor) -> None:
     vae.register_to_config(scaling_factor=1 / spread, **({} if shift is None else {"shift_factor": centre}))
 
 
-@torch.no_grad()
-def widen(state: dict[str, Tensor], weights: dict[str, Tensor], few: int, many: int) -> None:
-    """Writes an autoencoder's `weights` of `few` latent channels into the `state` of one of `many`, the rest empty."""
-    # Of the encoder's last convolution: means, then log-variances.
-    moments = [*range(few), *range(many, many + few)]
-    for name, value in weights.items():
-        rows = moments if name.startswith("encoder.conv_out") else list(range(len(value)))
-        mine = state[name].zero_()
-        mine[(rows, slice(value.shape[1])) if value.ndim > 1 else rows] = value
-    state["encoder.conv_out.bias"][many + few :] = -20.0
-
-
 def take(vae: Any, config: PretrainConfig) -> None:
-    """Takes the autoencoder of the pipeline directory `init`; its factors too, where the pipelines have the same.
-
-    Latent channels beyond its own are empty: 0 for every picture, and not looked at in decoding.
-    """
+    """Takes the autoencoder of the pipeline directory `init`; its factors too, where the pipelines have the same."""
     assert config.init is not None
     found: Any = type(vae).from_pretrained(resolve_path(config.init), subfolder="vae", torch_dtype=torch.float32)
-    state, weights = vae.state_dict(), found.state_dict()
-    few, many = found.config.latent_channels, vae.config.latent_channels
-    if few < many:
-        widen(state, weights, few, many)
-        weights = state
-    vae.load_state_dict(weights)
+    vae.load_state_dict(found.state_dict())
     names = [n for n in ("scaling_factor", "shift_factor", "latents_mean", "latents_std") if n in vae.config]
     if all((vae.config[name] is None) == (found.config.get(name) is None) for name in names):
         vae.register_to_config(**{name: found.config[name] for name in names})

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgrpo.commands.pretrain.empty_channels import with_empty_channels
 from fastgrpo.commands.pretrain.recipe import PretrainConfig, Progress, as_prompts, cosine_lr
 from fastgrpo.data.prompts import Prompt, world_prompts
 from fastgrpo.distributed.world import World
@@ -98,17 +99,16 @@ def learned(family: ModelFamily) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def start_from(parts: Mapping[str, nn.Module], path: str) -> None:
-    """Gives the parts the weights that a pipeline directory has for them; rows and columns that it lacks, such as those
-    of new words, keep theirs. Raises ConfigError where the two do not fit."""
+    """Gives the parts the weights that a pipeline directory has for them; rows that it lacks, such as those of new
+    words, keep theirs. Raises ConfigError where the two do not fit."""
     for name, part in parts.items():
         found: Any = type(part).from_pretrained(resolve_path(path), subfolder=name, torch_dtype=torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
         state = part.state_dict()
         for key, value in found.state_dict().items():
             mine = state.get(key)
-            sides = range(value.ndim)
-            if mine is None or mine.ndim != value.ndim or any(mine.shape[d] < value.shape[d] for d in sides):
+            if mine is None or mine.shape[1:] != value.shape[1:] or len(mine) < len(value):
                 raise ConfigError(f"denoiser.init: {path} does not fit at {name}.{key}; give both the same sizes")
-            mine[tuple(slice(side) for side in value.shape)] = value
+            mine[: len(value)] = value
 
 
 def train(pipeline: Any, config: PretrainConfig) -> None:
@@ -186,7 +186,7 @@ def checkpoint(pipeline: Any, config: PretrainConfig, step: int, n: int) -> None
     """Writes the pipeline to `out`/step-N (the last one to `out`/final), evaluates what was written, logs the rates."""
     out = Path(config.out)
     path = out / ("final" if step == config.denoiser.steps else f"step-{step:06d}")
-    save_bfloat16(pipeline, path)
+    save_bfloat16(with_empty_channels(pipeline, config) if config.empty_channels else pipeline, path)
     found = measure(path, config, n)
     (out / "grids").mkdir(exist_ok=True)
     if found.images.ndim == 5:
