@@ -63,14 +63,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class DryRun:
-    """phases: of one iteration of rank 0. forwards, trained: rows that it evaluates without and with gradients.
-    parameters, trainable: of the whole model. state: bytes that a checkpoint copies to the host, of this
-    rank; host: the most that it holds there besides. loading: bytes of what it loads into host memory before it is
-    sharded or on the device. encoders: parameters of the text encoders."""
+    """phases: of one iteration of rank 0. forwards, trained: rows that it rolls out, and that it evaluates with
+    gradients; compared: those that other policies evaluate in its update. parameters, trainable: of the whole model.
+    state: bytes that a checkpoint copies to the host, of this rank; host: the most that it holds there besides.
+    loading: bytes of what it loads into host memory before it is sharded or on the device. encoders: parameters of the
+    text encoders."""
 
     phases: list[Phase]
     forwards: int
     trained: int
+    compared: int
     parameters: int
     trainable: int
     state: int
@@ -236,6 +238,7 @@ class _Iteration:
             self.phases,
             predict.rows,
             walk.rows,
+            walk.compared,
             parameter_count(family.policy),
             sum(p.numel() for p in trainable),
             meter.live["optimizer"]

@@ -196,7 +196,7 @@ def forward_equivalents(found: Plan) -> float:
     recomputed = {"none": 0.0, "selective": 0.0, "all": 1.0}.get(
         str(setting), 1 / int(setting) if isinstance(setting, int) else 0.0
     )
-    return found.run.forwards + found.run.trained * (3 + recomputed)
+    return found.run.forwards + found.run.compared + found.run.trained * (3 + recomputed)
 
 
 def total_seconds(found: Plan, gpu: Gpu) -> float:
@@ -283,7 +283,7 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
         lines.append(f"{key.kind} over {key.group} ranks: {count:,} of {size / 1e9:,.1f} GB in all")
     lines.append(
         f"forward-equivalents: {forward_equivalents(found):,.0f} ({run.forwards:,} rows rolled out, {run.trained:,} "
-        "rows trained)"
+        f"rows trained{f', {run.compared:,} evaluated by other policies' * bool(run.compared)})"
     )
     lines.append(
         f"host memory: {run.host / gib * found.local:.1f} GiB a node, and "
