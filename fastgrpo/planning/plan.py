@@ -205,8 +205,8 @@ def total_seconds(found: Plan, gpu: Gpu) -> float:
 
 
 TABLE_HEAD = (
-    "| recipe | fits | GiB a GPU | peak in | forward-equivalents | PFLOP | links, TB | seconds | hours | disk, GB |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| recipe | fits | GiB a GPU | peak in | forward-equivalents | PFLOP | TB of collectives | seconds |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 
 # <model>-<recipe>-<n>x<gpu>
@@ -234,7 +234,7 @@ def table_row(path: Path) -> str:
     cells = (
         path.stem, "yes" if found.fits else "no", f"{found.need / 2**30:.1f}", found.worst.name,
         f"{forward_equivalents(found):,.0f}", f"{flops / 1e15:,.1f}", f"{found.collective_bytes / 1e12:.2f}",
-        f"{total_seconds(found, gpu):,.0f}", f"{found.bill.hours:,.1f}", f"{found.bill.checkpoint / 1e9:,.1f}",
+        f"{total_seconds(found, gpu):,.0f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

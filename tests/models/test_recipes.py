@@ -162,3 +162,9 @@ def test_a_recipes_model_is_checked_without_it(path):
     """By the configs of the real models that this package has, their classes' defaults with them."""
     problems = preflight(load_config(path), 8).problems
     assert [p for p in problems if not p.startswith(("rewards", "prompts", "parallel"))] == []
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*xh100.yaml")), ids=lambda p: p.stem)
+def test_no_rank_of_several_loads_all_of_what_is_trained(path):
+    config = load_config(path)
+    assert (config.model.lora is not None) != (config.parallel.load == "sharded")
