@@ -36,8 +36,9 @@ class Plan:
     def peak(self, phase: Phase) -> int:
         """Bytes at most in a phase, with the rewards that are there then; those with `offload` come after decoding."""
         rewards = reward_bill(self.config.scored)
-        # Rewards load when they first score, after the prompts are encoded.
-        kept = 0 if phase.name == "encode" else rewards.kept
+        # They load when they first score, after the prompts are encoded where the encoders are dropped.
+        early = phase.name == "encode" and self.config.model.text_encoders == "drop"
+        kept = 0 if early else rewards.kept
         return phase.peak + kept + (rewards.visiting if phase.name == "decode" else 0)
 
     @property
