@@ -185,3 +185,9 @@ def test_the_forward_recipes_hold_their_projects_numbers(name, prompts, steps, t
     assert (objective.old_decay.rate, objective.old_decay.most, config.model.guidance) == (0.001, most, 1.0)
     assert (update.optimizer.lr, update.max_grad_norm, update.optimizer_steps) == (3e-4, clip, 1)
     assert (config.advantage.normalize, config.model.lora.rank, config.model.lora.alpha) == ("global", 32, 64)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*xh100.yaml")), ids=lambda p: p.stem)
+def test_no_rank_of_several_loads_all_of_what_is_trained(path):
+    config = load_config(path)
+    assert (config.model.lora is not None) != (config.parallel.load == "sharded")
