@@ -35,4 +35,4 @@ def test_a_process_says_its_versions_and_its_machine():
     assert said["versions"]["fastgrpo"] == __version__
     assert said["versions"]["torch"] == torch.__version__
     assert said["machine"].startswith("CPU (")
-    assert f"{torch.get_num_threads()} threads" in said["machine"]
+    assert f"cores, {torch.get_num_threads()} thread" in said["machine"]
