@@ -1,7 +1,8 @@
 """Rewards -> advantages, on the host in float64: per prompt's group, per reward.
 
-A = (r − mean) / (std + 1e-8) in the group, unbiased std (DanceGRPO, arXiv 2505.07818). A group whose rewards are all
-equal carries no gradient; a sample without a valid reward is masked and counted, never given a number.
+A = (r − mean) / (std + 1e-8) in the group, unbiased std (DanceGRPO, arXiv 2505.07818); or over the std of all rewards
+of the iteration plus 1e-4, biased (Flow-GRPO's and DiffusionNFT's global_std). A group whose rewards are all equal
+carries no gradient; a sample without a valid reward is masked and counted, never given a number.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from fastgrpo.config import Advantage
 
-EPSILON = 1e-8
+EPSILON, GLOBAL_EPSILON = 1e-8, 1e-4
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,36 @@ def compute_advantages(
     low = np.where(ok, groups, np.inf).min(axis=2)
     high = np.where(ok, groups, -np.inf).max(axis=2)
     flat = (low == high) | ~enough
-    scale = np.sqrt(variance) + EPSILON if config.normalize == "std" else np.ones_like(variance)
+    scale = np.ones_like(variance)
+    if config.normalize == "std":
+        scale = np.sqrt(variance) + EPSILON
+    elif config.normalize == "global":
+        scale *= np.array([row[ok].std() if ok.any() else 0.0 for row in groups])[:, None] + GLOBAL_EPSILON
     normalised = np.where(flat[..., None], 0.0, centred / scale[..., None])
     if config.combine == "losses":
         terms = weights[:, None, None] * np.clip(normalised, -config.clip, config.clip)
     else:
         terms = np.clip(np.tensordot(weights, normalised, axes=1), -config.clip, config.clip)[None]
     trainable = ok & enough[:, None]
+    terms = np.where(trainable, terms, 0.0)
+    trainable &= chosen_samples(terms.sum(axis=0), trainable, config)
     terms = np.where(trainable, terms, 0.0).reshape(len(terms), -1).T
     return Advantages(terms.sum(axis=1), terms, trainable.reshape(-1), flat.all(axis=0) & enough)
+
+
+def chosen_samples(values: np.ndarray, trainable: np.ndarray, config: Advantage) -> np.ndarray:
+    """bool [groups, G]: the samples that advantage.positive_only and advantage.keep train, of advantages [groups, G].
+
+    Of equal |A| the first are kept; of each sign, where positive_only leaves one.
+    """
+    chosen = values > 0 if config.positive_only else np.ones(values.shape, dtype=bool)
+    if config.keep is not None:
+        size = np.where(trainable & chosen, np.abs(values), -1.0)
+        kept = np.argsort(-size, axis=1, kind="stable")[:, : config.keep]
+        largest = np.zeros(values.shape, dtype=bool)
+        np.put_along_axis(largest, kept, True, axis=1)
+        chosen &= largest
+    return chosen
 
 
 def extremes(values: np.ndarray, groups: np.ndarray, samples: np.ndarray, keep: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,28 @@ def rank_samples(total: int, optimizer_steps: int, world: int, rank: int) -> np.
     return np.arange(total).reshape(optimizer_steps, world, -1)[:, rank]
 
 
+def epoch_samples(
+    total: int, optimizer_steps: int, world: int, rank: int, group: int, draw: Sequence[int] | None
+) -> np.ndarray:
+    """`rank_samples` of an epoch: the samples of a rank, [optimizer_steps, n], divided otherwise over the steps.
+
+    Each place within a step keeps its samples, one of every step, and draws which step takes which: so a rank trains
+    what it rolled out, a step takes the same samples at any world size, and whole groups stay whole.
+
+    Args:
+        total, optimizer_steps, world, rank: As `rank_samples` has them.
+        group: Samples of a group.
+        draw: The seed of the epoch's draw; None: the first epoch, in which nothing is exchanged.
+    """
+    every = np.arange(total).reshape(optimizer_steps, -1)
+    if draw is not None:
+        places = every.shape[1]
+        unit = group if places % group == 0 else 1
+        order = np.argsort(np.random.default_rng(draw).random((optimizer_steps, places // unit)), axis=0)
+        every = np.take_along_axis(every, order.repeat(unit, axis=1), axis=0)
+    return every.reshape(optimizer_steps, world, -1)[:, rank]
+
+
 def sharers(rollout: Rollout, context: int) -> int:
     """Of the ranks of a context group, which have the same samples, how many score a share each. With the best of N all
     score everything (1), because each chooses among them."""
@@ -59,7 +82,7 @@ def share_out(samples: np.ndarray, processes: int, number: int) -> np.ndarray:
 def lay_out(schedule: StepSchedule, rollout: Rollout, samples: np.ndarray) -> Layout:
     """The layout of the rank that rolls out `samples` (global, [n])."""
     prompts, sample_prompt = np.unique(samples // rollout.candidates, return_inverse=True)
-    shared = rollout.shared_noise and rollout.share_prefix and bool(schedule.trained.any())
+    shared = rollout.shared_noise and rollout.share_prefix and schedule.first_stochastic < schedule.steps
     row_step, row_source, row_prompt, pair_row, pair_sample = [], [], [], [], []
     for step in range(schedule.steps):
         chosen = np.flatnonzero(schedule.trained[step, samples])

@@ -145,15 +145,19 @@ def thinned(levels: NoiseLevels, end: int, steps: int) -> NoiseLevels:
 
 
 def schedule_steps(
-    rollout: Rollout, levels: NoiseLevels, samples: int, iteration: int, seed: int, deterministic: bool = False
-) -> StepSchedule:
+    rollout: Rollout, levels: NoiseLevels, samples: int, iteration: int, seed: int, deterministic: bool = False,
+    forward: bool = False,
+) -> StepSchedule:  # fmt: skip
     """The schedule of one iteration for `samples` global samples, at the family's noise levels.
 
-    With `deterministic` no step is stochastic and nothing is trained (evaluation).
+    With `deterministic` no step is stochastic and nothing is trained (evaluation). With `forward` no step is trained
+    either, and steps are stochastic only where a group shares its initial noise and would else be one sample.
     """
     if rollout.truncate_timesteps and levels.prediction == "flow":
         levels = replace(levels, times=truncated_times(levels, rollout.shift))
     steps = levels.steps
+    solver = rollout.suffix_solver if not deterministic else "first_order"
+    deterministic |= forward and not rollout.shared_noise
     if deterministic:
         trained = np.zeros((steps, samples), dtype=bool)
     else:
@@ -180,9 +184,11 @@ def schedule_steps(
         )
     gaps = tuple(levels.gap(t) for t in range(steps))
     weights = (0.0,) * steps
-    if not deterministic and rollout.suffix_solver == "dpmpp_2m":
-        weights = second_order_weights(levels, max(t for t in range(steps) if stochastic[t]) + 1)
+    if solver == "dpmpp_2m":
+        weights = second_order_weights(levels, max((t for t in range(steps) if stochastic[t]), default=-1) + 1)
     clean = tuple(clean_sample(levels, t) for t in range(steps)) if any(weights) else ((0.0, 0.0),) * steps
+    if forward:
+        trained = np.zeros_like(trained)
     return StepSchedule(levels.times, levels.modules, gaps, moves, trained, first, weights, clean)
 
 
@@ -206,8 +212,9 @@ def second_order_weights(levels: NoiseLevels, begin: int) -> tuple[float, ...]:
     """[T]: of DPM-Solver++ 2M from step `begin` on; 0 before it, and for the first and the last of its steps.
 
     The first has no deterministic step before it, and the last goes where its logarithm of the signal-to-noise ratio
-    has no end (diffusers' lower_order_final).
+    has no end (diffusers' lower_order_final); one that starts from pure noise is no step to look back on.
     """
+    begin += levels.prediction == "flow" and begin < levels.steps and levels.start[begin] == 1
     return tuple(
         transitions.second_order_weight(levels.start[t - 1], levels.start[t], levels.end[t], levels.prediction)
         if begin < t < levels.steps - 1

@@ -114,7 +114,7 @@ def train(
     settings = overrides or []
     if config is not None and "=" not in config:
         result = load("sequential").compare(Path(config), settings, iterations)
-        text = f"{load('sequential').table(result)}\nspeedup {result['speedup']:.1f}"
+        text = load("sequential").table(result)
         typer.echo(json.dumps(result, indent=1) if as_json else text)
         return
     settings = [config, *settings] if config is not None else settings
@@ -137,6 +137,24 @@ def planned(model: Models = None) -> None:
 def curves(iterations: Annotated[int, typer.Option(min=1, help="Timed iterations of each place.")] = 3) -> None:
     """What an iteration of the tiny FLUX costs against samples, steps, tokens and ranks; minutes."""
     load("curves").run(iterations)
+
+
+@app.command()
+def objectives(
+    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The recipe that every setting starts from.")] = (
+        FOLDER.parent / "configs" / "shapes-flux.yaml"
+    ),
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE…")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="Of bench/objectives.py, such as grpo or nft.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Each runs every setting in turn; else 0.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Processor seconds of training that each setting gets.")] = 180,
+    every: Annotated[float, typer.Option(min=0.001, help="Processor seconds between evaluations.")] = 30,
+    images: Annotated[int, typer.Option(min=1, help="Of an evaluation.")] = 240,
+    label: Annotated[str | None, typer.Option(help="What the rows call it, where a setting has other numbers.")] = None,
+    write: Annotated[bool, typer.Option(help="Put rows into bench/data, picture and table into docs.")] = True,
+) -> None:
+    """Held-out score of each objective, and of reusing samples, against processor seconds, samples and forwards."""
+    load("objectives").run(config, setting, seed or [0], seconds, every, images, overrides or [], label, write)
 
 
 @app.command()

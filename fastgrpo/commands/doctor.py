@@ -24,7 +24,7 @@ from torch import Tensor
 from fastgrpo import __version__
 from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.layout import lay_out
-from fastgrpo.algorithms.schedule import StepSchedule, schedule_steps
+from fastgrpo.algorithms.schedule import StepSchedule
 from fastgrpo.config import Config, load_config
 from fastgrpo.distributed.world import this_machine
 from fastgrpo.errors import EXTRAS
@@ -95,7 +95,7 @@ def self_test(config: Config) -> SelfTest:
         run = config.run.model_copy(update={"dir": str(Path(scratch, "run")), "resume": False})
         trainer = Trainer.from_config(resolved(config.model_copy(update={"run": run}), *this_machine()))
     rollouts = trainer.rollouts
-    schedule = schedule_steps(config.rollout, rollouts.levels, rollouts.samples, 0, config.run.seed)
+    schedule = rollouts.generator.schedule(0)
     layout = lay_out(schedule, config.rollout, rollouts.mine)
     drawn = rollouts.sampler.at(0)
     conditioning = trainer.family.encode([rollouts.prompts[i] for i in drawn])

@@ -20,6 +20,7 @@ from fastgrpo.evaluation.compare import STRICT, compared, diversity, fair_sample
 from fastgrpo.evaluation.heldout import Evaluation, evaluate, heldout_prompts, record
 from fastgrpo.evaluation.statistics import by_unit, mean_interval
 from fastgrpo.models import load_family
+from fastgrpo.observe.media import beside_sources
 from fastgrpo.observe.side_by_side import Labels, write_side_by_side
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.clip import ClipReward
@@ -122,9 +123,14 @@ def _directory(target: Path, run: bool, request: Request) -> Path:
 
 
 def _side_by_side(base: Evaluation, tuned: Evaluation, shown: list[int], path: Path) -> None:
-    """base and tuned of each prompt next to each other, with the prompt and marks."""
-    labels = [Labels(base.prompts[i].text, _mark(base, i), _mark(tuned, i)) for i in shown]
-    write_side_by_side(base.images[shown], tuned.images[shown], labels, path)
+    """base and tuned of each prompt next to each other, after the source of an edit, with the prompt and marks."""
+    prompts = [base.prompts[i] for i in shown]
+    pictures, none = {"before": base.images[shown], "after": tuned.images[shown]}, []
+    wide = beside_sources(prompts, pictures["before"])
+    if wide.shape[-1] > pictures["before"].shape[-1]:
+        pictures, none = {"source": wide[..., : pictures["before"].shape[-1]], **pictures}, [("", None)]
+    labels = [Labels(p.text, [*none, _mark(base, i), _mark(tuned, i)]) for p, i in zip(prompts, shown, strict=True)]
+    write_side_by_side(pictures, labels, path)
 
 
 def _mark(evaluation: Evaluation, place: int) -> tuple[str, bool | None]:

@@ -56,6 +56,11 @@ def _impossible(config: Config) -> Iterator[str]:
             f"update.optimizer_steps: {config.update.optimizer_steps} does not divide the "
             f"{roll.prompts_per_iteration} prompts of an iteration, whose groups rollout.best_of keeps whole"
         )
+    if config.advantage.keep is not None and config.advantage.keep > roll.group_size:
+        yield (
+            f"advantage.keep: {config.advantage.keep} is more than a group's {roll.group_size} samples "
+            "(rollout.group_size)"
+        )
     if late := next((r.key for r in config.scored if r.every > 1 and r.weight), None):
         yield (f"rewards: '{late}' is trained, so it is scored every iteration; drop every, or its weight")
     samples = roll.prompts_per_iteration * roll.candidates
@@ -80,6 +85,7 @@ def _impossible(config: Config) -> Iterator[str]:
         yield (f"guard.action: {config.guard.action} needs a held-out reward; give one weight 0")
     if config.guard.action == "raise_kl" and not objective.kl_weight:
         yield ("guard.action: raise_kl needs a KL term to raise; set objective.kl_weight above 0")
+    yield from _of_forward_process(config) if objective.forward else ()
     if config.model.trainable and config.model.lora:
         yield ("model.trainable: chooses among full weights, and model.lora trains none; drop one of them")
     if config.model.text_encoders == "drop" and config.model.embedding_cache is None:
@@ -92,3 +98,24 @@ def _impossible(config: Config) -> Iterator[str]:
         )
     if config.model.dtype != "float32" and config.parallel.fsdp == "off":
         yield (f"parallel.fsdp: off cannot serve model.dtype {config.model.dtype}, whose float32 masters FSDP2 keeps")
+
+
+def _of_forward_process(config: Config) -> Iterator[str]:
+    """What an objective of the forward process cannot have."""
+    roll, objective = config.rollout, config.objective
+    times, kind = objective.times, f"objective.kind: {objective.kind}"
+    if objective.kl_weight and objective.kl != "v":
+        yield (
+            f"objective.kl: {objective.kl} is of a trajectory's steps, which {kind} does not train; set it to v, the "
+            "mean squared difference of the model's outputs"
+        )
+    if roll.old_values == "log_prob":
+        yield f"rollout.old_values: log_prob is of a trajectory's steps, which {kind} does not train; leave it out"
+    if config.scoring.staleness:
+        yield f"scoring.staleness: {kind} compares with the policy of the rollout, which staleness leaves; set it to 0"
+    if config.advantage.combine == "losses":
+        yield f"advantage.combine: losses is for objective.kind grpo, and {kind} takes one advantage; use advantage"
+    if not roll.shared_noise and roll.suffix_steps is not None:
+        yield "rollout.suffix_steps: without rollout.shared_noise every step is deterministic; lower rollout.steps"
+    if times.low >= times.high:
+        yield f"objective.times.low: {times.low:g} is not below objective.times.high, {times.high:g}"

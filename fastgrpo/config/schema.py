@@ -75,7 +75,15 @@ class Model(Section):
     )
     fps: PositiveFloat = Field(default=8.0, description="Frames a second, as rewards and video files see a sample.")
     guidance: Annotated[float, Field(ge=0)] = Field(
-        default=3.5, description="Guidance scale, as the pipeline takes it; at most 1: no classifier-free guidance."
+        default=3.5, description="Guidance scale, as the pipeline takes it; at most 1 (of z_image 0): no second branch."
+    )
+    guidance_2: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="Guidance scale of a second transformer (Wan 2.2 A14B's); null: model.guidance."
+    )
+    true_cfg: Annotated[float, Field(ge=1)] = Field(
+        default=1.0,
+        description="FLUX's second guidance, by a negative branch beside the scale that it is told (true_cfg_scale of "
+        "its pipelines); 1: none.",
     )
     negative_prompt: str = Field(
         default="", description="What classifier-free guidance leads away from, where a prompt has none of its own."
@@ -125,8 +133,9 @@ class Prompts(Section):
     """What is drawn: in training, and in evaluation."""
 
     train: PathText = Field(
-        description="A .txt, .jsonl or .csv file, shapes:train, moving:train, hf:<dataset>[:split[:column]] on the "
-        "hub, or a source of an installed package."
+        description="A .txt, .jsonl or .csv file; set:images or set:videos (shipped), shapes:train, moving:train, "
+        "editing:train; "
+        "hf:<dataset>[:split[:column]] on the hub, or a source of an installed package."
     )
     select: Literal["epochs", "spread"] = Field(
         default="epochs",
@@ -356,21 +365,69 @@ class Advantage(Section):
         description="Several rewards: a weighted sum of normalised advantages (GDPO), of rewards, or of clipped "
         "losses, one for each reward (DanceGRPO).",
     )
-    normalize: Literal["std", "mean_only"] = Field(
-        default="std", description="Divide by the group's spread, or do not."
+    normalize: Literal["std", "global", "mean_only"] = Field(
+        default="std",
+        description="What divides what is above the group's mean. std: the group's standard deviation; global: that of "
+        "all the iteration's rewards, plus 1e-4, as other trainers do; mean_only: nothing.",
     )
+    positive_only: bool = Field(default=False, description="Train only samples that are better than their group.")
+    keep: PositiveInt | None = Field(
+        default=None, description="Train so many samples of each group, those of the largest |A|; null: all."
+    )
+
+
+class TrainingTimes(Section):
+    """The noise levels of training rows, of the objectives of the forward process: drawn anew in every epoch."""
+
+    count: PositiveInt = Field(default=4, description="Rows of each sample in an epoch, each at a level of its own.")
+    draw: Literal["levels", "strata", "uniform", "logit_normal"] = Field(
+        default="levels",
+        description="levels: of the rollout's own steps, none twice for a sample; strata: one of each of `count` equal "
+        "parts of these steps; uniform, logit_normal: any level, one in each of `count` parts of equal probability.",
+    )
+    low: Unit = Field(default=0.0, description="No level below this (1: pure noise); of uniform, before the shift.")
+    high: Unit = Field(default=1.0, description="No level above this.")
+    shift: PositiveFloat = Field(
+        default=1.0, description="k in k·t/(1+(k−1)·t), of levels that are drawn uniform or logit_normal."
+    )
+
+
+class OldPolicyDecay(Section):
+    """How the old policy of a forward process follows the trained one, at the end of each iteration: it keeps a share
+    of itself, rate for every optimizer step after the first `flat`, and at most `most`. All 0: a copy."""
+
+    flat: Annotated[int, Field(ge=0)] = Field(default=0, description="Optimizer steps in which it is a copy.")
+    rate: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Grows by this with every step after them.")
+    most: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="The largest share that it keeps.")
+
+    @property
+    def copies(self) -> bool:
+        """Whether it is the weights of the last rollout, and nothing older."""
+        return self.rate == 0 or self.most == 0
+
+    def at(self, steps: int) -> float:
+        """The share that it keeps of itself after so many optimizer steps."""
+        return min(max(steps - self.flat, 0) * self.rate, self.most)
 
 
 class ObjectiveConfig(Section):
-    """What the policy minimizes: a clipped ratio and, where it has a weight, a KL term."""
+    """What the policy minimizes: of trajectories, GRPO's clipped ratio; or of the forward process, an objective that
+    noises final samples again (docs/adding-an-objective.md). And, where it has a weight, a KL term."""
 
+    kind: NonEmpty = Field(
+        default="grpo",
+        description="grpo: of trajectories; nft (DiffusionNFT), awm (advantage-weighted matching), dpo (online "
+        "Diffusion-DPO), or one of an installed package: of the forward process.",
+    )
     ratio: Literal["gaussian", "unit", "ratio_norm"] = Field(
         default="gaussian",
-        description="gaussian: π_new/π_old; unit: CPS trainers' unscaled form; ratio_norm: GRPO-Guard.",
+        description="With kind grpo: gaussian: π_new/π_old; unit: CPS trainers' unscaled form; ratio_norm: GRPO-Guard.",
     )
-    clip_low: PositiveFloat = Field(default=1e-4, description="The ratio is clipped below 1 − this.")
+    clip_low: PositiveFloat = Field(default=1e-4, description="With grpo, awm: the ratio is clipped below 1 − this.")
     clip_high: PositiveFloat = Field(default=1e-4, description="… and above 1 + this.")
-    dual_clip: Annotated[float, Field(gt=1)] | None = Field(default=None, description="Bounds the loss where A < 0.")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="With kind grpo: bounds the loss where A < 0."
+    )
     kl_weight: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Of the KL to the reference model, in the convention of `kl`."
     )
@@ -378,11 +435,49 @@ class ObjectiveConfig(Section):
         default="gaussian",
         description="gaussian: that of a step's two Gaussians, per element; flow_grpo: its standard deviation without "
         "√Δσ, as in that project's image scripts; x: the mean squared difference of the steps' means; v: of the "
-        "model's outputs.",
+        "model's outputs, the one that a forward process has.",
     )
     dppo_threshold: PositiveFloat | None = Field(
-        default=None, description="Flow-DPPO: drop a pair whose KL exceeds this and whose ratio moves further out."
+        default=None,
+        description="With kind grpo: Flow-DPPO: drop a pair whose KL exceeds this and whose ratio moves further out.",
     )
+    beta: PositiveFloat | None = Field(
+        default=None,
+        description="With nft: how far its two branches go from the old policy; null: 1. With dpo: how much a pair's "
+        "difference of errors counts; null: 2000.",
+    )
+    weighting: Literal["uniform", "t", "t**2", "huber", "ghuber"] = Field(
+        default="uniform", description="With kind awm: what makes its log-probability of the squared error."
+    )
+    power: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.25, description="With weighting ghuber: of the squared error."
+    )
+    pairs: PositiveInt = Field(
+        default=1, description="With kind dpo: of each group, so many of the best with as many of the worst."
+    )
+    times: TrainingTimes = Field(
+        default_factory=TrainingTimes, description="Of a forward process: the noise levels of its rows."
+    )
+    old_decay: OldPolicyDecay = Field(
+        default_factory=OldPolicyDecay,
+        description="With nft, awm: how the old policy follows. Unless it is a copy, it rolls out.",
+    )
+    old_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="With nft, awm: this times the mean squared change of the output since the old policy is added to "
+        "a row's loss.",
+    )
+    guidance: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="Of a forward process: the guidance scale of training rows; null: model.guidance."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Of an installed package's objective: passed to it as keyword arguments."
+    )
+
+    @property
+    def forward(self) -> bool:
+        """Whether it trains on final samples that are noised again, not on the steps of trajectories."""
+        return self.kind != "grpo"
 
 
 class Optimizer(Section):
@@ -411,7 +506,12 @@ class Update(Section):
     """How the weights follow: optimizer steps, clipping, EMA."""
 
     optimizer_steps: PositiveInt = Field(
-        default=1, description="Per rollout; each takes an equal share of the samples."
+        default=1, description="Per rollout and epoch; each takes an equal share of the samples."
+    )
+    epochs: PositiveInt = Field(
+        default=1,
+        description="How often an iteration's samples are gone through: each time divided otherwise over the optimizer "
+        "steps and, in a forward process, at other noise levels with other noise.",
     )
     optimizer: Optimizer = Field(default_factory=Optimizer)
     max_grad_norm: PositiveFloat = Field(default=1.0, description="Gradients of a larger norm are scaled down to it.")

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to draw. `image` is the first frame, for image-to-video: a path, or what `open_image` takes;
-    `metadata` goes to the rewards."""
+    """One thing to draw. `image` is the picture that it starts from, the first frame of a video or the source of an
+    edit: what `open_image` takes. `metadata` goes to the rewards, as the image does."""
 
     text: str
     negative: str | None = None
@@ -32,6 +32,8 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
+# What begins the name of a picture that is drawn here, not read: a world of fastgrpo/shapes.
+DRAWN = ("editing:", "moving:")
 # Of files of every system, the oldest too; other characters that Python would split at are text.
 LINE_END = re.compile(r"\r\n|\n|\r")
 
@@ -44,6 +46,7 @@ SOURCES = Registry(
         ".csv": "fastgrpo.data.prompts:_csv",
         ".jsonl": "fastgrpo.data.prompts:_jsonl",
         ".txt": "fastgrpo.data.prompts:_txt",
+        "editing": "fastgrpo.data.prompts:_editing",
         "hf": "fastgrpo.data.prompts:_hub",
         "moving": "fastgrpo.data.prompts:_moving",
         "set": "fastgrpo.data.prompts:_ready_made",
@@ -64,10 +67,12 @@ def load_prompts(source: str) -> list[Prompt]:
         source: `x.txt`: one prompt a line, blank lines skipped. `x.jsonl`, `x.csv`: `prompt`, and where given
             `negative_prompt` and `image` (relative to the file); every other column goes to the metadata.
             `shapes:train`, `shapes:heldout`: the embedded world (`shapes:train:position,counting`: of these categories
-            alone); `moving:train`, `moving:heldout`: its videos, likewise, each prompt with a first frame of its own.
+            alone); `moving:train`, `moving:heldout`: its videos, likewise, each prompt with a first frame of its own;
+            `editing:train`, `editing:heldout`: edits of its images, each with a source image of its own.
             `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
-            `set:geneval`, `set:hps`, `set:videoalign`: those of fastgrpo/data/sets.py. `<name>:…`: a source that a
-            package offers by the entry point group `fastgrpo.prompts`.
+            `set:images`, `set:videos`, and either with `-heldout`: ours, to train on (fastgrpo/data/grammar.py);
+            `set:geneval`, `set:hps`, `set:videoalign`, `set:vbench`: to evaluate on (fastgrpo/data/sets.py).
+            `<name>:…`: a source that a package offers by the entry point group `fastgrpo.prompts`.
 
     Raises:
         ConfigError: Naming file and line where there is one.
@@ -82,7 +87,7 @@ def load_prompts(source: str) -> list[Prompt]:
         hint = nearest(f"{source.partition(':')[0]}:", begins) if colon else ""
         raise ConfigError(
             f"{source}: unknown prompt source; {hint}it should be a file ({', '.join(files)}), or begin with "
-            f"{', '.join(begins)}; such as shapes:train, set:geneval, hf:<dataset>[:split[:column]]"
+            f"{', '.join(begins)}; such as shapes:train, set:images, hf:<dataset>[:split[:column]]"
         )
     prompts = list(SOURCES.load(kind, source)(rest))
     if not prompts:
@@ -104,11 +109,17 @@ def _moving(spec: str) -> list[Prompt]:
     return _embedded("moving", spec, moving_world)
 
 
+def _editing(spec: str) -> list[Prompt]:
+    from fastgrpo.shapes import editing_world
+
+    return _embedded("editing", spec, editing_world)
+
+
 def _embedded(kind: str, spec: str, world: Any) -> list[Prompt]:
     """A split of an embedded world with its categories, or those that follow it, in equal numbers (as GenEval's).
 
     A category may have hundreds of times the prompts of another: the large ones are sampled, the small repeat. Every
-    prompt of the moving world has a first frame of its own.
+    prompt of a world with pictures has one of its own.
     """
     from fastgrpo.shapes.world import eval_set
 
@@ -127,10 +138,13 @@ def _embedded(kind: str, spec: str, world: Any) -> list[Prompt]:
         raise ConfigError(f"{kind}:{part}: unknown prompts; {hint}(one of: {', '.join(names)})")
     chosen = [p for p in parts[part] if p.category in categories]
     balanced = eval_set(chosen, 160 * len(categories), seed=0, categories=categories)
-    return [
-        Prompt(p.text, image=f"moving:{i}:{p.text}" if kind == "moving" else None, metadata={"category": p.category})
-        for i, p in enumerate(balanced)
-    ]
+    return world_prompts(world, balanced)
+
+
+def world_prompts(world: Any, captions: Iterable[Any]) -> list[Prompt]:
+    """Captions of an embedded world as prompts, number i with the world's picture i where it has pictures."""
+    image = getattr(world, "image_name", lambda caption, seed: None)
+    return [Prompt(p.text, image=image(p, i), metadata={"category": p.category}) for i, p in enumerate(captions)]
 
 
 def _ready_made(name: str) -> list[Prompt]:
@@ -144,8 +158,8 @@ def _ready_made(name: str) -> list[Prompt]:
 
 
 def open_image(image: str) -> Image.Image:
-    """The RGB picture of a prompt, turned as its EXIF orientation says (as diffusers' `load_image` does): a file, or
-    `moving:<seed>:<caption>`, a first frame of the moving world.
+    """The RGB picture of a prompt, turned as its EXIF orientation says (as diffusers' `load_image` does): a file, or a
+    picture of an embedded world, `moving:<seed>:<caption>` (a first frame) or `editing:<seed>:<objects>:<edit>`.
 
     Raises ConfigError where it cannot be read.
     """
@@ -156,6 +170,10 @@ def open_image(image: str) -> Image.Image:
 
         _, seed, caption = image.split(":", 2)
         return Image.fromarray(first_frame(caption, int(seed)))
+    if image.startswith("editing:"):
+        from fastgrpo.shapes.editing_render import source_image
+
+        return Image.fromarray(source_image(image))
     try:
         with Image.open(image) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
@@ -177,7 +195,7 @@ def open_pictures(prompts: Iterable[Prompt]) -> tuple[dict[str, tuple[int, int]]
     names = list(dict.fromkeys(p.image for p in prompts if p.image is not None))
 
     def size(image: str) -> tuple[int, int] | str:
-        if image.startswith("moving:"):
+        if image.startswith(DRAWN):
             # Drawn here, and never damaged; a long list would take minutes.
             return 32, 32
         try:

@@ -24,7 +24,7 @@ from fastgrpo.distributed.world import World
 from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily
 from fastgrpo.models.loading import levels_of
-from fastgrpo.observe.media import animate, write_frames, write_grid, write_mp4, write_webp
+from fastgrpo.observe.media import animate, beside_sources, write_frames, write_grid, write_mp4, write_webp
 from fastgrpo.rewards import Reward, release
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import gather_scores, score_samples
@@ -162,7 +162,9 @@ def record(
         if mp4:
             write_mp4(frames, path.with_suffix(".mp4"), fps)
     else:
-        write_grid(images, path)
+        chosen = [evaluation.prompts[place] for place in shown]
+        pictures_of = beside_sources(chosen, images)
+        write_grid(pictures_of, path, smallest=96 * pictures_of.shape[-1] // images.shape[-1])
     captions = [evaluation.prompts[place].text for place in shown]
     values = {name: [None if np.isnan(v) else float(v) for v in column] for name, column in evaluation.values.items()}
     data = {"iteration": iteration, **evaluation.summary(), "prompts": captions, "shown": shown, **pictures}

@@ -21,12 +21,16 @@ FAMILIES = Registry(
     "fastgrpo.families",
     {
         "flux": "fastgrpo.models.families.flux:Flux",
+        "flux2": "fastgrpo.models.families.flux2:Flux2",
+        "flux_kontext": "fastgrpo.models.families.flux_kontext:FluxKontext",
         "hunyuan_video": "fastgrpo.models.families.hunyuan_video:HunyuanVideo",
+        "hunyuan_video_1_5": "fastgrpo.models.families.hunyuan_video_1_5:HunyuanVideo15",
         "qwen_image": "fastgrpo.models.families.qwen_image:QwenImage",
         "sd3": "fastgrpo.models.families.sd3:StableDiffusion3",
         "skyreels": "fastgrpo.models.families.skyreels:SkyReels",
         "stable_diffusion": "fastgrpo.models.families.stable_diffusion:StableDiffusion",
         "wan": "fastgrpo.models.families.wan:Wan",
+        "z_image": "fastgrpo.models.families.z_image:ZImage",
     },
 )
 # What a family must declare: the rest of `ModelFamily`'s settings have defaults.
@@ -38,6 +42,7 @@ __all__ = [
     "ModelFamily",
     "available",
     "check_family",
+    "check_guidance",
     "check_parts",
     "family_class",
     "load_family",
@@ -69,7 +74,17 @@ def check_family(config: Config) -> None:
     installed. Loads no weights."""
     check_sampler(config.rollout.sampler, family_class(config.model.family).paradigm, config.model.family)
     check_quantization(config.model)
+    check_guidance(config.model)
     check_parts(config, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_guidance(config: Model) -> None:
+    """Raises ConfigError for model.true_cfg of a family that has no branches beside its guidance."""
+    if config.true_cfg > 1 and not family_class(config.family).takes_true_cfg:
+        raise ConfigError(
+            f"model.true_cfg: {config.true_cfg:g}, but {config.family} has no second guidance; its scale is "
+            "model.guidance"
+        )
 
 
 def check_parts(config: Config, device: str) -> None:

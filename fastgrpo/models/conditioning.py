@@ -65,12 +65,18 @@ class PromptEncoding(abc.ABC):
     embeddings: EmbeddingCache
     # What a family declares: see fastgrpo/models/protocol.py.
     guidance_style: ClassVar[Literal["embedded", "cfg"]]
+    unguided_scale: ClassVar[float]
     host_names: ClassVar[tuple[str, ...]]
 
     @property
     def guided(self) -> bool:
         """Whether a prediction takes two branches."""
-        return self.guidance_style == "cfg" and self.config.guidance > 1
+        return self.branch_scale(self.config) > self.unguided_scale
+
+    @classmethod
+    def branch_scale(cls, config: Model) -> float:
+        """The scale of classifier-free guidance by two branches; at most `unguided_scale`: there is one."""
+        return config.guidance if cls.guidance_style == "cfg" else config.true_cfg
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:

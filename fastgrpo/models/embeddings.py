@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastgrpo.config import Model
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.data.prompts import DRAWN, Prompt
 from fastgrpo.errors import UserError
 
 Key = tuple[str, str | None]
@@ -108,7 +108,7 @@ class EmbeddingCache:
     def _path(self, prompt: Prompt) -> Path:
         assert self.directory is not None
         image = prompt.image
-        if image is not None and not image.startswith("moving:"):
+        if image is not None and not image.startswith(DRAWN):
             # Pictures are turned as their orientation says: those that were encoded before they were have other names.
             image = "turned:" + hashlib.sha256(Path(image).read_bytes()).hexdigest()
         sized = {"size": self.size} if image is not None else {}

@@ -38,6 +38,10 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
     paradigm: ClassVar[Literal["flow", "diffusion"]] = "flow"
     # embedded: the scale is an input of the model. cfg: two branches, the negative prompt's and the prompt's.
     guidance_style: ClassVar[Literal["embedded", "cfg"]]
+    # The largest scale, as the pipeline takes it, without a second branch.
+    unguided_scale: ClassVar[float] = 1.0
+    # Whether an embedded family takes model.true_cfg: two branches beside the scale that the model is told.
+    takes_true_cfg: ClassVar[bool] = False
     # Components that are trained; `noise_levels` says which of them acts at a step.
     trained: ClassVar[tuple[str, ...]] = ("transformer",)
     # Components that only encoding prompts needs.
@@ -51,8 +55,10 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
     host_names: ClassVar[tuple[str, ...]] = ()
     # Encodings that are boolean masks.
     mask_names: ClassVar[tuple[str, ...]] = ()
-    # The encoding of a prompt's image, if the family conditions on one: latents of one frame.
-    first_frame: ClassVar[str | None] = None
+    # Those of its pipeline classes that start from a picture of the prompt's: a first frame, or the source of an edit.
+    image_pipelines: ClassVar[tuple[str, ...]] = ()
+    # The encoding of that picture, for pretraining: latents of one frame.
+    image_encoding: ClassVar[str | None] = None
     # How context parallelism may split its tokens: `ulysses`, `ring`.
     context_kinds: ClassVar[tuple[str, ...]] = ()
 
@@ -135,7 +141,7 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
     @property
     def takes_image(self) -> bool:
         """Whether its pipeline starts from a picture of the prompt's."""
-        return self.first_frame is not None
+        return type(self.pipeline).__name__ in self.image_pipelines
 
     def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
         """The key of a LoRA's layer in ComfyUI, and the layers whose weights are one matrix there, in their order."""

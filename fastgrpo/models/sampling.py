@@ -43,6 +43,10 @@ class PipelineSampling:
         """The trained component that acts at each step."""
         return (self.trained[0],) * levels.steps
 
+    def forward_table(self) -> np.ndarray | None:
+        """ᾱ of every timestep that a diffusion model was trained at, float64; None for a flow, which has all levels."""
+        return None
+
     def pipeline_shift(self) -> float | None:
         """The shift k that the pipeline's scheduler config asks for at this size; None where it is no plain shift."""
         config = self.pipeline.scheduler.config
@@ -57,3 +61,8 @@ class PipelineSampling:
         if self.guidance_style == "cfg":
             called["negative_prompt"] = config.negative_prompt
         return called | {"guidance_scale": config.guidance, "max_sequence_length": config.max_sequence_length}
+
+    def pipeline_settings(self) -> tuple[str, ...]:
+        """Lines of Python for a card's snippet, which set up `pipe` to sample as training does where a pipeline is not
+        told all of it when it is called."""
+        return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # The adapter that model.lora.path is read into.
 GIVEN = "given"
+# The adapter that is trained, and that of the old policy.
+TRAINED, OLD = "default", "old"
 
 
 def make_trainable(family: ModelFamily) -> None:
@@ -132,7 +135,85 @@ def lora_disabled(policy: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@torch.no_grad()
+def add_old_lora(modules: Iterable[nn.Module], lora: Lora, default_targets: Sequence[str]) -> None:
+    """Adds the old policy's LoRA to components that have the trained one: another adapter, of the same weights.
+
+    Its parameters have gradients until they are sharded (`freeze_old_lora`), so that they are sharded like the trained.
+    """
+    from peft import LoraConfig
+
+    targets = list(lora.targets or default_targets)
+    for module in modules:
+        tuned: Any = module
+        trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        adapter = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets)
+        with warnings.catch_warnings():
+            # PEFT asks whether several adapters are meant.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            tuned.add_adapter(adapter, adapter_name=OLD)
+        tuned.set_adapter(TRAINED)
+        named = dict(module.named_parameters())
+        for name in trained:
+            old = named[old_name(name)]
+            old.data = named[name].detach().clone()
+            old.requires_grad_(True)
+
+
+def old_name(name: str) -> str:
+    """The old policy's parameter of a trained one of a LoRA."""
+    return name.replace(f".{TRAINED}.", f".{OLD}.")
+
+
+def freeze_old_lora(policy: nn.Module) -> None:
+    """Ends the gradients of the old policy's LoRA, once it is sharded."""
+    for name, parameter in policy.named_parameters():
+        if f".{OLD}." in name:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def lora_switched(policy: nn.Module) -> Iterator[None]:
+    """Within it a policy has the old policy's LoRA in place of the trained one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in policy.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer._active_adapter = [OLD]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._active_adapter = [TRAINED]
+
+
 Reference = Callable[[], AbstractContextManager[Mapping[str, nn.Module] | None]]
+
+
+class OldPolicy:
+    """The policy that a forward process compares with: a set of weights of its own, that follows the trained one.
+
+    Calling it gives a context in which its components act, as `reference_of` does: copies, or (None) the policy's own
+    with the old LoRA switched on.
+
+    Attributes:
+        parameters: Its weights, in the order of the trained parameters of the policy; DTensors stay sharded.
+        modules: The copies of full fine-tuning; None with a LoRA.
+    """
+
+    def __init__(self, policy: nn.Module, modules: Mapping[str, nn.Module] | None) -> None:
+        self.policy, self.modules = policy, modules
+        trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+        if modules is None:
+            named = dict(policy.named_parameters())
+            self.parameters = [named[old_name(name)] for name in trained]
+        else:
+            whole = next(iter(modules.values())) if len(modules) == 1 else nn.ModuleDict(modules)
+            named = dict(whole.named_parameters())
+            self.parameters = [named[name] for name in trained]
+
+    def __call__(self) -> AbstractContextManager[Mapping[str, nn.Module] | None]:
+        return lora_switched(self.policy) if self.modules is None else nullcontext(self.modules)
 
 
 def reference_of(policy: nn.Module, frozen: Mapping[str, nn.Module] | None) -> Reference:

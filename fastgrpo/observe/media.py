@@ -8,8 +8,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from fastgrpo.data.images import source_pixels
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import require
 
 # Of every sheet: pictures in a row, and white pixels between them.
@@ -49,6 +52,18 @@ def write_grid(images: Tensor, path: Path, columns: int = COLUMNS, margin: int =
     from PIL import Image
 
     Image.fromarray(arrange(enlarged(to_bytes(images), smallest), columns, margin)).save(path)
+
+
+def beside_sources(prompts: Sequence[Prompt], *images: Tensor) -> Tensor:
+    """Pictures [n, 3, H, k · W], from left to right: the image that each prompt names, if all do, then `images`.
+
+    images: each [n, 3, H, W] in [0, 1]. Videos [n, 3, F, H, W] show their first frame themselves: nothing is added.
+    """
+    parts = list(images)
+    if images[0].ndim == 4 and len(images[0]) and all(p.image is not None for p in prompts):
+        pixels = source_pixels(prompts, *images[0].shape[-2:])
+        parts.insert(0, torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+    return torch.cat([part.cpu() for part in parts], dim=-1)
 
 
 def write_frames(videos: Tensor, path: Path, smallest: int = 64) -> None:

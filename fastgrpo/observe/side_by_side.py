@@ -1,9 +1,9 @@
-"""A picture for documents: what two models draw of the same prompts, each pair with its prompt and its marks."""
+"""A picture for documents: what models draw of the same prompts, each with its prompt and its marks."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,39 +15,39 @@ from fastgrpo.observe.media import SHEET_FRAMES, enlarged, to_bytes
 
 INK, RIGHT, WRONG, PAPER = (28, 36, 48), (31, 111, 46), (176, 42, 12), (255, 255, 255)
 
-# Pixels: of text, between lines, between pairs, and between a pair's two pictures.
+# Pixels: of text, between lines, between prompts, and between a prompt's pictures.
 TEXT, LINE, GAP, SEAM = 13, 17, 14, 3
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Of a pair: its prompt, and of before and after what is said, with whether it is right; None: neither."""
+    """Of a row of pictures: its prompt, and of each picture what is said, with whether it is right; None: neither."""
 
     prompt: str
-    before: tuple[str, bool | None]
-    after: tuple[str, bool | None]
+    marks: Sequence[tuple[str, bool | None]]
 
 
-def write_side_by_side(before: Tensor, after: Tensor, labels: Sequence[Labels], path: Path) -> None:
-    """Writes a PNG of pairs: an image beside its other, or a video's frames above those of its other.
+def write_side_by_side(pictures: Mapping[str, Tensor], labels: Sequence[Labels], path: Path) -> None:
+    """Writes a PNG of the same prompts drawn by several models: images beside each other, frames of videos below.
 
     Args:
-        before: Images [n, 3, H, W] in [0, 1], or videos [n, 3, F, H, W]; of these at most SHEET_FRAMES frames show.
-        after: Of the same shape.
-        labels: Of each pair.
+        pictures: By name, such as before and after: images [n, 3, H, W] in [0, 1], or videos [n, 3, F, H, W], of which
+            at most SHEET_FRAMES frames are shown.
+        labels: Of each of the n prompts.
         path: Of the PNG.
     """
     from PIL import Image, ImageDraw
 
-    video = before.ndim == 5
-    olds, news = (_strips(samples) for samples in (before, after))
-    height, width = olds.shape[1:3]
-    cell = width if video else 2 * width + SEAM
-    columns = min(len(labels), 2 if video else 4)
+    video = next(iter(pictures.values())).ndim == 5
+    strips = {name: _strips(samples) for name, samples in pictures.items()}
+    height, width = next(iter(strips.values())).shape[1:3]
+    count = len(strips)
+    cell = width if video else count * (width + SEAM) - SEAM
+    columns = min(len(labels), 2 if video else max(1, 8 // count))
     wrapped = [textwrap.wrap(label.prompt, max(8, cell // 7)) or [""] for label in labels]
-    picture = 2 * (height + LINE) + SEAM if video else height + LINE
+    tall = count * (height + LINE + SEAM) - SEAM if video else height + LINE
     rows = range(0, len(labels), columns)
-    heights = [picture + LINE * max(len(lines) for lines in wrapped[i : i + columns]) + GAP for i in rows]
+    heights = [tall + LINE * max(len(lines) for lines in wrapped[i : i + columns]) + GAP for i in rows]
     sheet = Image.new("RGB", (columns * (cell + GAP) + GAP, sum(heights) + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     top = GAP
@@ -57,9 +57,8 @@ def write_side_by_side(before: Tensor, after: Tensor, labels: Sequence[Labels], 
             for i, text in enumerate(wrapped[place]):
                 draw.text((left, top + i * LINE), text, INK, font=_font())
             y = top + LINE * max(len(lines) for lines in wrapped[row : row + columns])
-            label = labels[place]
-            for strip, mark, name in ((olds[place], label.before, "before"), (news[place], label.after, "after")):
-                sheet.paste(Image.fromarray(strip), (left, y))
+            for (name, strip), mark in zip(strips.items(), labels[place].marks, strict=True):
+                sheet.paste(Image.fromarray(strip[place]), (left, y))
                 _mark(draw, (left, y + height + 1), name, mark)
                 left, y = (left, y + height + LINE + SEAM) if video else (left + width + SEAM, y)
         top += row_height

@@ -6,6 +6,7 @@ Evaluations of the model that cost the same are run once and multiplied, and so 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from fastgrpo.models import Conditioning, ModelFamily
 from fastgrpo.models.architectures import build_family
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
 from fastgrpo.models.placement import OffloadedModule
-from fastgrpo.models.trainable import reference_of
+from fastgrpo.models.trainable import Reference, reference_of
 from fastgrpo.planning.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
 from fastgrpo.planning.meter import Cost, Meter, Peaks
 from fastgrpo.planning.repeated import CountedWalk, Repeated
@@ -37,10 +38,11 @@ from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.training.adamw_8bit import AdamW8bit
+from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import Residency, decide_residency, kept_bytes
 from fastgrpo.training.update import Updater
-from fastgrpo.training.weights import prepare_weights
+from fastgrpo.training.weights import needs_reference, prepare_weights
 
 CPU = torch.device("cpu")
 
@@ -61,18 +63,23 @@ class Phase:
 
 @dataclass(frozen=True)
 class DryRun:
-    """phases: of one iteration of rank 0. forwards, trained: rows that it evaluates without and with gradients.
-    parameters, trainable: of the whole model. state: bytes that a checkpoint copies to the host, of this
-    rank; host: the most that it holds there besides."""
+    """phases: of one iteration of rank 0. forwards, trained: rows that it rolls out, and that it evaluates with
+    gradients; compared: those that other policies evaluate in its update. parameters, trainable: of the whole model.
+    state: bytes that a checkpoint copies to the host, of this rank; host: the most that it holds there besides.
+    loading: bytes of what it loads into host memory before it is sharded or on the device. encoders: parameters of the
+    text encoders."""
 
     phases: list[Phase]
     forwards: int
     trained: int
+    compared: int
     parameters: int
     trainable: int
     state: int
     host: int
     residency: Residency
+    loading: int = 0
+    encoders: int = 0
 
 
 def dry_run(config: Config, ranks: int = 1, local: int | None = None, memory: int = 0, whole: bool = False) -> DryRun:
@@ -86,7 +93,9 @@ def dry_run(config: Config, ranks: int = 1, local: int | None = None, memory: in
     # Planned as PyTorch's own attention, whose cost other backends share, and as blocks that are not compiled.
     plain = {"attention_backend": None, "compile": "none"}
     config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
-    with _process_group(config, ranks):
+    with _process_group(config, ranks), warnings.catch_warnings():
+        # FSDP2's, of views that blocks return: nothing is changed in place here.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         world = replace(make_world(config, ranks, 0, CPU), memory=memory)
         family = build_family(config.model)
         stacks = [] if whole else stacks_of(family, config)
@@ -109,7 +118,8 @@ def _deep(runs: list[DryRun], more: list[int]) -> DryRun:
         live = deep_peaks([phase.peaks for phase in same], more)
         phases.append(Phase(same[0].name, deep_cost([phase.cost for phase in same], more), live))
     numbers = {
-        name: deep_number([getattr(run, name) for run in runs], more) for name in ("parameters", "trainable", "state")
+        name: deep_number([getattr(run, name) for run in runs], more)
+        for name in ("parameters", "trainable", "state", "loading")
     }
     return replace(runs[0], phases=phases, **numbers)
 
@@ -145,12 +155,18 @@ class _Iteration:
         whole_weights = (*policy.parameters(), *policy.buffers()) if config.parallel.load == "whole" else ()
         # Bytes of the trained components as they are loaded.
         self.loaded = sum(t.numel() * t.element_size() for t in whole_weights)
+        others = {n: m for n, m in family.pipeline.components.items() if isinstance(m, nn.Module)}
+        others = {name: module for name, module in others.items() if name not in family.modules}
+        # NF4 is made of weights that were loaded in the compute dtype.
+        whole = parameter_count(policy) * family.dtype.itemsize if quantized_layers(policy) else self.loaded
+        self.loading = whole + sum(p.numel() * p.element_size() for m in others.values() for p in m.parameters())
+        self.encoders = sum(p.numel() for n, m in others.items() if n in family.encoders for p in m.parameters())
 
         def fill(module: nn.Module) -> None:
             with self.mode:
                 materialize(module)
 
-        self.frozen = prepare_weights(family, config, world, fill)
+        self.copies = prepare_weights(family, config, world, fill)
         self.stretches = Stretches(self.meter, family, stacks, lengths)
         # Outside the mode: schedulers read their tensors.
         self.levels = family.noise_levels(config.rollout.steps, config.rollout.shift)
@@ -161,7 +177,7 @@ class _Iteration:
             return self._run(kept, decoded)
 
     def _run(self, kept: Residency, decoded: dict[int, Any]) -> DryRun:
-        config, family, world, meter, frozen = self.config, self.family, self.world, self.meter, self.frozen
+        config, family, world, meter, copies = self.config, self.family, self.world, self.meter, self.copies
         for layer in quantized_layers(family.policy):
             layer.dequantize = _unpacked
         offloaded = set(family.offloaded)
@@ -177,24 +193,26 @@ class _Iteration:
                 loaded = torch.empty(self.loaded, dtype=torch.uint8)
             with self.phase("encode", "activations"), family.encoding():
                 del loaded
-        held = [family.policy, *(frozen or {}).values()]
+        held = [family.policy, *copies.modules()]
         meter.claim((t for m in held for t in (*m.parameters(), *m.buffers())), "parameters")
         with meter.counting("optimizer"):
             optimizer = OptimizerState(
-                family.policy, config.update, 1, _PlannedAdamW8bit, config.model.dtype == "float16"
+                family.policy, config.update, 1, _PlannedAdamW8bit, config.model.dtype == "float16", copies.old
             )
         meter.claim(optimizer.ema or (), "ema")
         roll = config.rollout
         samples = roll.prompts_per_iteration * roll.candidates
-        schedule = schedule_steps(roll, self.levels, samples, 0, config.run.seed)
+        schedule = schedule_steps(
+            roll, self.levels, samples, 0, config.run.seed, forward=config.objective.forward
+        )  # fmt: skip
         mine = np.sort(rank_samples(samples, config.update.optimizer_steps, world.size, world.rank).reshape(-1))
         layout = lay_out(schedule, roll, mine)
         with meter.counting("caches"):
             conditioning = fake_conditioning(family, len(layout.prompts))
-        reference = reference_of(family.policy, frozen) if config.objective.kl_weight else None
+        reference = reference_of(family.policy, copies.frozen) if needs_reference(config) else None
         counted = meter, self.stretches, self.whole
         walk = CountedWalk(*counted, family.policy, kept)
-        updater = Updater(family, config, world, optimizer, reference, kept, walk)
+        updater = Updater(family, config, world, optimizer, reference, kept, walk, self._forward(reference))
 
         if config.model.text_encoders == "offload":
             with self.phase("encode", "activations"), family.encoding():
@@ -220,12 +238,23 @@ class _Iteration:
             self.phases,
             predict.rows,
             walk.rows,
+            walk.compared,
             parameter_count(family.policy),
             sum(p.numel() for p in trainable),
-            meter.live["optimizer"] + meter.live["ema"] + sum(local_bytes(p) for p in trainable),
+            meter.live["optimizer"]
+            + meter.live["ema"]
+            + sum(local_bytes(p) for p in (*trainable, *(copies.old.parameters if copies.old else ()))),
             meter.host,
             kept,
+            self.loading,
+            self.encoders,
         )
+
+    def _forward(self, reference: Reference | None) -> ForwardTraining | None:
+        """The training of a forward process, if the config has one."""
+        if not self.config.objective.forward:
+            return None
+        return ForwardTraining(self.family, self.config, self.world, self.levels, self.copies.old, reference)
 
     def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with self.meter.counting("host"):

@@ -1,4 +1,4 @@
-"""The image processors of reward models as tensor operations, batched and on the device.
+"""The image processors of reward models as tensor operations, batched and on the device; and the images of prompts.
 
 Samples are rounded to the 256 levels that an image file has, and resized with antialiasing, as PIL does; the result is
 within a few levels of PIL's, and embeddings within 2e-3.
@@ -6,6 +6,7 @@ within a few levels of PIL's, and embeddings within 2e-3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgrpo.data.images import source_pixels
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -90,3 +93,16 @@ def to_pil(images: Tensor) -> list[Any]:
 
     pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
+
+
+def source_images(prompts: Sequence[Prompt], samples: Tensor) -> Tensor:
+    """The images that the prompts name (`Prompt.image`), as large as the samples: what an edit started from.
+
+    Returns:
+        float32 [B, 3, H, W] in [0, 1], on the device of the samples [B, 3, H, W].
+
+    Raises:
+        ConfigError: For a prompt without an image.
+    """
+    pixels = source_pixels(prompts, *samples.shape[-2:])
+    return torch.from_numpy(pixels).to(samples.device).permute(0, 3, 1, 2).float() / 255

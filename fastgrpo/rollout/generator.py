@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.algorithms.advantages import extremes
 from fastgrpo.algorithms.layout import Layout, lay_out, share_out, sharers
@@ -63,6 +63,8 @@ class ScoredChunk:
 
 
 Job = Future[ScoredChunk]
+# A context around a rollout: the components that act within it, or None for the family's own.
+Acting = Callable[[], AbstractContextManager[Mapping[str, nn.Module] | None]]
 
 
 class Generator:
@@ -90,13 +92,16 @@ class Generator:
         self.held_rows = 0
 
     def schedule(self, iteration: int) -> StepSchedule:
-        return schedule_steps(self.config.rollout, self.levels, self.samples, iteration, self.config.run.seed)
+        return schedule_steps(
+            self.config.rollout, self.levels, self.samples, iteration, self.config.run.seed,
+            forward=self.config.objective.forward,
+        )  # fmt: skip
 
     def start(
         self, iteration: int, drawn: np.ndarray, prompts: Sequence[Prompt], timer: PhaseTimer,
-        unsharded: Callable[[], AbstractContextManager[object]] = nullcontext,
+        acting: Acting = nullcontext,
     ) -> Batch:  # fmt: skip
-        """Rolls out an iteration and gives its chunks to scoring; `unsharded` is entered around each rollout."""
+        """Rolls out an iteration and gives its chunks to scoring; `acting` is entered around each rollout."""
         roll, schedule = self.config.rollout, self.schedule(iteration)
         whole = lay_out(schedule, roll, self.mine)
         with timer.phase("conditioning"):
@@ -108,8 +113,10 @@ class Generator:
             rows = conditioning
             if len(layout.prompts) < len(whole.prompts):
                 rows = conditioning.rows(np.searchsorted(whole.prompts, layout.prompts))
-            with timer.phase("rollout"), unsharded():
-                trajectory = rollout(self.family, schedule, layout, rows, roll, self.config.run.seed, iteration)
+            with timer.phase("rollout"), acting() as modules:
+                trajectory = rollout(
+                    self.family, schedule, layout, rows, roll, self.config.run.seed, iteration, modules=modules
+                )
             texts = [prompts[i] for i in layout.prompts[layout.sample_prompt].tolist()]
             latents = trajectory.latents
             if self.sharers > 1:

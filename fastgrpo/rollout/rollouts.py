@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Reward
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import AllScores, gather_scores
-from fastgrpo.rollout.generator import Batch, Generator, flight_scores, flight_state, keep_extremes
+from fastgrpo.rollout.generator import Acting, Batch, Generator, flight_scores, flight_state, keep_extremes
 from fastgrpo.rollout.trajectory import tensors
 
 
@@ -37,7 +36,8 @@ class Rollouts:
         rewards: The rewards by name.
         timer: Times the phases.
         failures: Is told of rewards that fail.
-        unsharded: A context in which weights stay whole, entered around each rollout.
+        acting: A context entered around each rollout, in which weights stay whole; it gives the components that roll
+            out, or None for the family's own.
 
     Raises:
         UserError: If the groups that best-of-N keeps whole do not divide over the ranks.
@@ -46,10 +46,10 @@ class Rollouts:
     def __init__(
         self, family: ModelFamily, config: Config, world: World, prompts: Sequence[Prompt],
         rewards: Mapping[str, Reward], timer: PhaseTimer, failures: FailureLog,
-        unsharded: Callable[[], AbstractContextManager[object]],
+        acting: Acting,
     ) -> None:  # fmt: skip
         roll, steps = config.rollout, config.update.optimizer_steps
-        self.config, self.world, self.prompts, self.timer, self.unsharded = config, world, prompts, timer, unsharded
+        self.config, self.world, self.prompts, self.timer, self.acting = config, world, prompts, timer, acting
         self.sampler = prompt_sampler(config, len(prompts))
         self.samples = roll.prompts_per_iteration * roll.candidates
         self.weights = np.array([spec.weight for spec in config.scored])
@@ -148,7 +148,7 @@ class Rollouts:
     def _start(self, iteration: int) -> Batch:
         drawn = self.sampler.at(iteration)
         prompts = [self.prompts[i] for i in drawn]
-        return self.generator.start(iteration, drawn, prompts, self.timer, self.unsharded)
+        return self.generator.start(iteration, drawn, prompts, self.timer, self.acting)
 
     def _owned(self, process: int) -> np.ndarray:
         """The samples that a process scores, in its order."""

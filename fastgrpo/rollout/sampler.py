@@ -6,11 +6,11 @@ same whatever rank, batch or order draws it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.algorithms.layout import Layout
 from fastgrpo.algorithms.schedule import StepSchedule
@@ -30,16 +30,17 @@ def forward_batches(index: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, 
 
 def predict_rows(
     family: ModelFamily, x: Tensor, time: float, module: str, conditioning: Conditioning, row_prompt: np.ndarray,
-    batch: int, predict: Callable[..., Tensor] | None = None,
+    batch: int, predict: Callable[..., Tensor] | None = None, modules: Mapping[str, nn.Module] | None = None,
 ) -> Tensor:  # fmt: skip
     """The output of a component for every row of x [R, *shape], evaluated in batches of exactly `batch` rows.
 
-    predict: evaluates a batch in place of `family.predict`; the memory plan counts with it.
+    predict: evaluates a batch in place of `family.predict`; the memory plan counts with it. modules: the components
+    that act in place of the family's.
     """
     predict = predict or family.predict
     output = torch.empty(x.shape, dtype=family.dtype, device=x.device)
     times = torch.full((batch,), time, dtype=torch.float32, device=x.device)
-    model = family.modules[module]
+    model = (modules or family.modules)[module]
     done = 0
     for index, real in forward_batches(np.arange(len(x)), batch):
         inputs = x[done : done + batch] if real == batch else x.index_select(0, to_device(index, x.device))
@@ -59,11 +60,12 @@ def rollout(
     seed: int,
     iteration: int,
     predict: Callable[..., Tensor] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> Trajectory:
     """Samples every local sample of `layout` from noise to its final latents, keeping what its trained steps need.
 
-    conditioning: rows of the local prompts, [u]. predict: evaluates the model in place of `family.predict`. Reads
-    nothing back to the host.
+    conditioning: rows of the local prompts, [u]. predict: evaluates the model in place of `family.predict`. modules:
+    the components that act in place of the family's. Reads nothing back to the host.
     """
     device, shape, batch = family.device, family.latent_shape, config.forward_batch
     subtract = config.old_values == "log_prob"
@@ -82,7 +84,7 @@ def rollout(
     clean: Tensor | None = None
     for step, (a, b, s) in enumerate(schedule.transitions):
         v = predict_rows(
-            family, x, schedule.times[step], schedule.modules[step], conditioning, row_prompt, batch, predict
+            family, x, schedule.times[step], schedule.modules[step], conditioning, row_prompt, batch, predict, modules
         )
         rows = layout.rows_of(step)
         if rows.stop > rows.start:

@@ -80,7 +80,11 @@ def select(schedule: StepSchedule, config: Config, parts: Sequence[Trajectory], 
     x, v_old = of("x", rows), of("v_old", rows)
     assert x is not None
     assert v_old is not None
+    # Of no more use to an update that trains the steps of trajectories.
     latents = parts[0].latents[:0]
+    if config.objective.forward:
+        places = _places(samples, [p.layout.samples for p in parts])
+        latents = _collected([p.latents for p in parts], places)
     return Trajectory(layout, latents, x, v_old, of("noise", pairs), of("y", pairs), of("log_prob", pairs))
 
 

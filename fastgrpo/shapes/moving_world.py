@@ -124,6 +124,11 @@ def parse(text: str) -> MovingPrompt:
     return prompt
 
 
+def image_name(prompt: MovingPrompt, seed: int) -> str:
+    """The name of a first frame of the prompt: `moving:<seed>:<caption>`, as `Prompt.image` has it."""
+    return f"moving:{seed}:{prompt.text}"
+
+
 @functools.cache
 def vocabulary() -> tuple[str, ...]:
     """Every word that occurs in a prompt, the comma among them, sorted."""

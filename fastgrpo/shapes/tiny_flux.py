@@ -1,11 +1,13 @@
-"""A FLUX pipeline of about a million parameters: diffusers' and transformers' own classes, a closed vocabulary.
-
-`FluxPipeline.from_pretrained` loads what `build_pipeline(...).save_pretrained` writes.
+"""A FLUX or FLUX.1-Kontext pipeline of about a million parameters: diffusers' and transformers' own classes, a closed
+vocabulary. Their `from_pretrained` loads what `build_pipeline(...).save_pretrained` writes.
 """
+
+from typing import Literal
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from pydantic import Field, model_validator
 
@@ -17,6 +19,7 @@ from fastgrpo.shapes.tiny_parts import SPECIAL_TOKENS, build_autoencoder, build_
 class TinyFluxSizes(Section):
     """Sizes of the tiny FLUX; the defaults are those of the shipped weights."""
 
+    task: Literal["text", "edit"] = "text"
     image_size: int = 32
     text_length: int = 10
     latent_channels: int = 3
@@ -42,8 +45,11 @@ class TinyFluxSizes(Section):
         return self
 
 
-def build_pipeline(words: tuple[str, ...], sizes: TinyFluxSizes, seed: int) -> FluxPipeline:
-    """An untrained FluxPipeline in float32 whose tokenizers know `words`; resets torch's global seed."""
+def build_pipeline(words: tuple[str, ...], sizes: TinyFluxSizes, seed: int) -> FluxPipeline | FluxKontextPipeline:
+    """An untrained pipeline in float32 whose tokenizers know `words`; resets torch's global seed.
+
+    task "text": a FluxPipeline; "edit": a FluxKontextPipeline.
+    """
     torch.manual_seed(seed)
     vocabulary = len(SPECIAL_TOKENS) + len(words)
     clip = build_clip(sizes.text_width, sizes.text_layers, sizes.text_length, vocabulary)
@@ -61,7 +67,7 @@ def build_pipeline(words: tuple[str, ...], sizes: TinyFluxSizes, seed: int) -> F
         guidance_embeds=True,
         axes_dims_rope=tuple(sizes.rope_axes),  # pyright: ignore[reportArgumentType]
     )
-    pipeline = FluxPipeline(
+    pipeline = (FluxKontextPipeline if sizes.task == "edit" else FluxPipeline)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=sizes.shift, use_dynamic_shifting=False),
         vae=vae,
         text_encoder=clip,

@@ -1,6 +1,7 @@
 """What the tiny pipelines have in common: a closed vocabulary's tokenizer, text encoders, the small autoencoder."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -9,6 +10,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
+    Qwen3Config,
     T5Config,
     T5EncoderModel,
 )
@@ -18,6 +20,15 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "<unk>", "</s>")
 PAD, START, UNKNOWN, END = range(4)
 # A token of a template: a marker, a word, a number, a sign or a line's end.
 TEMPLATE_TOKEN = r"<\|[a-z_]+\|>|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]|\n"
+# What Qwen 3's chat template writes for one message of a user's, with an answer to come: {} is the message. Without
+# thinking, an empty thought stands before the answer.
+QWEN3_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+QWEN3_NO_THOUGHT = "<think>\n\n</think>\n\n"
+QWEN3_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
 
 
 def build_tokenizer(words: tuple[str, ...], length: int, start: bool) -> PreTrainedTokenizerFast:
@@ -47,6 +58,13 @@ def build_template_tokenizer(words: tuple[str, ...], length: int, template: str 
             single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)]
         )
     return _with_special_tokens(tokenizer, length)
+
+
+def build_chat_tokenizer(words: tuple[str, ...], length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token a word or sign, with Qwen 3's chat template for a message."""
+    tokenizer = build_template_tokenizer(words, length, QWEN3_TEMPLATE + QWEN3_NO_THOUGHT)
+    tokenizer.chat_template = QWEN3_CHAT
+    return tokenizer
 
 
 def _with_special_tokens(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast:
@@ -120,3 +138,22 @@ def build_t5(width: int, layers: int, vocabulary: int) -> T5EncoderModel:
         eos_token_id=END,
     )
     return T5EncoderModel(config)
+
+
+def build_qwen3(kind: Any, width: int, layers: int, vocabulary: int) -> Any:
+    """An untrained Qwen 3 of heads of 16; kind: Qwen3Model, or Qwen3ForCausalLM."""
+    return kind(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 16,
+            num_key_value_heads=width // 16,
+            head_dim=16,
+            initializer_range=0.1,
+            pad_token_id=PAD,
+            bos_token_id=START,
+            eos_token_id=END,
+        )
+    )

@@ -279,7 +279,8 @@ def _ours(tensor: Tensor) -> bool:
 
 
 def training_tensors(optimizer: OptimizerState) -> dict[str, Any]:
-    """Every tensor that training changes, by parameter name: weights, AdamW's state, EMA. DTensors stay sharded."""
+    """Every tensor that training changes, by parameter name: weights, AdamW's state, EMA, old policy. DTensors stay
+    sharded."""
     named = list(zip(optimizer.names, optimizer.parameters, strict=True))
     tensors: dict[str, Any] = {"model": dict(named)}
     for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -290,6 +291,8 @@ def training_tensors(optimizer: OptimizerState) -> dict[str, Any]:
         tensors["loss_scale"] = {"scale": optimizer.loss_scale.scale, "growth": optimizer.loss_scale.growth}
     if optimizer.ema is not None:
         tensors["ema"] = dict(zip(optimizer.names, optimizer.ema, strict=True))
+    if optimizer.old is not None:
+        tensors["old"] = dict(zip(optimizer.names, optimizer.old.parameters, strict=True))
     return tensors
 
 

@@ -6,21 +6,25 @@ A row that a whole group shares is evaluated once, and read by all of its pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from fastgrpo.algorithms.layout import Layout, lay_out, rank_samples
+from fastgrpo.algorithms.layout import Layout, epoch_samples, lay_out
 from fastgrpo.algorithms.schedule import StepSchedule
 from fastgrpo.config import Config
 from fastgrpo.distributed.world import World
+from fastgrpo_kernels import noise
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Host arrays: rows [F] to evaluate; pairs [F, W] that read each row; weight [F, W], 0 where there is none.
 
-    module: which component evaluates them. syncs: its gradients are complete after this one.
+    module: which component evaluates them. syncs: its gradients are complete after this one. others: how many
+    other policies evaluate the rows too, without gradients.
     """
 
     rows: np.ndarray
@@ -28,11 +32,28 @@ class MicroBatch:
     weight: np.ndarray
     module: str = ""
     syncs: bool = False
+    others: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """What one optimizer step is made of.
+
+    Attributes:
+        micro_batches: In their order; none where no sample of any rank is trained.
+        loss: Gives the summed loss of a micro-batch and its `LossStatistics.values`, on the device.
+        scale: What makes a mean over the planned rows of that sum.
+    """
+
+    micro_batches: list[MicroBatch]
+    loss: Callable[[MicroBatch], tuple[Tensor, Tensor]]
+    scale: float
 
 
 def micro_batches_of_step(
-    config: Config, world: World, schedule: StepSchedule, layout: Layout, worth: np.ndarray, k: int
-) -> list[MicroBatch]:
+    config: Config, world: World, schedule: StepSchedule, layout: Layout, worth: np.ndarray, k: int,
+    draw: Sequence[int] | None = None,
+) -> list[MicroBatch]:  # fmt: skip
     """Returns the micro-batches of the k-th optimizer step, as many as the rank that needs the most.
 
     Args:
@@ -42,12 +63,13 @@ def micro_batches_of_step(
         layout: What this rank rolled out.
         worth: Which of all global samples are trained, bool [N].
         k: Counts from 0.
+        draw: The seed by which an epoch divides the samples over optimizer steps; None: the first one.
     """
     roll, steps, size = config.rollout, config.update.optimizer_steps, config.rollout.forward_batch
     ranks = []
     for rank in range(world.size):
-        samples = rank_samples(len(worth), steps, world.size, rank)
-        theirs = layout if rank == world.rank else lay_out(schedule, roll, samples.reshape(-1))
+        samples = epoch_samples(len(worth), steps, world.size, rank, roll.candidates, draw)
+        theirs = layout if rank == world.rank else lay_out(schedule, roll, np.sort(samples.reshape(-1)))
         ranks.append((theirs, worth[theirs.samples] & np.isin(theirs.samples, samples[k])))
     chosen = []
     # A component's rows stand together, so that every rank runs the same components in the same order.
@@ -57,6 +79,11 @@ def micro_batches_of_step(
         _, mine = ranks[world.rank]
         chosen += micro_batches(layout, mine, size, -(-needed // size), module, acts)
     return chosen
+
+
+def epoch_draw(config: Config, iteration: int, epoch: int) -> list[int] | None:
+    """The seed by which an epoch divides an iteration's samples over its optimizer steps; None for the first one."""
+    return [config.run.seed, noise.STREAM_SUBSET, iteration, epoch] if epoch else None
 
 
 def micro_batches(

@@ -7,7 +7,7 @@ moments (fastgrpo/training/adamw_8bit.py) fused AdamW keeps the small tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fastgrpo.config import Update
+from fastgrpo.config import OldPolicyDecay, Update
 from fastgrpo.distributed.shards import locals_of
+from fastgrpo.models.trainable import OldPolicy
 from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
 
 # As torch.amp.GradScaler has them.
@@ -44,10 +45,10 @@ class OptimizerState:
 
     def __init__(
         self, policy: nn.Module, config: Update, total_steps: int, eight_bit: type[AdamW8bit] = AdamW8bit,
-        loss_scaling: bool = False,
+        loss_scaling: bool = False, old: OldPolicy | None = None, old_decay: OldPolicyDecay | None = None,
     ) -> None:  # fmt: skip
         self.config, self.total_steps, self.steps = config, total_steps, 0
-        self.policy = policy
+        self.policy, self.old, self.old_decay = policy, old, old_decay or OldPolicyDecay()
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         opt = config.optimizer
@@ -115,9 +116,22 @@ class OptimizerState:
         return norm, skipped
 
     def end_iteration(self, iteration: int) -> None:
-        """After the optimizer steps of the 0-based iteration, whether or not it had any: the EMA that counts these."""
+        """After the optimizer steps of the 0-based iteration, whether or not it had any: the EMA that counts these, and
+        the old policy."""
         if self.config.ema_per == "iteration":
             self._average(iteration + 1)
+        if self.old is not None:
+            self._follow(self.old)
+
+    @torch.no_grad()
+    def _follow(self, old: OldPolicy) -> None:
+        _reshard(old.modules.values() if old.modules else [self.policy])
+        kept = self.old_decay.at(self.steps)
+        # Where it keeps nothing it is the policy to the bit.
+        if kept == 0:
+            torch._foreach_copy_(locals_of(old.parameters), locals_of(self.parameters))
+        else:
+            torch._foreach_lerp_(locals_of(old.parameters), locals_of(self.parameters), 1 - kept)
 
     @torch.no_grad()
     def _average(self, count: int) -> None:
@@ -145,11 +159,16 @@ class OptimizerState:
     def _swap(self) -> None:
         """Exchanges weights and EMA, shard by shard."""
         assert self.ema is not None
-        for module in self.policy.modules():
-            if isinstance(module, FSDPModule):
-                # FSDP2 leaves a root's parameters gathered after a forward pass: the next one would use the old values.
-                module.reshard()
+        _reshard([self.policy])
         for weight, average in zip(locals_of(self.parameters), locals_of(self.ema), strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
+
+
+def _reshard(roots: Iterable[nn.Module]) -> None:
+    """FSDP2 leaves a root's parameters gathered after a forward pass: the next one would use them, whatever changed."""
+    for root in roots:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.algorithms.schedule import check_sampler
 from fastgrpo.config import Config, Model
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.distributed.world import check_world
 from fastgrpo.errors import ConfigError, UserError
-from fastgrpo.models import ModelFamily, family_class
+from fastgrpo.models import ModelFamily, check_guidance, family_class
 from fastgrpo.models.architectures import architecture, known
 from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
@@ -30,6 +31,7 @@ from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.weight_files import check_files
 from fastgrpo.rewards import load_reward
 from fastgrpo.training.adamw_8bit import check_optimizer
+from fastgrpo.training.assets import find_assets
 from fastgrpo.training.remarks import check_pictures, remarks
 from fastgrpo.training.setup import load_callback
 
@@ -40,9 +42,11 @@ NODE = 8
 
 @dataclass
 class Preflight:
-    """What was found. problems: each would end the run; remarks: each is likely not meant; prompts: by source."""
+    """What was found. problems: each would end the run; missing: what the run would download, or could not; remarks:
+    each is likely not meant; prompts: by source."""
 
     problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
 
@@ -69,7 +73,10 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
             found.attempt(lambda: cls.check_section("eval", config.evaluated_model, parts))
         if parts and config.parallel.context > 1:
             found.attempt(lambda: check_context(config, cls, parts, "cuda" if torch.cuda.is_available() else "cpu"))
+    found.attempt(lambda: forward_objective(config))
     found.attempt(lambda: check_quantization(config.model))
+    if cls is not None:
+        found.attempt(lambda: check_guidance(config.model))
     found.attempt(lambda: check_backend(config.model.attention_backend, config.parallel.context))
     found.attempt(lambda: check_optimizer(config.update.optimizer))
     found.attempt(lambda: check_world(config, ranks, min(ranks, NODE)))
@@ -78,14 +85,28 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
         found.attempt(lambda spec=spec: load_reward(spec))
     for name in config.callbacks:
         found.attempt(lambda name=name: load_callback(name))
+    pictured = kind if cls is not None and kind in cls.image_pipelines else ""
     for source in dict.fromkeys(filter(None, (config.prompts.train, config.prompts.heldout))):
         prompts = found.attempt(lambda source=source: load_prompts(source))
         if prompts is not None:
             found.prompts[source] = prompts
-            found.attempt(lambda source=source, prompts=prompts: check_pictures(source, prompts, kind))
+            found.attempt(lambda source=source, prompts=prompts: check_pictures(source, prompts, pictured))
+    _tell_missing(config, found)
     if not found.problems and cls is not None:
         found.remarks += remarks(config, cls, found.prompts)
     return found
+
+
+def _tell_missing(config: Config, found: Preflight) -> None:
+    """What is not here, each once: in place of a problem that says no more than that it is not there."""
+    for asset in find_assets(config):
+        if not asset.missing:
+            continue
+        own = [p for p in found.problems if f"there is nothing at {asset.source}" in p]
+        if own and asset.note != f"there is nothing at {asset.source}":
+            found.problems[found.problems.index(own[0])] = asset.line
+        elif not any(asset.source in p for p in found.problems):
+            found.missing.append(asset.line)
 
 
 def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[str, Mapping[str, Mapping[str, Any]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import Config, Model
-from fastgrpo.data.prompts import Prompt, open_pictures
+from fastgrpo.data.prompts import DRAWN, Prompt, open_pictures
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import ModelFamily
 from fastgrpo.models.loading import resolve_path
@@ -18,16 +18,16 @@ CLIP_TOKENS = 77
 
 
 def check_pictures(source: str, prompts: Sequence[Prompt], pipeline: str = "", share: slice = slice(None)) -> None:
-    """Opens the prompts' pictures; of a pipeline that makes videos from a first frame, all must have one.
+    """Opens the prompts' pictures; of a `pipeline` that starts from a picture (empty: none does), all must have one.
 
     share: of the prompts, those whose pictures are opened here. Raises ConfigError with a line for each.
     """
     without = [p for p in prompts if p.image is None]
     problems = []
-    if "ImageToVideo" in pipeline and without:
+    if pipeline and without:
         problems.append(
             f"{source}: {len(without)} of {len(prompts)} prompts have no image, such as '{without[0].text:.60}'; "
-            f"{pipeline} makes a video from a first frame: give each prompt an 'image'"
+            f"{pipeline} starts from a picture: give each prompt an 'image'"
         )
     problems += open_pictures(prompts[share])[1]
     if problems:
@@ -46,14 +46,15 @@ def remarks(config: Config, cls: type[ModelFamily], sources: Mapping[str, Sequen
                 f"rewards.{spec.key}: is {use}, but its when ({wanted}) matches none of the {len(train)} prompts of "
                 f"{config.prompts.train}; {_metadata(train, spec.when)}"
             )
-    guided = cls.guidance_style == "cfg" and config.model.guidance > 1
+    guided = cls.branch_scale(config.model) > cls.unguided_scale
     for source, prompts in sources.items():
         negatives = sum(p.negative is not None for p in prompts)
         if negatives and not guided:
+            setting = "guidance" if cls.guidance_style == "cfg" else "true_cfg"
             reason = (
                 f"{cls.name} has no negative branch"
-                if cls.guidance_style != "cfg"
-                else f"model.guidance {config.model.guidance:g} is not above 1"
+                if setting == "true_cfg" and not cls.takes_true_cfg
+                else f"model.{setting} {getattr(config.model, setting):g} is not above {cls.unguided_scale:g}"
             )
             said.append(f"{source}: {negatives} of {len(prompts)} prompts have a negative prompt, unused: {reason}")
         said += _pictures_stretched(source, prompts, config.model)
@@ -71,7 +72,7 @@ def _metadata(prompts: Sequence[Prompt], keys: Mapping[str, Any]) -> str:
 
 
 def _pictures_stretched(source: str, prompts: Sequence[Prompt], model: Model) -> list[str]:
-    own = [p for p in prompts if p.image is not None and not p.image.startswith("moving:")]
+    own = [p for p in prompts if p.image is not None and not p.image.startswith(DRAWN)]
     if not own:
         return []
     sizes, _ = open_pictures(own)
@@ -80,7 +81,7 @@ def _pictures_stretched(source: str, prompts: Sequence[Prompt], model: Model) ->
     if not off:
         return []
     return [
-        f"{source}: {len(off)} of {len(prompts)} first frames are not of the shape {model.width}:{model.height} and "
+        f"{source}: {len(off)} of {len(prompts)} images are not of the shape {model.width}:{model.height} and "
         f"will be stretched, such as {off[0].image} ({sizes[off[0].image or ''][0]}×{sizes[off[0].image or ''][1]})"
     ]
 

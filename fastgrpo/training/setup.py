@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.distributed.world import World, start_world, this_machine
@@ -50,6 +51,7 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     rewards = load_rewards(config)
     users = [load_callback(name) for name in config.callbacks]
     check_family(config)
+    forward_objective(config)
     check_optimizer(config.update.optimizer)
     stop = stop_request()
     world = start_world(config)

@@ -6,11 +6,13 @@ The host is asked once an iteration, at scoring: images come to it there, and th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+
+from torch import nn
 
 from fastgrpo.algorithms.advantages import Advantages, compute_advantages
 from fastgrpo.config import Config
@@ -31,6 +33,7 @@ from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.rollouts import Rollouts
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.finite import raise_if_not_finite
+from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.iteration_log import IterationLog
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import residency
@@ -38,7 +41,7 @@ from fastgrpo.training.result import TrainResult, result_of
 from fastgrpo.training.setup import open_trainer
 from fastgrpo.training.signals import ENDS, StopRequest, listening, stop_request
 from fastgrpo.training.update import Updater, UpdateResult, packed
-from fastgrpo.training.weights import prepare_weights
+from fastgrpo.training.weights import needs_reference, prepare_weights
 
 CallbackType = TypeVar("CallbackType", bound=Callback)
 
@@ -76,17 +79,22 @@ class Trainer:
         errors = None if log is None else Path(config.run.dir) / "errors"
         self.failures = FailureLog(self.note, errors, world.process)
         prompts = load_prompts(config.prompts.train) if prompts is None else prompts
-        frozen = prepare_weights(family, config, world)
-        steps = config.train.iterations * config.update.optimizer_steps
+        copies = prepare_weights(family, config, world)
+        self.old = copies.old
+        steps = config.train.iterations * config.update.optimizer_steps * config.update.epochs
         self.optimizer = OptimizerState(
-            family.policy, config.update, steps, loss_scaling=config.model.dtype == "float16"
-        )
-        self.residency = residency(config, family.policy, world)
-        reference = reference_of(family.policy, frozen) if config.objective.kl_weight else None
-        self.updater = Updater(family, config, world, self.optimizer, reference, self.residency)
-        self.rollouts = Rollouts(
-            family, config, world, prompts, self.rewards, self.timer, self.failures, self._unsharded
+            family.policy, config.update, steps, loss_scaling=config.model.dtype == "float16", old=copies.old,
+            old_decay=config.objective.old_decay,
         )  # fmt: skip
+        self.residency = residency(config, family.policy, world)
+        reference = reference_of(family.policy, copies.frozen) if needs_reference(config) else None
+        self.rollouts = Rollouts(
+            family, config, world, prompts, self.rewards, self.timer, self.failures, self._acting
+        )  # fmt: skip
+        forward = None
+        if config.objective.forward:
+            forward = ForwardTraining(family, config, world, self.rollouts.levels, copies.old, reference)
+        self.updater = Updater(family, config, world, self.optimizer, reference, self.residency, forward=forward)
         self.kl_weight = config.objective.kl_weight
         self.iteration, self.train_seconds = 0, 0.0
         # Why the run ends before its last iteration: a callback's reason, or signals that all ranks know of.
@@ -217,5 +225,11 @@ class Trainer:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
 
-    def _unsharded(self) -> AbstractContextManager[object]:
-        return unsharded(self.family.modules.values(), self.residency.rollout_unsharded)
+    @contextmanager
+    def _acting(self) -> Iterator[Mapping[str, nn.Module] | None]:
+        """What rolls out: the policy, or the old policy where it is not a copy of it."""
+        old = self.old if self.old is not None and not self.config.objective.old_decay.copies else None
+        with nullcontext() if old is None else old() as copies:
+            modules = copies or self.family.modules
+            with unsharded(modules.values(), self.residency.rollout_unsharded):
+                yield modules

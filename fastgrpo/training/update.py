@@ -1,13 +1,15 @@
 """Trajectories and advantages to optimizer steps, micro-batched over samples × steps at the rollout's forward shape.
 
-The loss is the kernels' (fastgrpo_kernels.grpo_loss). What its micro-batches need beside latents is made once for an
-optimizer step, and each takes a slice. Nothing is read back to the host.
+Steps of trajectories are trained here, the forward process in forward.py beside this file. The loss is the kernels'
+(fastgrpo_kernels.grpo_loss). What its micro-batches need beside latents is made once for an optimizer step, and each
+takes a slice. Nothing is read back to the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.models.trainable import Reference
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.trajectory import take_rows
-from fastgrpo.training.micro_batches import MicroBatch, micro_batches_of_step
+from fastgrpo.training.forward import ForwardTraining
+from fastgrpo.training.micro_batches import MicroBatch, OptimizerStep, epoch_draw, micro_batches_of_step
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.residency import KEPT, Residency
 from fastgrpo_kernels import LossStatistics, clipped_loss, grpo_loss, log_prob, noise, shift_moments
@@ -78,6 +81,7 @@ class Updater:
         reference: Gives the components that a KL term compares with; None without one.
         residency: What stays unsharded between uses.
         walk: Which micro-batches of an optimizer step are run, and in which order; all of them.
+        forward: The training of a forward process; None: that of steps of trajectories.
     """
 
     family: ModelFamily
@@ -87,6 +91,7 @@ class Updater:
     reference: Reference | None = None
     residency: Residency = KEPT
     walk: Walk = iter
+    forward: ForwardTraining | None = None
 
     def run(self, batch: Batch, advantages: Advantages, kl_weight: float) -> UpdateResult:
         """Takes the optimizer steps of one iteration.
@@ -99,30 +104,23 @@ class Updater:
         Returns:
             Statistics on the device; nothing is read back to the host.
         """
-        config, schedule, layout = self.config, batch.schedule, batch.trajectory.layout
         result = UpdateResult(self.family.device)
-        steps, samples = config.update.optimizer_steps, len(advantages.terms)
-        worth = advantages.valid & ((advantages.terms != 0).any(axis=1) | (kl_weight > 0))
-        # Of the planned pairs: with the best of N, those of the samples that are kept.
-        planned = samples // config.rollout.candidates * config.rollout.group_size * schedule.pairs_per_sample
-        scale = loss_scale(config.objective, schedule) * self.world.ranks * steps / planned
-        gradient = torch.full((), scale, dtype=torch.float32, device=self.family.device)
-        for k in range(steps):
-            chosen = micro_batches_of_step(config, self.world, schedule, layout, worth, k)
-            inputs = _StepInputs.of(chosen, batch, advantages, config, self.family.device)
+        kind = self._transition_steps if self.forward is None else self.forward.steps
+        for number, step in enumerate(kind(batch, advantages, kl_weight)):
+            gradient = torch.full((), step.scale, dtype=torch.float32, device=self.family.device)
             before, seed = len(result.values), self.optimizer.seed(gradient)
-            for micro in self.walk(chosen):
+            for micro in self.walk(step.micro_batches):
                 module = self.family.modules[micro.module]
                 set_gradient_sync(module, micro.syncs or not self.residency.sync_once)
                 if self.residency.update_unsharded:
                     hold_weights(module, last=micro.syncs)
-                loss, statistics = self._loss(micro, batch, inputs, kl_weight)
+                loss, values = step.loss(micro)
                 # The constant that divides by the number of planned pairs, without a launch of its own.
                 loss.backward(seed)
-                result.values.append(statistics.values)
+                result.values.append(values)
             if len(result.values) == before:
                 continue
-            if k == 0:
+            if number == 0:
                 result.in_first_step = len(result.values)
             norm, skipped = self.optimizer.step()
             result.grad_norms.append(norm)
@@ -130,8 +128,31 @@ class Updater:
         self.optimizer.end_iteration(batch.iteration)
         return result
 
-    def _loss(
-        self, micro: MicroBatch, batch: Batch, inputs: _StepInputs, kl_weight: float
+    def _transition_steps(self, batch: Batch, advantages: Advantages, kl_weight: float) -> Iterator[OptimizerStep]:
+        """The optimizer steps of an iteration that trains steps of trajectories, in order."""
+        config, schedule, layout = self.config, batch.schedule, batch.trajectory.layout
+        steps, samples = config.update.optimizer_steps, len(advantages.terms)
+        worth = advantages.valid & ((advantages.terms != 0).any(axis=1) | (kl_weight > 0))
+        # Of the planned pairs: with the best of N, those of the samples that are kept.
+        group = min(config.advantage.keep or config.rollout.group_size, config.rollout.group_size)
+        planned = samples // config.rollout.candidates * group * schedule.pairs_per_sample
+        scale = loss_scale(config.objective, schedule) * self.world.ranks * steps / planned
+        for epoch in range(config.update.epochs):
+            draw = epoch_draw(config, batch.iteration, epoch)
+            for k in range(steps):
+                chosen = micro_batches_of_step(config, self.world, schedule, layout, worth, k, draw)
+                inputs = _StepInputs.of(chosen, batch, advantages, config, self.family.device)
+                yield OptimizerStep(chosen, partial(self._transition_loss, batch, inputs, kl_weight), scale)
+
+    def _transition_loss(
+        self, batch: Batch, inputs: _StepInputs, kl_weight: float, micro: MicroBatch
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, `LossStatistics.values`) of a micro-batch."""
+        loss, statistics = self._clipped_loss(batch, inputs, kl_weight, micro)
+        return loss, statistics.values
+
+    def _clipped_loss(
+        self, batch: Batch, inputs: _StepInputs, kl_weight: float, micro: MicroBatch
     ) -> tuple[Tensor, LossStatistics]:
         trajectory, objective = batch.trajectory, clipped_loss_settings(self.config.objective)
         part = inputs.of_micro(micro)

@@ -1,8 +1,8 @@
 """Fused maths of visual GRPO: Gaussian steps, shift moments and their gradients. Needs torch; triton on GPUs."""
 
 from . import transitions
-from ._noise_args import StoredStep
-from .clipped_loss import LossStatistics, clipped_loss, grpo_loss
+from ._noise_args import MatchingTarget, StoredStep
+from .clipped_loss import LossStatistics, clipped_loss, grpo_loss, nft_loss
 from .gaussian_step import GaussianStep, gaussian_step
 from .log_prob import log_prob
 from .noise import (
@@ -18,7 +18,7 @@ from .noise import (
     uniform,
 )
 from .on_policy_gradient import on_policy_backward, on_policy_gradient
-from .shift_moments import shift_moments
+from .shift_moments import MatchingMoments, shift_moments
 from .transitions import Transition
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "STREAM_VAE",
     "GaussianStep",
     "LossStatistics",
+    "MatchingMoments",
+    "MatchingTarget",
     "NoiseKey",
     "StoredStep",
     "Transition",
@@ -36,6 +38,7 @@ __all__ = [
     "gaussian_step",
     "grpo_loss",
     "log_prob",
+    "nft_loss",
     "noise_key",
     "normal",
     "on_policy_backward",

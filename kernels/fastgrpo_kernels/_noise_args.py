@@ -1,4 +1,5 @@
-"""How operations take noise: as a key, as a tensor, as the stored step that it made, or not at all."""
+"""How operations take noise: as a key, as a tensor, as the stored step that it made, in a training target, or not at
+all."""
 
 from typing import NamedTuple
 
@@ -22,6 +23,25 @@ class StoredStep(NamedTuple):
     y: Tensor
     a: float | Tensor | None = None
     a_less_one: float | Tensor | None = None
+
+
+class MatchingTarget(NamedTuple):
+    """The target that forward-process objectives hold model outputs against: noise_scale·ε + x0_scale·x̂0.
+
+    In the place of an operation's noise it makes P the moment against the old output's residual, P = mean(d·e) with
+    e = v_old - (noise_scale·ε + x0_scale·x̂0). ε noised the clean latents x̂0 to those that the model saw.
+
+    Args:
+        x0: Clean latents [B, ...], such as a rollout's final ones.
+        key: The NoiseKey of ε, which is then made in registers, or ε as a tensor [B, ...].
+        noise_scale, x0_scale: A float or [B] float32/float64 each. Velocity of a rectified flow: (1, -1), the default.
+            Epsilon: (1, 0). v-prediction: (√ᾱ, -√(1-ᾱ)).
+    """
+
+    x0: Tensor
+    key: NoiseKey | Tensor
+    noise_scale: float | Tensor = 1.0
+    x0_scale: float | Tensor = -1.0
 
 
 def check_less_one(prefix: str, a: object, a_less_one: object, like: Tensor) -> float | Tensor:

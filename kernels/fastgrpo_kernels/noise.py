@@ -26,6 +26,7 @@ STREAM_INITIAL = 0  # initial latents, keyed by prompt or by sample
 STREAM_SDE = 1  # ε of stochastic transitions
 STREAM_SUBSET = 2  # which steps of a trajectory are trained
 STREAM_VAE = 3  # sampling of a VAE posterior
+STREAM_FORWARD = 4  # ε of the forward process at a training row, keyed by sample or by pair
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57

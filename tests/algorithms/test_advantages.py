@@ -29,6 +29,36 @@ def test_equal_rewards_have_no_advantage_whatever_their_value():
     assert result.zero_spread.tolist() == [True]
 
 
+def test_global_normalisation_divides_by_the_spread_of_the_whole_iteration():
+    rewards = np.array([[1.0, 3.0, 5.0, 5.0, 5.0, 8.0]])
+    found = compute_advantages(rewards, valid(rewards), 3, np.ones(1), Advantage(normalize="global"))
+    expected = (rewards[0] - np.array([3.0] * 3 + [6.0] * 3)) / (rewards[0].std() + 1e-4)
+    assert found.values == pytest.approx(expected)
+    # Samples that failed count in neither mean nor spread.
+    lost = valid(rewards)
+    lost[0, 5] = False
+    found = compute_advantages(rewards, lost, 3, np.ones(1), Advantage(normalize="global"))
+    assert found.values[:3] == pytest.approx((rewards[0, :3] - 3) / (rewards[0, :5].std() + 1e-4))
+    assert found.values[3:] == pytest.approx(0)
+
+
+def test_samples_are_chosen_by_the_size_of_their_advantage():
+    rewards = np.array([[1.0, 2.0, 9.0, 4.0, 0.0, 0.0, 0.0, 1.0]])
+
+    def trained(**settings):
+        found = compute_advantages(rewards, valid(rewards), 4, np.ones(1), Advantage(**settings))
+        assert (found.values[~found.valid] == 0).all()
+        return np.flatnonzero(found.valid).tolist()
+
+    assert trained() == list(range(8))
+    assert trained(keep=2) == [0, 2, 4, 7]
+    assert trained(positive_only=True) == [2, 7]
+    assert trained(positive_only=True, keep=1) == [2, 7]
+    rest = compute_advantages(rewards, valid(rewards), 4, np.ones(1), Advantage(keep=2))
+    every = compute_advantages(rewards, valid(rewards), 4, np.ones(1), Advantage())
+    assert np.array_equal(rest.values[rest.valid], every.values[rest.valid])
+
+
 def test_clip():
     rewards = np.zeros((1, 100))
     rewards[0, 0] = 1e6

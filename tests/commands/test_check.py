@@ -84,7 +84,10 @@ def test_settings_that_cannot_be_are_all_named(check):
 def test_a_hub_id_that_was_not_checked_is_said(check):
     code, errors, _ = check("model.path=someone/model")
     assert code == 0
-    assert errors == ["warning: model.path: 'someone/model' is no directory here, and as a hub id it was not checked"]
+    assert errors == [
+        "warning: model.path: 'someone/model' is no directory here, and as a hub id it was not checked",
+        "missing: model.path: someone/model is absent; fastgrpo assets c.yaml --download",
+    ]
 
 
 def test_the_ranks_of_a_recipe_are_in_its_name(check, tmp_path):
@@ -121,7 +124,7 @@ def test_first_frames_are_there_and_can_be_read(check, tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, (line,), out = check("prompts.train=p.jsonl", path=config)
     assert code == 0
-    assert "1 of 2 first frames are not of the shape 32:32 and will be stretched, such as wide.png (64×32)" in line
+    assert "1 of 2 images are not of the shape 32:32 and will be stretched, such as wide.png (64×32)" in line
     assert "p.jsonl: 2 prompts, 2 pictures" in out
 
 
@@ -144,7 +147,8 @@ def test_what_a_run_would_do_in_silence_is_said_with_counts(check, tmp_path, tin
     ]
     assert errors[0].endswith("none of the 3 prompts of p.jsonl; their kind is x")
     assert errors[1].endswith("none of the 3 prompts of p.jsonl; none has category")
-    assert errors[2] == "warning: p.jsonl: 1 of 3 prompts have a negative prompt, unused: flux has no negative branch"
+    unused = "1 of 3 prompts have a negative prompt, unused: model.true_cfg 1 is not above 1"
+    assert errors[2] == f"warning: p.jsonl: {unused}"
     long = (
         "p.jsonl: 1 of 3 prompts are longer than the 10 tokens that the text encoder takes and will be cut, the longest"
     )

@@ -25,12 +25,16 @@ CASES = {
     "sd_v": ("float32", "lora"),
     "sd3": ("bfloat16", "full"),
     "qwen_image": ("float32", "lora"),
+    "z_image": ("bfloat16", "lora"),
+    "flux2": ("float32", "lora"),
     "hunyuan_video": ("bfloat16", "lora"),
+    "hunyuan_15": ("float32", "lora"),
     "skyreels": ("float32", "lora"),
     "wan_two": ("bfloat16", "lora"),
     "wan_i2v": ("float32", "merge"),
 }
-FULL = {"sdxl": ("bfloat16", "lora"), "wan": ("float32", "full"), "wan_5b_i2v": ("float32", "lora")}
+FULL = {"sdxl": ("bfloat16", "lora"), "wan": ("float32", "full"), "wan_5b_i2v": ("float32", "lora"),
+        "hunyuan_15_i2v": ("float32", "lora")}  # fmt: skip
 
 
 def snippet_of(out: Path) -> str:
@@ -119,6 +123,7 @@ COMFYUI = {
     "flux": ("transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"),
     "sd3": ("transformer_blocks.0.attn.to_out.0", "transformer.transformer_blocks.0.attn.to_out.0"),
     "qwen_image": ("transformer_blocks.0.attn.to_v", "transformer.transformer_blocks.0.attn.to_v"),
+    "z_image": ("layers.1.attention.to_v", "transformer.layers.1.attention.to_v"),
     "sd_v": (
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
         "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",

@@ -1,6 +1,7 @@
 """Prompt sources, what they say about a bad line, and the sampler."""
 
 import json
+import re
 import sys
 from collections import Counter
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgrpo.data import Prompt, available, load_prompts
+from fastgrpo.data import Prompt, available, grammar, load_prompts
 from fastgrpo.data.prompts import open_image, open_pictures
 from fastgrpo.data.samplers import PromptSampler, SpreadSampler
 from fastgrpo.errors import ConfigError, UserError
@@ -142,7 +143,10 @@ def test_a_bad_line_is_named_by_file_and_line(write, name, content, line, words)
     "source, words",
     [
         ("none.txt", "cannot read the prompts: No such file or directory"),
-        ("prompts.parquet", "unknown prompt source; it should be a file (.csv, .jsonl, .txt), or begin with hf:, "),
+        (
+            "prompts.parquet",
+            "unknown prompt source; it should be a file (.csv, .jsonl, .txt), or begin with editing:, ",
+        ),
         ("shape:train", "unknown prompt source; did you mean 'shapes:'? it should be a file"),
         ("shapes:held_out", "did you mean 'shapes:heldout'?"),
     ],
@@ -154,7 +158,7 @@ def test_an_unknown_source_is_refused(source, words):
 
 
 def test_sources_are_listed():
-    assert available() == [".csv", ".jsonl", ".txt", "hf:", "moving:", "set:", "shapes:"]
+    assert available() == [".csv", ".jsonl", ".txt", "editing:", "hf:", "moving:", "set:", "shapes:"]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +281,23 @@ def test_the_spread_follows_what_is_observed_and_a_group_without_scores_changes_
     assert np.isnan(sampler.spread[4])
 
 
+def test_vbenchs_prompts_are_those_of_its_package(tmp_path, monkeypatch):
+    """Two of the list, in its form. The package itself is never imported."""
+    with pytest.raises(UserError, match=r"^set:vbench: its prompts are in the package 'vbench'; pip install --no-deps"):
+        load_prompts("set:vbench")
+    (tmp_path / "vbench").mkdir()
+    (tmp_path / "vbench/__init__.py").write_text("raise SystemExit")
+    listed = [
+        {"prompt_en": "a person clapping", "dimension": ["human_action"]},
+        {"prompt_en": "a red car", "dimension": ["color", "object_class"], "auxiliary_info": {"color": "red"}},
+    ]
+    (tmp_path / "vbench/VBench_full_info.json").write_text(json.dumps(listed))
+    monkeypatch.syspath_prepend(tmp_path)
+    clapping, car = load_prompts("set:vbench")
+    assert (clapping.text, clapping.metadata["category"]) == ("a person clapping", "human_action")
+    assert (car.metadata["category"], car.metadata["dimension"]) == ("color+object_class", ["color", "object_class"])
+
+
 def test_the_ready_made_sets_have_their_categories_and_are_fixed():
     geneval = load_prompts("set:geneval")
     counts = Counter(p.metadata["category"] for p in geneval)
@@ -309,3 +330,17 @@ def test_the_shapes_prompts_of_some_categories_alone():
     assert Counter(p.metadata["category"] for p in prompts) == {"position": 160, "counting": 160}
     with pytest.raises(ConfigError, match="unknown category 'positon'; did you mean 'position'"):
         load_prompts("shapes:train:positon")
+
+
+@pytest.mark.parametrize("name, fewest", [("images", 3000), ("videos", 500)])
+def test_the_shipped_sets_are_many_different_prompts_and_held_out_ones_share_no_subject(name, fewest):
+    train, held = (load_prompts(f"set:{name}{part}") for part in ("", "-heldout"))
+    assert len({p.text for p in train}) == len(train) >= fewest
+    assert len({p.text for p in held}) == len(held) >= 90
+    assert train == load_prompts(f"set:{name}")
+    assert {p.metadata["category"] for p in train} == {p.metadata["category"] for p in held}
+    assert not re.search(r"\ba [aeiou](?!ni)", "\n".join(p.text for p in (*train, *held)))
+    subjects = [who for table in (grammar.IMAGES if name == "images" else grammar.VIDEOS).values() for who in table[0]]
+    seen = {who for who in subjects for p in train if who in p.text}
+    assert not [p.text for p in held for who in seen if who in p.text]
+    assert len(seen) > 0.7 * len(subjects)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support import tiny_images
 from support.tiny import tiny_config
+from support.tiny_images import image_config
 from support.tiny_video import build, video_config
 
 from fastgrpo.algorithms.layout import lay_out, rank_samples
@@ -27,7 +29,7 @@ from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.sampler import rollout
 
 CPU = torch.device("cpu")
-KINDS = ("flux", "wan", "hunyuan_video", "skyreels")
+KINDS = ("flux", "flux2", "wan", "hunyuan_video", "hunyuan_15", "skyreels")
 
 
 def family_of(kind: str) -> tuple[Config, ModelFamily]:
@@ -37,6 +39,8 @@ def family_of(kind: str) -> tuple[Config, ModelFamily]:
 
         config, pipeline = tiny_config(Path("unused")), build_pipeline(world.vocabulary(), TinyFluxSizes(), 0)
         torch.nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.3)
+    elif kind in tiny_images.MODELS:
+        config, pipeline = image_config("unused", kind), tiny_images.build(kind)
     else:
         config, pipeline = video_config("unused", kind), build(kind)
     return config, family_class(config.model.family)(pipeline, config.model, CPU)

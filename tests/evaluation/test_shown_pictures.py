@@ -43,18 +43,21 @@ def colors(picture: np.ndarray) -> set[tuple[int, ...]]:
 
 def test_pairs_stand_side_by_side_with_their_marks(tmp_path):
     before, after = torch.zeros(5, 3, 32, 32), torch.ones(5, 3, 32, 32)
-    labels = [Labels("a prompt of several words that is long", ("✗", False), ("✓", True))] * 5
-    write_side_by_side(before, after, labels, tmp_path / "pairs.png")
+    labels = [Labels("a prompt of several words that is long", [("✗", False), ("✓", True)])] * 5
+    write_side_by_side({"before": before, "after": after}, labels, tmp_path / "pairs.png")
     sheet = np.asarray(Image.open(tmp_path / "pairs.png").convert("RGB"))
     assert (sheet == 0).all(axis=-1).sum() == 5 * 96 * 96
     assert {RIGHT, WRONG} <= colors(sheet)
-    write_side_by_side(before, after, [Labels("one", ("0.12", None), ("0.34", None))], tmp_path / "one.png")
+    three = {"source": after, "before": before, "after": before}
+    write_side_by_side(three, [Labels("one", [("", None), ("0.12", None), ("0.34", None)])], tmp_path / "one.png")
+    assert (np.asarray(Image.open(tmp_path / "one.png").convert("RGB")) == 0).all(axis=-1).sum() == 2 * 96 * 96
     assert not {RIGHT, WRONG} & colors(np.asarray(Image.open(tmp_path / "one.png").convert("RGB")))
 
 
 def test_of_videos_frames_stand_in_rows(tmp_path):
     before = torch.zeros(1, 3, 5, 32, 32)
-    write_side_by_side(before, before + 1, [Labels("moves", ("✗", False), ("✓", True))], tmp_path / "pairs.png")
+    labels = [Labels("moves", [("✗", False), ("✓", True)])]
+    write_side_by_side({"before": before, "after": before + 1}, labels, tmp_path / "pairs.png")
     sheet = np.asarray(Image.open(tmp_path / "pairs.png").convert("RGB"))
     black = (sheet == 0).all(axis=-1)
     assert black.sum() == 64 * 5 * 64

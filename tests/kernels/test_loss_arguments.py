@@ -94,6 +94,19 @@ def test_several_advantages_a_sample_are_as_many_losses_summed(path, ratio):
     assert found.clipped > 0 or ratio != "gaussian"
 
 
+@pytest.mark.parametrize("ratio", ["unit", "ratio_norm"])
+def test_a_step_of_one_deviation_for_all_has_the_gradient_of_rows(path, ratio):
+    """s as a number and as a row: the factor that is the log-ratio's derivative is in both."""
+    case = inputs(path)
+    gradients = []
+    for s in (0.3, torch.full((4,), 0.3, device=path)):
+        v = case.v.clone().requires_grad_()
+        arguments = case.v_old, 0.1, s, case.eps, ADVANTAGES[:, 0].to(path), WEIGHT.to(path)
+        grpo_loss(v, *arguments, **CLIP, ratio=ratio)[0].backward()
+        gradients.append(v.grad)
+    close(gradients[0] / gradients[1].abs().max(), gradients[1] / gradients[1].abs().max())
+
+
 def test_losses_of_each_sample_and_their_gradient(path):
     case = inputs(path)
     v = case.v.clone().requires_grad_()

@@ -43,7 +43,7 @@ def every_moment(rows):
     selected = x > -1
     return moments.launch_shift_moments(
         Shift(v, v_old, b, s, x=x, y=v_old.float(), a_less_one=a - 1, v_uncond=x.to(v.dtype), guidance=a, mask=selected)
-    )
+    )[:3]
 
 
 def moments_of_a_key(rows):

@@ -19,7 +19,7 @@ from fastgrpo.models.embeddings import EmbeddingCache, key_of
 from fastgrpo.models.trainable import make_trainable
 
 CPU = torch.device("cpu")
-KINDS = ("flux", "sd_v", "sd3", "qwen_image")
+KINDS = ("flux", "sd_v", "sd3", "qwen_image", "z_image", "flux2")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_hub_id_loads_and_its_prompts_are_cached(saved, on_the_hub, tmp_path, 
     assert torch.equal(drawn(load_family(model, CPU), config, PROMPTS[1:2]), ours)
 
 
-@pytest.mark.parametrize("kind", ["flux", "sdxl", "sd3", "sd3_without_t5", "qwen_image"])
+@pytest.mark.parametrize("kind", ["flux", "sdxl", "sd3", "sd3_without_t5", "qwen_image", "z_image", "flux2"])
 def test_each_prompt_is_encoded_once_and_a_full_cache_needs_no_encoder(saved, tmp_path, kind, monkeypatch):
     model = {"embedding_cache": str(tmp_path)}
     config = image_config(saved(kind), kind, model=model)
@@ -184,6 +184,10 @@ def test_several_processes_share_a_cache(tmp_path):
         ("sd3", {"frames": 5}, r"model\.frames: 5, but sd3 makes images; set it to 1"),
         ("sd3", {"max_sequence_length": 513}, r"max_sequence_length: 513, but the pipeline of sd3 takes at most 512"),
         ("qwen_image", {"max_sequence_length": 2000}, r"model\.max_sequence_length: 2000, .* takes at most 1024"),
+        ("z_image", {"height": 36}, r"model\.height: 36 is not a multiple of 8; the nearest are 32 and 40"),
+        ("z_image", {"max_sequence_length": 99}, r"model\.max_sequence_length: 99, .* takes at most 68 text tokens"),
+        ("flux2", {"width": 36}, r"model\.width: 36 is not a multiple of 8; the nearest are 32 and 40"),
+        ("flux2", {"max_sequence_length": 513}, r"max_sequence_length: 513, but the pipeline of flux2 takes at most"),
         ("sd3", {"lora": {"targets": ["to_q", "to_w"]}}, r"model\.lora\.targets: 'to_w' matches no layer; did you"),
         ("sd_v", {"lora": {"targets": ["conv9"]}}, r"lora\.targets: 'conv9' matches no layer; .*\(layers end in: "),
     ],

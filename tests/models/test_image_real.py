@@ -13,7 +13,8 @@ from support.tiny_images import image_config
 
 from fastgrpo.config import Config
 
-# Stable Diffusion 1.5, FLUX.1-dev, Stable Diffusion 3.5 large and Qwen-Image, as their config.json files have them.
+# Stable Diffusion 1.5 and XL, FLUX.1-dev, Stable Diffusion 3.5 large, Qwen-Image, Z-Image and FLUX.2-klein 9B, as their
+# config.json files have them.
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
@@ -32,6 +33,7 @@ SD_35_LARGE = {
     "qk_norm": "rms_norm", "pooled_projection_dim": 2048, "joint_attention_dim": 4096,
 }  # fmt: skip
 FLUX = {"in_channels": 64, "guidance_embeds": True}
+KLEIN_9B = {"num_attention_heads": 32, "joint_attention_dim": 12288, "guidance_embeds": False}
 # kind: (family, whole depth, reduced depth, size, what a prompt is encoded to, billions of parameters)
 REAL: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, dict[str, tuple[int, ...]], float]] = {
     "sd15": ("stable_diffusion", {"layers_per_block": 2}, {"layers_per_block": 1}, 512, {"text": (77, 768)}, 0.86),
@@ -57,6 +59,14 @@ REAL: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, dict[str, tuple[
     "qwen_image": (
         "qwen_image", {"num_layers": 60}, {"num_layers": 1}, 720, {"text": (256, 3584), "mask": (256,)}, 20.4
     ),
+    "z_image": (
+        "z_image", {"n_layers": 30}, {"n_layers": 1, "n_refiner_layers": 1}, 720,
+        {"text": (256, 2560), "mask": (256,)}, 6.15,
+    ),
+    "flux2": (
+        "flux2", {"num_layers": 8, "num_single_layers": 24}, {"num_layers": 1, "num_single_layers": 1}, 720,
+        {"text": (512, 12288)}, 9.08,
+    ),
 }  # fmt: skip
 
 
@@ -77,6 +87,18 @@ def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
         elif kind == "sd35_large":
             settings, vae = {**SD_35_LARGE, **depth}, {**VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609}
             parts = {"transformer": diffusers.SD3Transformer2DModel(**settings), "vae": diffusers.AutoencoderKL(**vae)}
+        elif kind == "z_image":
+            vae = {**VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+            parts = {
+                "transformer": diffusers.ZImageTransformer2DModel(**depth),
+                "vae": diffusers.AutoencoderKL(**vae),
+            }
+        elif kind == "flux2":
+            settings = {**KLEIN_9B, **depth}
+            parts = {
+                "transformer": diffusers.Flux2Transformer2DModel(**settings),
+                "vae": diffusers.AutoencoderKLFlux2(),
+            }
         else:
             settings = {"guidance_embeds": False, **depth}
             parts = {
@@ -86,7 +108,7 @@ def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
     encoders = {
         "sd15": ("text_encoder", "tokenizer", "safety_checker", "feature_extractor"),
         "sd35_large": ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
-        "qwen_image": ("text_encoder", "tokenizer"),
+        **dict.fromkeys(("qwen_image", "z_image", "flux2"), ("text_encoder", "tokenizer")),
     }
     parts |= dict.fromkeys(encoders.get(kind, ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")))
     if kind in ("sd15", "sdxl"):
@@ -101,6 +123,10 @@ def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
         return diffusers.FluxPipeline(**parts, scheduler=flow(shift=3.0, use_dynamic_shifting=True))
     if kind == "sd35_large":
         return diffusers.StableDiffusion3Pipeline(**parts, scheduler=flow(shift=3.0))
+    if kind == "z_image":
+        return diffusers.ZImagePipeline(**parts, scheduler=flow(shift=3.0))
+    if kind == "flux2":
+        return diffusers.Flux2KleinPipeline(**parts, scheduler=flow(shift=3.0, use_dynamic_shifting=True))
     dynamic: Any = {"max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02, "use_dynamic_shifting": True}
     return diffusers.QwenImagePipeline(**parts, scheduler=flow(**dynamic))
 
@@ -125,7 +151,7 @@ def encoded_of(kind: str) -> dict[str, tuple[int, ...]]:
 
 LATENTS = {
     "sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (2025, 64), "sd35_large": (16, 128, 128),
-    "qwen_image": (2025, 64),
+    "qwen_image": (2025, 64), "z_image": (16, 90, 90), "flux2": (128, 45, 45),
 }  # fmt: skip
 
 

@@ -16,8 +16,10 @@ from fastgrpo.models import load_family
 from fastgrpo.training.trainer import Trainer
 
 LORA = {"rank": 2, "alpha": 4.0}
-SHORT = [("sd_v", None), ("sd3", LORA), ("qwen_image", None)]
-LONG = [(kind, lora) for kind in ("sd_v", "sdxl", "sd3", "qwen_image", "flux") for lora in (None, LORA)]
+SHORT = [("sd_v", None), ("sd3", LORA), ("qwen_image", None), ("z_image", LORA), ("flux2", LORA)]
+LONG = [
+    (kind, lora) for kind in ("sd_v", "sdxl", "sd3", "qwen_image", "flux", "z_image", "flux2") for lora in (None, LORA)
+]
 
 
 @pytest.mark.parametrize(

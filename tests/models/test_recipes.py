@@ -16,6 +16,10 @@ VIDEOS = (
     "skyreels-parity-32xh100",
     "skyreels-fast-8xh100",
     "wan-2.1-1.3b-fast-8xh100",
+    "wan-2.1-1.3b-lora-1x24gb",
+    "hunyuan-video-1.5-fast-8xh100",
+    "wan-2.2-a14b-parity-8xh100",
+    "wan-2.2-a14b-fast-8xh100",
 )
 
 
@@ -25,10 +29,17 @@ IMAGES = (
     "flux-parity-8xh100",
     "flux-lora-8xh100",
     "flux-lora-1x24gb",
+    "sd-1x24gb",
     "flux-fast-8xh100",
     "sd3.5-large-fast-8xh100",
     "qwen-image-parity-8xh100",
     "qwen-image-fast-8xh100",
+    "z-image-turbo-parity-8xh100",
+    "z-image-turbo-fast-8xh100",
+    "z-image-turbo-lora-1x24gb",
+    "flux2-klein-9b-parity-8xh100",
+    "flux2-klein-9b-fast-8xh100",
+    "flux2-klein-4b-lora-1x24gb",
 )
 
 
@@ -101,6 +112,31 @@ def test_the_image_recipes_hold_the_published_numbers(name):
     assert sampled == SAMPLED[name]
     # Where the model is told a whole number of a thousand levels.
     assert roll.truncate_timesteps is (model.family != "stable_diffusion")
+
+
+# As Flow-Factory's examples/grpo/lora have them: steps, guidance of each transformer, side, frames, noise, rate.
+FACTORY = {
+    "z-image-turbo-parity-8xh100": (6, (0.0, None), 512, 1, 0.7, 3e-4),
+    "flux2-klein-9b-parity-8xh100": (8, (4.0, None), 384, 1, 0.7, 3e-4),
+    "wan-2.2-a14b-parity-8xh100": (10, (4.0, 3.0), 480, 5, 0.9, 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", FACTORY)
+def test_the_recipes_of_flow_factory_hold_its_numbers(name):
+    config = load_config(f"configs/{name}.yaml")
+    model, roll, update, objective = config.model, config.rollout, config.update, config.objective
+    assert model.lora is not None
+    assert (model.lora.rank, model.lora.alpha) == (64, 128)
+    guidance = (model.guidance, model.guidance_2)
+    assert (roll.steps, guidance, model.height, model.frames, roll.eta, update.optimizer.lr) == FACTORY[name]
+    assert model.width == model.height
+    assert (roll.prompts_per_iteration, roll.group_size, update.optimizer_steps) == (48, 16, 2)
+    assert (roll.sampler, roll.shift) == ("flow_sde", "pipeline")
+    assert roll.trained == WindowSteps(size=1, start=1, stop=4, move="random", every=1)
+    assert (update.optimizer.weight_decay, update.max_grad_norm) == (1e-4, 1.0)
+    assert (objective.clip_low, objective.clip_high, objective.kl_weight, config.advantage.clip) == (1e-4, 1e-4, 0, 5)
+    assert update.ema_decay == 0.9
 
 
 def test_the_lora_recipe_is_the_published_one():

@@ -71,7 +71,12 @@ def run_iteration(
     with FakeTensorMode():
         fake(family.policy)
         fake(pipeline.vae)
-        tensors = {name: torch.empty(prompts, *shape) for name, shape in encoded.items()}
+        tensors = {
+            name: torch.empty(
+                prompts, *shape, dtype=torch.bool if name.removeprefix("negative_") in family.mask_names else None
+            )
+            for name, shape in encoded.items()
+        }
         conditioning = Conditioning(tensors, host)
         trajectory = rollout(family, plan, layout, conditioning, config.rollout, 0, 0)
         images = decode(family, trajectory.latents, config.rollout.decode_batch)

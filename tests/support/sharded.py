@@ -26,7 +26,7 @@ def loaded(path: Path, load: str) -> tuple[dict[str, torch.Tensor], int]:
     world = start_world(config)
     with Meter() as meter:
         family = load_family(config.model, world.device, load == "sharded")
-        frozen = prepare_weights(family, config, world)
+        frozen = prepare_weights(family, config, world).frozen
     assert frozen is not None
     named = [
         *family.policy.state_dict().items(),

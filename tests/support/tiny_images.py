@@ -24,17 +24,26 @@ from support.tiny import tiny_config
 MODELS: dict[str, dict[str, Any]] = {
     "flux": {"family": "flux", "guidance": 3.5, "max_sequence_length": 10},
     "flux_plain": {"family": "flux", "guidance": 3.5, "max_sequence_length": 10},
+    "flux_true_cfg": {"family": "flux", "guidance": 3.5, "max_sequence_length": 10, "true_cfg": 2.0},
+    "flux_kontext": {"family": "flux_kontext", "guidance": 2.5, "max_sequence_length": 10},
+    "flux_kontext_true_cfg": {"family": "flux_kontext", "guidance": 2.5, "max_sequence_length": 10, "true_cfg": 2.0},
     "sd_epsilon": {"family": "stable_diffusion", "guidance": 3.0},
     "sd_v": {"family": "stable_diffusion", "guidance": 3.0},
     "sdxl": {"family": "stable_diffusion", "guidance": 3.0},
     "sd3": {"family": "sd3", "guidance": 3.0, "max_sequence_length": 10},
     "sd3_without_t5": {"family": "sd3", "guidance": 3.0, "max_sequence_length": 10},
     "qwen_image": {"family": "qwen_image", "guidance": 3.0, "max_sequence_length": 14},
+    "flux2": {"family": "flux2", "guidance": 3.0, "max_sequence_length": 28},
+    "flux2_distilled": {"family": "flux2", "guidance": 3.0, "max_sequence_length": 28},
+    "z_image": {"family": "z_image", "guidance": 2.0, "max_sequence_length": 18},
 }
 CLASSES = {
-    "flux": "FluxPipeline", "flux_plain": "FluxPipeline", "sd_epsilon": "StableDiffusionPipeline",
+    "flux": "FluxPipeline", "flux_plain": "FluxPipeline", "flux_true_cfg": "FluxPipeline",
+    "flux_kontext": "FluxKontextPipeline", "flux_kontext_true_cfg": "FluxKontextPipeline",
+    "sd_epsilon": "StableDiffusionPipeline",
     "sd_v": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline",
-    "sd3_without_t5": "StableDiffusion3Pipeline", "qwen_image": "QwenImagePipeline",
+    "sd3_without_t5": "StableDiffusion3Pipeline", "qwen_image": "QwenImagePipeline", "z_image": "ZImagePipeline",
+    "flux2": "Flux2KleinPipeline", "flux2_distilled": "Flux2KleinPipeline",
 }  # fmt: skip
 # Texts of several lengths, the last longer than any pipeline here takes; two with negative prompts of their own.
 PROMPTS = [
@@ -70,6 +79,14 @@ def build(kind: str, seed: int = 0) -> Any:
         from fastgrpo.shapes.tiny_qwen_image import TinyQwenImageSizes, build_pipeline
 
         return build_pipeline(words, TinyQwenImageSizes(layers=2), seed)
+    if kind in ("flux2", "flux2_distilled"):
+        from fastgrpo.shapes.tiny_flux2 import TinyFlux2Sizes, build_pipeline
+
+        return build_pipeline(words, TinyFlux2Sizes(distilled=kind == "flux2_distilled"), seed)
+    if kind == "z_image":
+        from fastgrpo.shapes.tiny_z_image import TinyZImageSizes, build_pipeline
+
+        return build_pipeline(words, TinyZImageSizes(layers=2), seed)
     from fastgrpo.shapes.tiny_sd3 import TinySD3Sizes, build_pipeline
 
     return build_pipeline(words, TinySD3Sizes(layers=2, t5=kind == "sd3"), seed)
@@ -147,11 +164,14 @@ def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps
     images, name = [], type(pipeline).__name__
     for i, prompt in enumerate(prompts):
         settings: dict[str, Any] = {
-            "prompt": prompt.text, "height": 32, "width": 32, "num_inference_steps": steps, "output_type": "pt",
-            "latents": initial(family, [i]),
+            "prompt": prompt.text, "height": family.config.height, "width": family.config.width,
+            "num_inference_steps": steps, "output_type": "pt", "latents": initial(family, [i]),
         }  # fmt: skip
         settings["true_cfg_scale" if "Qwen" in name else "guidance_scale"] = family.config.guidance
-        if "Flux" not in name:
+        if "Flux2" in name and family.guided:
+            negative = prompt.negative if prompt.negative is not None else family.config.negative_prompt
+            settings["negative_prompt_embeds"] = family.encode_prompts([Prompt(negative)])["text"]
+        elif "Flux" not in name:
             settings["negative_prompt"] = (prompt.negative or "") if "Qwen" in name else prompt.negative
         if not name.startswith(("StableDiffusionP", "StableDiffusionX")):
             settings["max_sequence_length"] = family.config.max_sequence_length

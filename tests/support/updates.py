@@ -37,6 +37,7 @@ class Recorder(OptimizerState):
 def prepare(config, move=0.0, optimizer=Recorder):
     """A rollout, then weights moved by `move` standard deviations, and an updater."""
     family, plan, layout, conditioning, _ = tiny_rollout_inputs(config)
+    family.policy.to(family.dtype)
     trajectory = rollout(family, plan, layout, conditioning, config.rollout, config.run.seed, 0)
     family.denoiser.requires_grad_(True)
     if move:
@@ -58,12 +59,16 @@ def advantages(config, zeros=0):
 def textbook_loss(transformer, family, plan, trajectory, conditioning, A, config):
     """DanceGRPO's loss in float64, by subtracting two log densities pair by pair."""
     layout, total = trajectory.layout, 0.0
-    rows = {name: tensor.double() for name, tensor in conditioning.items()}
+    masks = family.mask_names
+    rows = {
+        name: tensor if name.removeprefix("negative_") in masks else tensor.double()
+        for name, tensor in conditioning.items()
+    }
     for pair, row in enumerate(layout.pair_row):
         step, sample = int(layout.row_step[row]), int(layout.pair_sample[pair])
         x, v_old = trajectory.x[row][None].double(), trajectory.v_old[row][None].double()
         sigma = torch.tensor([plan.times[step]], dtype=torch.float64)
-        condition = Conditioning(rows).rows(np.array([layout.row_prompt[row]]))
+        condition = Conditioning(rows, conditioning.host).rows(np.array([layout.row_prompt[row]]))
         v = family.predict(x, sigma, condition, transformer)
         key = noise.noise_key(7, [int(layout.samples[sample])], step, 0, noise.STREAM_SDE, "cpu")
         a, b, s = plan.transitions[step]

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from fastgrpo.commands.pretrain.recipe import PretrainConfig, Progress, as_prompts, cosine_lr
+from fastgrpo.commands.pretrain.recipe import PretrainConfig, Progress, cosine_lr
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.loading import resolve_path
 from fastgrpo.rewards import load_reward
@@ -122,10 +122,10 @@ def strict_rate(vae: ModelMixin | Any, config: PretrainConfig, n: int) -> float:
     """Strict pass rate of `n` renders of held-out prompts after encoding and decoding."""
     world, sizes = config.world, config.checked_sizes
     rng, generator = np.random.default_rng((config.seed, 2)), torch.Generator().manual_seed(config.seed)
-    drawn = world.draw(world.prompts[1], n, rng)
-    latents = raw_latents(vae, world.render(drawn, rng, sizes), generator)
+    pixels, prompts = world.truth(world.draw(world.prompts[1], n, rng), rng, sizes)
+    latents = raw_latents(vae, pixels, generator)
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(CHUNK)])
     decoded = decoded.squeeze(2) if decoded.shape[2] == 1 else decoded
     reward = load_reward(config.evaluation(config.out, 1.0).rewards[0])
-    scores = reward.score((decoded / 2 + 0.5).clamp(0, 1), as_prompts(drawn), 8.0)
+    scores = reward.score((decoded / 2 + 0.5).clamp(0, 1), prompts, 8.0)
     return float(scores.components["strict"].mean())

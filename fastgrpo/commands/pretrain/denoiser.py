@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrpo.commands.pretrain.recipe import PretrainConfig, Progress, as_prompts, cosine_lr
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.data.prompts import Prompt, world_prompts
 from fastgrpo.distributed.world import World
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import Evaluation, evaluate
 from fastgrpo.models import ModelFamily, family_class, load_family
-from fastgrpo.observe.media import write_frames, write_grid
+from fastgrpo.models.loading import resolve_path
+from fastgrpo.observe.media import beside_sources, write_frames, write_grid
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.shapes.world import eval_set
@@ -37,23 +39,24 @@ CHUNK = 1024
 def open_family(pipeline: Any, config: PretrainConfig) -> ModelFamily:
     """The pipeline as its family, without a second branch: guidance without a classifier is not for training."""
     kind = family_class(config.family)
-    scale = 1.0 if kind.guidance_style == "cfg" else config.denoiser.guidance
+    scale = kind.unguided_scale if kind.guidance_style == "cfg" else config.denoiser.guidance
     return kind(pipeline, config.model(config.out, scale), ALONE.device)
 
 
 def latent_pool(family: ModelFamily, config: PretrainConfig) -> tuple[dict[str, Tensor], list[Prompt]]:
-    """Latents `x0` of `denoiser.pool` renders of training prompts, with first frames where the family takes them."""
+    """Latents `x0` of `denoiser.pool` renders of training prompts; of what they start from too, where that is taken."""
     world, sizes = config.world, config.checked_sizes
     rng, generator = np.random.default_rng((config.seed, 1)), torch.Generator().manual_seed(config.seed)
     drawn = world.draw(world.prompts[0], config.denoiser.pool, rng, config.denoiser.shares)
     progress = Progress("encoding", len(drawn))
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(drawn), CHUNK):
-        pixels = world.render(drawn[start : start + CHUNK], rng, sizes)
-        for part in pixels.split(CHUNK // 4):
+        first, pixels = world.render_pairs(drawn[start : start + CHUNK], rng, sizes)
+        for place, part in enumerate(pixels.split(CHUNK // 4)):
             encoded = {"x0": family.encode_images(part, generator)}
-            if family.first_frame:
-                encoded[family.first_frame] = family.encode_images(part[:, :, :1], generator)
+            if family.image_encoding:
+                assert first is not None
+                encoded[family.image_encoding] = family.encode_images(first.split(CHUNK // 4)[place], generator)
             parts.append(encoded)
         progress(start + len(pixels))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, as_prompts(drawn)
@@ -93,10 +96,26 @@ def learned(family: ModelFamily) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
+@torch.no_grad()
+def start_from(parts: Mapping[str, nn.Module], path: str) -> None:
+    """Gives the parts the weights that a pipeline directory has for them; rows that it lacks, such as those of new
+    words, keep theirs. Raises ConfigError where the two do not fit."""
+    for name, part in parts.items():
+        found: Any = type(part).from_pretrained(resolve_path(path), subfolder=name, torch_dtype=torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
+        state = part.state_dict()
+        for key, value in found.state_dict().items():
+            mine = state.get(key)
+            if mine is None or mine.shape[1:] != value.shape[1:] or len(mine) < len(value):
+                raise ConfigError(f"denoiser.init: {path} does not fit at {name}.{key}; give both the same sizes")
+            mine[: len(value)].copy_(value)
+
+
 def train(pipeline: Any, config: PretrainConfig) -> None:
     """Trains denoiser and text encoders in place; the pipeline ends with the EMA weights."""
     stage, generator = config.denoiser, torch.Generator().manual_seed(config.seed)
     family = open_family(pipeline, config)
+    if stage.init is not None:
+        start_from(learned(family), stage.init)
     pool, prompts = latent_pool(family, config)
     parameters = [p.requires_grad_(True) for part in learned(family).values() for p in part.parameters()]
     averages = [p.detach().clone() for p in parameters]
@@ -150,7 +169,7 @@ def measure(path: Path, config: PretrainConfig, n: int) -> Evaluation:
     settings = config.evaluation(str(path), config.denoiser.guidance)
     world = config.world
     chosen = eval_set(world.prompts[1], n, config.seed, world.categories)
-    prompts = [replace(p, image=f"moving:{i}:{p.text}") for i, p in enumerate(as_prompts(chosen))]
+    prompts = world_prompts(world.module, chosen)
     family = load_family(settings.model, ALONE.device)
     rewards = {world.reward: load_reward(settings.rewards[0])}
     return evaluate(family, rewards, prompts, settings, ALONE, FailureLog(print))
@@ -169,8 +188,9 @@ def checkpoint(pipeline: Any, config: PretrainConfig, step: int, n: int) -> None
     save_bfloat16(pipeline, path)
     found = measure(path, config, n)
     (out / "grids").mkdir(exist_ok=True)
-    write = write_frames if found.images.ndim == 5 else write_grid
-    write(found.images[:96], out / "grids" / f"{path.name}.png")
+    shown = beside_sources(found.prompts[:96], found.images[:96])
+    write = write_frames if shown.ndim == 5 else write_grid
+    write(shown, out / "grids" / f"{path.name}.png")
     strict = found.values[f"{config.world.reward}.strict"]
     categories = np.array([str(p.metadata["category"]) for p in found.prompts])
     rates = {"strict": float(strict.mean()), "score": float(found.values[config.world.reward].mean())}

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fastgrpo.config import Config, Model, validate
 from fastgrpo.config.sections import Section, validate_settings
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.data.prompts import Prompt, world_prompts
 from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.models import family_class
-from fastgrpo.shapes import moving_render, moving_world, render, world
+from fastgrpo.shapes import editing_render, editing_world, moving_render, moving_world, render, world
 
 
 class AutoencoderConfig(Section):
@@ -40,6 +40,8 @@ class AutoencoderConfig(Section):
 class DenoiserConfig(Section):
     """The second stage: denoiser and text encoders jointly, on a pool of encoded renders."""
 
+    # A pipeline directory that both start from; what it has no rows for, such as new words, keeps its random start.
+    init: str | None = None
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     lr: float = Field(gt=0)
@@ -68,7 +70,7 @@ class EvalConfig(Section):
 
 @dataclass(frozen=True)
 class CaptionedWorld:
-    """Captions with pictures that show them: the still shapes, or the moving ones; of categories `only`, if any."""
+    """Captions with pictures that show them: still shapes, moving ones, or edits; of categories `only`, if any."""
 
     name: str
     module: Any
@@ -97,11 +99,27 @@ class CaptionedWorld:
 
     def render(self, prompts: Sequence[Any], rng: np.random.Generator, sizes: Any) -> Tensor:
         """float32 [N, 3, S, S], or [N, 3, F, S, S], in 0..1: one random picture of each prompt."""
+        return self.render_pairs(prompts, rng, sizes)[1]
+
+    def render_pairs(
+        self, prompts: Sequence[Any], rng: np.random.Generator, sizes: Any
+    ) -> tuple[Tensor | None, Tensor]:
+        """`render`, and before it what each picture starts from: its first frame, or the source of its edit."""
+        if self.module is editing_world:
+            source, result = editing_render.render_batch(prompts, rng, sizes.image_size)
+            return _pixels(source), _pixels(result)
         if self.module is world:
-            drawn = render.render_batch(prompts, rng, sizes.image_size)
-        else:
-            drawn = moving_render.render_batch(prompts, rng, sizes.image_size, sizes.frames)
-        return torch.from_numpy(drawn).movedim(-1, 1).float() / 255
+            return None, _pixels(render.render_batch(prompts, rng, sizes.image_size))
+        videos = _pixels(moving_render.render_batch(prompts, rng, sizes.image_size, sizes.frames))
+        return videos[:, :, :1], videos
+
+    def truth(self, prompts: Sequence[Any], rng: np.random.Generator, sizes: Any) -> tuple[Tensor, list[Prompt]]:
+        """`render`, and the prompts as the world's reward takes them: an edit's source image is the one it names."""
+        if self.module is not editing_world:
+            return self.render(prompts, rng, sizes), as_prompts(prompts)
+        asked = world_prompts(self.module, prompts)
+        scenes = [editing_render.scene_of(p.image, sizes.image_size) for p in asked if p.image is not None]
+        return _pixels(editing_render.EditScenes.concatenate(scenes).draw(result=True, size=sizes.image_size)), asked
 
     def draw(
         self, prompts: Sequence[Any], n: int, rng: np.random.Generator, shares: Mapping[str, float] | None = None
@@ -116,8 +134,14 @@ class CaptionedWorld:
         return [members[c][int(rng.integers(len(members[c])))] for c in categories]
 
 
+def _pixels(drawn: np.ndarray) -> Tensor:
+    """float32 [N, 3, …] in 0..1 of uint8 [N, …, 3]."""
+    return torch.from_numpy(drawn).movedim(-1, 1).float() / 255
+
+
 STILL = CaptionedWorld("shapes", world, "shapes")
 MOVING = CaptionedWorld("moving", moving_world, "moving_shapes")
+EDITING = CaptionedWorld("editing", editing_world, "editing")
 
 
 @dataclass(frozen=True)
@@ -145,9 +169,11 @@ class Tiny:
 
 TINY = {
     "flux": Tiny("fastgrpo.shapes.tiny_flux", "TinyFluxSizes"),
+    "flux_kontext": Tiny("fastgrpo.shapes.tiny_flux", "TinyFluxSizes", EDITING, {"task": "edit"}),
     "stable_diffusion": Tiny("fastgrpo.shapes.tiny_stable_diffusion", "TinyStableDiffusionSizes"),
     "sd3": Tiny("fastgrpo.shapes.tiny_sd3", "TinySD3Sizes"),
     "qwen_image": Tiny("fastgrpo.shapes.tiny_qwen_image", "TinyQwenImageSizes"),
+    "z_image": Tiny("fastgrpo.shapes.tiny_z_image", "TinyZImageSizes"),
     "hunyuan_video": Tiny("fastgrpo.shapes.tiny_hunyuan_video", "TinyHunyuanVideoSizes", MOVING, {"task": "text"}),
     "skyreels": Tiny("fastgrpo.shapes.tiny_hunyuan_video", "TinyHunyuanVideoSizes", MOVING, {"task": "image"}),
 }

@@ -1,4 +1,7 @@
-"""FLUX.1 (rectified flow, text to image): packed latents, embedded guidance, CLIP and T5 text."""
+"""FLUX.1 (rectified flow, text to image): packed latents, embedded guidance, CLIP and T5 text.
+
+With model.true_cfg above 1 it is guided by two branches too, as its pipeline's `true_cfg_scale` does.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.models.families.image import CLIP_TOKENS, check_image_size, check_text_length, dynamic_mu, vae_factor
-from fastgrpo.models.families.shared import to_pixels
+from fastgrpo.models.families.shared import guide, to_pixels
 from fastgrpo.models.protocol import Conditioning, ModelFamily
 
 
@@ -20,6 +23,7 @@ class Flux(ModelFamily):
     name = "flux"
     pipeline_classes = ("FluxPipeline",)
     guidance_style = "embedded"
+    takes_true_cfg = True
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     context_kinds = ("ulysses", "ring")
     block_lists = ("transformer_blocks", "single_transformer_blocks")
@@ -96,22 +100,35 @@ class Flux(ModelFamily):
         )
         return {"text": embeddings, "pooled": pooled}
 
+    def pipeline_arguments(self, steps: int) -> dict[str, Any]:
+        called = super().pipeline_arguments(steps)
+        if self.guided:
+            called |= {"negative_prompt": self.config.negative_prompt, "true_cfg_scale": self.config.true_cfg}
+        return called
+
+    def image_tokens(self, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """The image tokens of a forward pass [B, N, C], those of `x` first, and their positions [N, 3]."""
+        return x.to(self.dtype), self.position_ids[1]
+
     def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
-        text_ids, image_ids = self.position_ids
+        inputs, image_ids = self.image_tokens(x, conditioning)
+        if self.guided:
+            inputs, time = torch.cat([inputs, inputs]), torch.cat([time, time])
         # The transformer rounds timestep and guidance to its input's dtype itself (diffusers' FLUX): documented.
         guidance = (
             torch.full_like(time, self.config.guidance) if self.pipeline.transformer.config.guidance_embeds else None
         )
-        return (module or self.denoiser)(
-            hidden_states=x.to(self.dtype),
-            encoder_hidden_states=conditioning["text"].to(self.dtype),
-            pooled_projections=conditioning["pooled"].to(self.dtype),
+        output = (module or self.denoiser)(
+            hidden_states=inputs,
+            encoder_hidden_states=conditioning.branches("text", self.guided).to(self.dtype),
+            pooled_projections=conditioning.branches("pooled", self.guided).to(self.dtype),
             timestep=time,
             guidance=guidance,
-            txt_ids=text_ids,
+            txt_ids=self.position_ids[0],
             img_ids=image_ids,
             return_dict=False,
-        )[0]
+        )[0][:, : x.shape[1]]
+        return guide(output, self.config.true_cfg) if self.guided else output
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

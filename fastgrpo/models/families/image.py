@@ -1,13 +1,18 @@
-"""What the image families share: what their autoencoder and text take, and how a flow's scheduler shifts by size."""
+"""What the image families share: what their autoencoder and text take, how a flow's scheduler shifts by size, and the
+source images of an edit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastgrpo.config import Model
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.families.shared import uneven_sides
+from fastgrpo.models.families.shared import prompt_images, uneven_sides
 
 # Text tokens of a CLIP, whatever it is given.
 CLIP_TOKENS = 77
@@ -42,3 +47,16 @@ def dynamic_mu(config: Any, tokens: int) -> float:
     shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     slope = (largest - base) / (longest - shortest)
     return base + slope * (tokens - shortest)
+
+
+def source_images(processor: Any, prompts: Sequence[Prompt], config: Model, device: torch.device) -> Tensor:
+    """The prompts' images at model.height × width, as a pipeline's image processor makes them.
+
+    Returns:
+        float32 [B, 3, H, W] in −1..1.
+
+    Raises:
+        ConfigError: For a prompt without an image.
+    """
+    resized = [processor.resize(p, config.height, config.width) for p in prompt_images(prompts, config.family)]
+    return processor.preprocess(resized, config.height, config.width).to(device, torch.float32)

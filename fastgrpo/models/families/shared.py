@@ -1,12 +1,20 @@
-"""What every family may use: classifier-free guidance, pixels of what a VAE decodes, sizes that it takes."""
+"""What every family may use: classifier-free guidance, pixels of what a VAE decodes, sizes that it takes, and the
+pictures of prompts."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastgrpo.config import Model
-from fastgrpo.errors import nearest_sizes
+from fastgrpo.data.prompts import Prompt, open_image
+from fastgrpo.errors import ConfigError, nearest_sizes
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def guide(branches: Tensor, scale: float, rescale_norm: bool = False) -> Tensor:
@@ -36,3 +44,14 @@ def uneven_sides(config: Model, multiple: int) -> list[str]:
         for key, size in sizes.items()
         if size % multiple
     ]
+
+
+def prompt_images(prompts: Sequence[Prompt], family: str) -> list[Image.Image]:
+    """The RGB picture of each prompt. Raises ConfigError for a prompt without one, and for one that cannot be read."""
+    for prompt in prompts:
+        if prompt.image is None:
+            raise ConfigError(
+                f"prompts: '{prompt.text[:60]}' has no image; {family} starts from a picture: give each prompt an "
+                "'image' column"
+            )
+    return [open_image(p.image) for p in prompts if p.image is not None]

@@ -28,7 +28,8 @@ class SkyReels(HunyuanVideo):
     name = "skyreels"
     pipeline_classes = ("HunyuanSkyreelsImageToVideoPipeline",)
     guidance_style = "cfg"
-    first_frame = "first_frame"
+    image_pipelines = pipeline_classes
+    image_encoding = "first_frame"
 
     @classmethod
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:

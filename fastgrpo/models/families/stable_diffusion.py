@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +70,9 @@ class StableDiffusion(ModelFamily):
     def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
         levels = ddim_steps(self.sampling_scheduler(shift), steps, self.config.path)
         return replace(levels, modules=self.acting_modules(levels))
+
+    def forward_table(self) -> np.ndarray:
+        return self.sampling_scheduler("pipeline").alphas_cumprod.double().numpy()
 
     def pipeline_arguments(self, steps: int) -> dict[str, Any]:
         called = super().pipeline_arguments(steps)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import Model
-from fastgrpo.data.prompts import Prompt, open_image
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError, nearest_sizes
-from fastgrpo.models.families.shared import uneven_sides
+from fastgrpo.models.families.shared import prompt_images, uneven_sides
 
 
 def check_video_size(config: Model, multiple: int, stride: int) -> None:
@@ -50,12 +50,6 @@ def first_frames(pipeline: Any, prompts: Sequence[Prompt], config: Model, device
 
     Raises ConfigError for a prompt without one.
     """
-    for prompt in prompts:
-        if prompt.image is None:
-            raise ConfigError(
-                f"prompts: '{prompt.text[:60]}' has no image; {config.family} makes a video from a first frame: give "
-                "each prompt an 'image' column"
-            )
-    pictures = [open_image(p.image) for p in prompts if p.image is not None]
+    pictures = prompt_images(prompts, config.family)
     processed = [pipeline.video_processor.preprocess(p, height=config.height, width=config.width) for p in pictures]
     return torch.cat(processed).to(device, torch.float32)

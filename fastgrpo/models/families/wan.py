@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
-from fastgrpo.data.prompts import Prompt, open_image
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.families.shared import guide, to_pixels
+from fastgrpo.models.families.shared import guide, prompt_images, to_pixels
 from fastgrpo.models.families.video import check_video_size, first_frames, latent_frames, set_tiling, video_tokens
 from fastgrpo.models.protocol import Conditioning, ModelFamily
 
@@ -37,6 +37,7 @@ COMFYUI_NAMES = {
 class Wan(ModelFamily):
     name = "wan"
     pipeline_classes = ("WanPipeline", "WanImageToVideoPipeline")
+    image_pipelines = ("WanImageToVideoPipeline",)
     guidance_style = "cfg"
     trained = ("transformer", "transformer_2")
     encoders = ("text_encoder", "tokenizer")
@@ -46,12 +47,19 @@ class Wan(ModelFamily):
     def __init__(self, pipeline: Any, *args: Any, **settings: Any) -> None:
         super().__init__(pipeline, *args, **settings)
         set_tiling(pipeline.vae, self.config)
+        for name in self.modules:
+            # What a frozen copy of it knows too.
+            getattr(pipeline, name).is_second = name == "transformer_2"
 
     @classmethod
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
         transformer = parts.get("transformer") or parts["transformer_2"]
         vae, patch = parts["vae"], transformer["patch_size"]
         check_video_size(config, vae["scale_factor_spatial"] * patch[1], vae["scale_factor_temporal"])
+        if config.guidance_2 is not None and "transformer_2" not in parts:
+            raise ConfigError(
+                f"model.guidance_2: {config.guidance_2:g}, but '{config.path}' has one transformer; leave it out"
+            )
         if transformer["image_dim"] is not None and config.max_sequence_length != IMAGE_TEXT_TOKENS:
             raise ConfigError(
                 f"model.max_sequence_length: {config.max_sequence_length}, but Wan 2.1's image-to-video models take "
@@ -71,8 +79,8 @@ class Wan(ModelFamily):
         return {"tokenizer": tiny_hunyuan_video.build_tokenizer(moving_world.vocabulary(), length, template=False)}
 
     @property
-    def from_image(self) -> bool:
-        return type(self.pipeline).__name__ == "WanImageToVideoPipeline"
+    def guided(self) -> bool:
+        return max(self.config.guidance, self.config.guidance_2 or 0.0) > self.unguided_scale
 
     @property
     def per_token(self) -> bool:
@@ -88,7 +96,7 @@ class Wan(ModelFamily):
     def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
         levels = super().noise_levels(steps, shift)
         # A first frame that is given is led to itself by its level (`predict`), which a rounded timestep is not.
-        return replace(levels, times=levels.start) if self.per_token and self.from_image else levels
+        return replace(levels, times=levels.start) if self.per_token and self.takes_image else levels
 
     @cached_property
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
@@ -106,9 +114,9 @@ class Wan(ModelFamily):
         noisy = [boundary is None or np.float32(1000) * np.float32(t) >= 1000 * boundary for t in levels.times]
         return tuple("transformer" if first else "transformer_2" for first in noisy)
 
-    @property
-    def takes_image(self) -> bool:
-        return self.from_image
+    def pipeline_arguments(self, steps: int) -> dict[str, Any]:
+        second = {} if self.config.guidance_2 is None else {"guidance_scale_2": self.config.guidance_2}
+        return super().pipeline_arguments(steps) | second
 
     def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
         name = layer
@@ -119,7 +127,7 @@ class Wan(ModelFamily):
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         settings: Any = self.denoiser.config
         shapes: dict[str, tuple[int, ...]] = {"text": (self.config.max_sequence_length, settings.text_dim)}
-        if not self.from_image:
+        if not self.takes_image:
             return shapes
         channels, frames, height, width = self.latent_shape
         if self.per_token:
@@ -135,7 +143,7 @@ class Wan(ModelFamily):
             device=self.device,
             max_sequence_length=self.config.max_sequence_length,
         )
-        return {"text": text, **(self.encode_first_frames(prompts) if self.from_image else {})}
+        return {"text": text, **(self.encode_first_frames(prompts) if self.takes_image else {})}
 
     def encode_first_frames(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """`condition` [B, C, F, h, w] (F = 1 per token), and where the transformer takes them, `image` features."""
@@ -153,8 +161,7 @@ class Wan(ModelFamily):
         given[:, :, 0] = 1
         tensors = {"condition": torch.cat([given, condition], dim=1)}
         if pipeline.transformer.config.image_dim is not None:
-            pictures = [open_image(p.image) for p in prompts if p.image is not None]
-            tensors["image"] = pipeline.encode_image(pictures, self.device)
+            tensors["image"] = pipeline.encode_image(prompt_images(prompts, self.name), self.device)
         return tensors
 
     def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
@@ -171,15 +178,17 @@ class Wan(ModelFamily):
             encoder_hidden_states_image=image,
             return_dict=False,
         )[0]
-        velocity = guide(output, self.config.guidance) if self.guided else output
-        if not (self.per_token and self.from_image):
+        second = self.config.guidance_2 if model.is_second else None
+        scale = self.config.guidance if second is None else second
+        velocity = guide(output, scale) if self.guided else output
+        if not (self.per_token and self.takes_image):
             return velocity
         # What leads a first frame that is given from any latent to itself: the same for every policy.
         towards = (x[:, :, :1] - conditioning["condition"]) / time.view(-1, 1, 1, 1, 1)
         return torch.cat([towards.to(velocity.dtype), velocity[:, :, 1:]], dim=2)
 
     def inputs(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        if not self.from_image:
+        if not self.takes_image:
             return x
         if self.per_token:
             return torch.cat([conditioning["condition"], x[:, :, 1:]], dim=2)
@@ -191,7 +200,7 @@ class Wan(ModelFamily):
             return time * 1000
         frame, height, width = (n // p for n, p in zip(x.shape[2:], model.config.patch_size, strict=True))
         level = (time * 1000)[:, None].expand(-1, frame * height * width)
-        if not self.from_image:
+        if not self.takes_image:
             return level
         later = torch.arange(frame * height * width, device=x.device) >= height * width
         return level * later

@@ -1,14 +1,15 @@
 """The whole loss from latents: shift moments and objective in one launch forward, one backward."""
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
-from .._checks import as_rows, check_traced, is_eager
+from .._checks import as_rows, check_number, check_traced, is_eager
 from .._launch import arrivals, is_traced_plainly, launch, launches
-from .._noise_args import Noise, StoredStep
+from .._noise_args import MatchingTarget, Noise, StoredStep
 from ..shift_moments.inputs import Shift, check_shift, empty_gradients, kernel_arguments, with_noise, with_rows
 from ..shift_moments.op import (
     launch_shift_moments_backward,
@@ -16,8 +17,10 @@ from ..shift_moments.op import (
     moments_traced,
     place,
     shift_moments_backward_cpu,
+    slots,
 )
 from .op import (
+    MATCHING,
     LossStatistics,
     Objective,
     Ratio,
@@ -36,7 +39,7 @@ def grpo_loss(
     v_old: Tensor,
     b: Coefficient,
     s: Coefficient,
-    noise: Noise | StoredStep,
+    noise: Noise | StoredStep | MatchingTarget,
     advantages: Tensor,
     weight: Coefficient,
     *,
@@ -60,7 +63,8 @@ def grpo_loss(
 
     Args:
         v, v_old, b, s, noise, v_uncond, guidance_scale, mask: those of `shift_moments`; `v` and `v_uncond` are
-            differentiable. With reduction "sum" a mask's sums are over the elements that count.
+            differentiable. With reduction "sum" a mask's sums are over the elements that count. A MatchingTarget goes
+            with the ratios "matching" and "huber", for which b = s = the weight of the log-ratio.
         advantages: float32 or float64 [B], or [B, R] for R clipped losses that are summed.
         weight: weight of each sample, a float or [B]; 0 for padding.
         clip_low, clip_high, ratio, dual_clip, dppo_threshold, reduction, per_sample: those of `clipped_loss`.
@@ -77,14 +81,86 @@ def grpo_loss(
     shift = check_shift(v, v_old, b, s, noise, v_uncond, guidance_scale, v_reference, mask)
     elements = v[0].numel() if reduction == "sum" else None
     objective = check_objective(clip_low, clip_high, ratio, dual_clip, dppo_threshold, kl_weight, reduction, elements)
-    if kl_weight != 0.0 and v_reference is None:
+    if (ratio in MATCHING) != isinstance(noise, MatchingTarget):
+        raise ValueError(f"ratio: {ratio!r} does not go with a {type(noise).__name__} for noise; {_REMEDY}")
+    if ratio == "huber":
+        shift = shift._replace(residuals=0.0)
+    return _loss_of(shift, objective, advantages, weight, per_sample)
+
+
+_REMEDY = 'a MatchingTarget takes "matching" or "huber", what a step was taken with the others'
+
+
+def nft_loss(
+    v: Tensor,
+    v_old: Tensor,
+    t: Coefficient,
+    target: MatchingTarget,
+    advantages: Tensor,
+    weight: Coefficient,
+    *,
+    beta: float,
+    advantage_clip: float,
+    kl_weight: float = 0.0,
+    v_reference: Tensor | None = None,
+    v_uncond: Tensor | None = None,
+    guidance_scale: Coefficient | None = None,
+    mask: Tensor | None = None,
+    per_sample: bool = False,
+) -> tuple[Tensor, LossStatistics]:
+    """The policy loss of DiffusionNFT (arXiv 2509.16117) for velocities, in one launch forward and one backward.
+
+    With the branches v± = v_old ± β·(v - v_old), the target u, and r = clip(A, ±c)/(2c) + ½ a sample's loss is
+
+        c/β·(r·mean(t²·(v+ - u)²)/w+ + (1 - r)·mean(t²·(v- - u)²)/w-),    w± = max(mean|t·(v± - u)|, 1e-5), detached
+
+    Args:
+        v: the policy's output [B, ...]; differentiable.
+        v_old: the old policy's output, likewise.
+        t: time of each sample in (0, 1], a float or [B]: x_t = (1-t)·x̂0 + t·ε.
+        target: MatchingTarget(x̂0, key of ε).
+        advantages: float32 or float64 [B], or [B, R] for R losses that are summed.
+        weight: weight of each sample, a float or [B]; 0 for padding.
+        beta: β, greater than 0.
+        advantage_clip: c, greater than 0.
+        kl_weight: kl_weight·mean((v - v_reference)²)/2 is added to a sample's loss.
+        v_reference: the reference model's (guided) output [B, ...]; needed for a kl_weight.
+        v_uncond, guidance_scale, mask: those of `shift_moments`.
+        per_sample: return the samples' weighted losses [B] instead of their sum.
+
+    Returns:
+        The weighted sum of the samples' losses, a float32 scalar, or [B], differentiable once, and its statistics: kl
+        is mean((v - v_old)²)/2, or that to the reference; `ratio` is exp(-t²·(M - M_old)), with M and M_old the mean
+        squared distances of v and v_old from u; `clipped` counts samples whose advantage was clipped.
+
+    Raises:
+        ValueError, TypeError: as `grpo_loss` does.
+    """
+    for name, value in (("beta", beta), ("advantage_clip", advantage_clip)):
+        check_number(name, value)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: must be greater than 0, got {value}")
+    if not isinstance(target, MatchingTarget):
+        raise TypeError(f"target: expected a MatchingTarget, got {type(target).__name__}")
+    shift = check_shift(v, v_old, t, t, target, v_uncond, guidance_scale, v_reference, mask, beta)
+    check_objective(0.0, 0.0, "matching", None, None, kl_weight, "mean", None)
+    objective = Objective("nft", advantage_clip, advantage_clip, None, None, kl_weight, 1.0)
+    return _loss_of(shift, objective, advantages, weight, per_sample)
+
+
+def _loss_of(
+    shift: Shift, objective: Objective, advantages: Tensor, weight: Coefficient, per_sample: bool
+) -> tuple[Tensor, LossStatistics]:
+    """The loss of checked latents and objective, by whichever path runs."""
+    v, v_uncond = shift.v, shift.v_uncond
+    if objective.kl_weight != 0.0 and shift.v_reference is None:
         raise ValueError("kl_weight: needs v_reference, the reference model's output")
     advantages, weight = check_rows(advantages, weight, v)
     if is_traced_plainly(v):
-        P, Q, Q_reference, share = moments_traced(shift, mean_of_masked=objective.unit == 1.0)
+        P, Q, Q_reference, share, rest = moments_traced(shift, mean_of_masked=objective.unit == 1.0)
         step = shift.s if not isinstance(shift.s, Tensor) else torch.where(shift.s > 0, shift.s, torch.nan)
         loss, statistics, _ = clipped_loss_cpu(
-            P, Q, step, advantages, weight, Q_reference, objective, per_sample, share
+            P, Q, step, advantages, weight, Q_reference, objective, per_sample, share, rest, shift.residuals
         )
         statistics = statistics.detach()
     elif not is_eager(*shift.tensors, advantages):
@@ -104,8 +180,9 @@ def _forward(
     """(loss, statistics, gradient factors) of latents on the CPU or on a device."""
     if launches(shift.v):
         return launch_grpo_loss(advantages, weight, objective, per_sample, shift, kept=kept)
-    P, Q, Q_reference, share = moments_cpu(shift, mean_of_masked=objective.unit == 1.0)
-    return clipped_loss_cpu(P, Q, shift.s, advantages, weight, Q_reference, objective, per_sample, share)
+    P, Q, Q_reference, share, rest = moments_cpu(shift, mean_of_masked=objective.unit == 1.0)
+    moments = P, Q, shift.s, advantages, weight, Q_reference
+    return clipped_loss_cpu(*moments, objective, per_sample, share, rest, shift.residuals)
 
 
 def launch_grpo_loss(
@@ -118,8 +195,8 @@ def launch_grpo_loss(
     loss, outputs = empty_outputs(batch, device, 2, has_reference, per_sample)
     rows, constants = objective_arguments(objective, advantages, weight, batch)
     arguments, latents, programs = kernel_arguments(shift)
-    slots = 4 if shift.mask is not None else 3 if has_reference else 2
-    workspace = torch.empty(slots * (programs + batch), dtype=torch.float32, device=device)
+    count = slots(shift)
+    workspace = torch.empty(count * (programs + batch), dtype=torch.float32, device=device)
     launch(
         _grpo_loss_fwd_kernel,
         programs,
@@ -127,7 +204,7 @@ def launch_grpo_loss(
         *(*outputs, *rows, workspace, arrivals(batch + 1, device, kept=kept), *arguments),
         **constants,
         **latents,
-        SLOTS=slots,
+        SLOTS=count,
         MEAN_OF_MASKED=shift.mask is not None and objective.unit == 1.0,
     )
     return loss, outputs[2], outputs[3]
@@ -189,10 +266,16 @@ def _grpo_loss_op(
     v_reference: Tensor | None = None,
     mask: Tensor | None = None,
     inner: int = 1,
+    x0: Tensor | None = None,
+    noise_scale: Tensor | None = None,
+    x0_scale: Tensor | None = None,
+    residuals: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_traced(a=a, b=b, s=s, guidance_scale=guidance, advantages=advantages, weight=weight)
+    check_traced(noise_scale=noise_scale, x0_scale=x0_scale)
+    target = x0, noise_scale, x0_scale, residuals
     objective = Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
-    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference, mask, inner)
+    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference, mask, inner, *target)
     return _forward(advantages, weight, objective, per_sample, shift, kept=False)
 
 
@@ -223,8 +306,13 @@ def _grpo_loss_backward_op(
     v_reference: Tensor | None = None,
     mask: Tensor | None = None,
     inner: int = 1,
+    x0: Tensor | None = None,
+    noise_scale: Tensor | None = None,
+    x0_scale: Tensor | None = None,
+    residuals: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference, mask, inner)
+    target = x0, noise_scale, x0_scale, residuals
+    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference, mask, inner, *target)
     return _backward(grad, factors, shift)
 
 

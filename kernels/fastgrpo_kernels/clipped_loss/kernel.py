@@ -26,13 +26,23 @@ def _load_rows(value, rows, present, step):
 
 
 @triton.jit
-def _log_ratio(p, q, s, RATIO: tl.constexpr):
-    """(log-ratio, its derivative by P, by Q)."""
+def _log_ratio(p, q, s, before, RATIO: tl.constexpr):
+    """(log-ratio, its derivative by P, by Q); `before` is the old output's squared residual."""
     one = tl.full(p.shape, 1.0, tl.float32)
+    moved = 2.0 * p + q
     if RATIO == "ratio_norm":
         return s * p, s, 0.0 * one
     elif RATIO == "unit":
         return 2.0 * s * s * (p - 0.5 * q), 2.0 * s * s, -s * s
+    elif RATIO == "matching":
+        return -s * moved, -2.0 * s, -s
+    elif RATIO == "nft":
+        return -s * s * moved, -2.0 * s * s, -s * s
+    elif RATIO == "huber":
+        # The difference of the two roots, which subtracting them would lose where the policy has hardly moved.
+        root = tl.sqrt_rn(tl.maximum(before + moved + 1e-10, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        log_ratio = tl.div_rn(-s * moved, root + tl.sqrt_rn(before + 1e-10))
+        return log_ratio, tl.div_rn(-s, root), tl.div_rn(-0.5 * s, root)
     else:
         return p - 0.5 * q, one, -0.5 * one
 
@@ -70,6 +80,8 @@ def store_loss(
     q_ptr,
     q_reference_ptr,
     share_ptr,
+    residuals_ptr,
+    residuals,
     s,
     advantages_ptr,
     weight,
@@ -91,12 +103,14 @@ def store_loss(
     """Loss, statistics and gradient factors of all rows, by one program, in fixed order.
 
     A row has `terms` advantages: as many clipped losses, summed. `share` multiplies the factors where moments are means
-    over a mask. A row of weight 0 has no part in anything, whatever its moments are.
+    over a mask. `residuals_ptr` [3, batch] are R and the two mean absolute residuals, whose factor β is `residuals`.
+    A row of weight 0 has no part in anything, whatever its moments are.
     """
     zero = tl.zeros([ROWS], tl.float32)
     total_loss, total_ratio, total_clipped, total_kl = zero, zero, zero, zero
     total_dropped, total_weight, deviation = zero, zero, zero
     low, high, unit = tl.cast(low, tl.float32), tl.cast(high, tl.float32), tl.cast(unit, tl.float32)
+    number = tl.cast(terms, tl.float32)
     for first in range(0, batch, ROWS):
         rows = first + tl.arange(0, ROWS).to(tl.int64)
         present = rows < batch
@@ -111,18 +125,37 @@ def store_loss(
             step = _load_rows(s, rows, present, s_step)
             if s_step is not None:
                 step = tl.where(step > 0.0, step, float("nan"))
-        log_ratio, by_p, by_q = _log_ratio(p, q, step, RATIO)
+        before = zero
+        if residuals_ptr is not None:
+            before = tl.load(residuals_ptr + rows, mask=present, other=1.0) * unit
+        log_ratio, by_p, by_q = _log_ratio(p, q, step, before, RATIO)
         ratio = tl.exp(log_ratio)
         loss, slope, clipped, dropped = zero, zero, zero, zero
         for term in range(0, terms):
             advantage = tl.load(advantages_ptr + rows * advantages_step + term * term_step, mask=present, other=1.0)
-            one, its_slope, was_clipped, was_dropped = _surrogate(  # pyright: ignore[reportGeneralTypeIssues]
-                ratio, q, advantage, low, high, dual_clip, dppo_threshold
-            )
-            loss += one
-            slope += its_slope
-            clipped += was_clipped.to(tl.float32)
-            dropped += was_dropped.to(tl.float32)
+            if RATIO == "nft":
+                inside = tl.minimum(tl.maximum(advantage, low), high)
+                # For now the share of the positive branch.
+                loss += tl.div_rn(inside - low, high - low)
+                clipped += (inside != advantage).to(tl.float32)
+            else:
+                one, its_slope, was_clipped, was_dropped = _surrogate(  # pyright: ignore[reportGeneralTypeIssues]
+                    ratio, q, advantage, low, high, dual_clip, dppo_threshold
+                )
+                loss += one
+                slope += its_slope
+                clipped += was_clipped.to(tl.float32)
+                dropped += was_dropped.to(tl.float32)
+        if RATIO == "nft":
+            beta = tl.cast(residuals, tl.float32)
+            positive = tl.load(residuals_ptr + batch + rows, mask=present, other=1.0)
+            negative = tl.load(residuals_ptr + 2 * batch + rows, mask=present, other=1.0)
+            up = tl.div_rn(loss, tl.maximum(step * positive, 1e-5, propagate_nan=tl.PropagateNan.ALL))
+            down = tl.div_rn(number - loss, tl.maximum(step * negative, 1e-5, propagate_nan=tl.PropagateNan.ALL))
+            scale = step * step * high
+            by_p, by_q = 2.0 * scale * (up - down), scale * beta * (up + down)
+            loss = tl.div_rn(scale, beta) * (up + down) * before + by_p * p + by_q * q
+            slope = zero + 1.0
         factor = unit * w
         if share_ptr is not None:
             factor *= tl.load(share_ptr + rows, mask=present, other=1.0)
@@ -148,7 +181,6 @@ def store_loss(
         distance = tl.where(w > 0, tl.abs(ratio - 1.0), 0.0)
         deviation = tl.maximum(deviation, distance, propagate_nan=tl.PropagateNan.ALL)
     summed = tl.sum(total_loss)
-    number = tl.cast(terms, tl.float32)
     if loss_ptr is not None:
         tl.store(loss_ptr, summed)
     tl.store(statistics_ptr, tl.sum(total_ratio))
@@ -198,6 +230,8 @@ def _clipped_loss_kernel(
         q_ptr,
         q_reference_ptr,
         None,
+        None,
+        None,
         s,
         advantages_ptr,
         weight,
@@ -243,6 +277,7 @@ def _grpo_loss_fwd_kernel(
     eps_ptr,
     x_ptr,
     y_ptr,
+    x0_ptr,
     mask_ptr,
     words_ptr,
     seed_low,
@@ -251,6 +286,9 @@ def _grpo_loss_fwd_kernel(
     b,
     s,
     guidance,
+    noise_scale,
+    x0_scale,
+    residuals,
     v_stride,
     v_old_stride,
     v_uncond_stride,
@@ -258,6 +296,7 @@ def _grpo_loss_fwd_kernel(
     eps_stride,
     x_stride,
     y_stride,
+    x0_stride,
     mask_stride,
     mask_inner,
     mask_length,
@@ -267,6 +306,8 @@ def _grpo_loss_fwd_kernel(
     b_step,
     s_step,
     g_step,
+    n_step,
+    c_step,
     advantages_step,
     term_step,
     weight_step,
@@ -286,6 +327,7 @@ def _grpo_loss_fwd_kernel(
         eps_ptr,
         x_ptr,
         y_ptr,
+        x0_ptr,
         mask_ptr,
         words_ptr,
         seed_low,
@@ -294,6 +336,9 @@ def _grpo_loss_fwd_kernel(
         b,
         s,
         guidance,
+        noise_scale,
+        x0_scale,
+        residuals,
         v_stride,
         v_old_stride,
         v_uncond_stride,
@@ -301,6 +346,7 @@ def _grpo_loss_fwd_kernel(
         eps_stride,
         x_stride,
         y_stride,
+        x0_stride,
         mask_stride,
         mask_inner,
         mask_length,
@@ -310,6 +356,8 @@ def _grpo_loss_fwd_kernel(
         b_step,
         s_step,
         g_step,
+        n_step,
+        c_step,
         BLOCK,
     )
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -319,15 +367,19 @@ def _grpo_loss_fwd_kernel(
         q_ptr = p_ptr + batch
         q_reference_ptr = q_ptr + batch
         share_ptr = q_reference_ptr + batch
+        residuals_ptr = share_ptr + batch
         if v_reference_ptr is None:
             q_reference_ptr = None
         if not MEAN_OF_MASKED:
             share_ptr = None
+        if residuals is None:
+            residuals_ptr = None
         store_moments(
             p_ptr,
             q_ptr,
             q_reference_ptr,
             share_ptr,
+            residuals_ptr,
             partials_ptr,
             row,
             elements,
@@ -349,6 +401,8 @@ def _grpo_loss_fwd_kernel(
                 q_ptr,
                 q_reference_ptr,
                 share_ptr,
+                residuals_ptr,
+                residuals,
                 s,
                 advantages_ptr,
                 weight,

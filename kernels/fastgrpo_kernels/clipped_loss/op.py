@@ -22,7 +22,9 @@ from .._checks import per_sample as per_sample_rows
 from .._launch import coefficient_steps, is_traced_plainly, kernel_scalar, launch, launches
 
 Coefficient = float | Tensor
-Ratio = Literal["gaussian", "unit", "ratio_norm"]
+Ratio = Literal["gaussian", "unit", "ratio_norm", "matching", "huber"]
+# Forms whose moments are those against a MatchingTarget.
+MATCHING = ("matching", "huber")
 
 
 class LossStatistics(NamedTuple):
@@ -82,7 +84,10 @@ FIELDS = ("ratio", "clipped", "kl", "dropped", "loss", "weight", "max_deviation"
 
 
 class Objective(NamedTuple):
-    """Numbers of the objective, checked; `unit` multiplies P and Q: 1, or D where log-probabilities are sums."""
+    """Numbers of the objective, checked; `unit` multiplies P and Q: 1, or D where log-probabilities are sums.
+
+    The ratio "nft" is DiffusionNFT's loss, whose advantages are clipped to -clip_low and clip_high.
+    """
 
     ratio: str
     clip_low: float
@@ -127,7 +132,9 @@ def clipped_loss(
         log_ratio: log π_new - log π_old, float32 [B], in place of P and Q, for who has log-probabilities already;
             differentiable. It takes the place of P - Q/2, and of P for ratio "ratio_norm".
         ratio: the log of r is P - Q/2 for "gaussian", 2s²(P - Q/2) for "unit" (CPS trainers, arXiv 2509.05952), s·P for
-            "ratio_norm" (GRPO-Guard, arXiv 2510.22319).
+            "ratio_norm" (GRPO-Guard, arXiv 2510.22319). Of moments against a MatchingTarget with b = s = w, the weight
+            of a log-ratio, it is -w(2P + Q) for "matching" (AWM, arXiv 2509.25050: 1, t or t²) and, in `grpo_loss`,
+            -w(√(R + 2P + Q + 1e-10) - √(R + 1e-10)) for "huber" (its weighting of that name, with w = t).
         dual_clip: bounds the loss by -A·dual_clip where A < 0 (arXiv 1912.09729, eq. 5).
         dppo_threshold: drops samples with Q/2 at or above it whose ratio moves further outwards (Flow-DPPO).
         kl_weight: kl_weight·Q_reference/2 is added to a sample's loss.
@@ -145,6 +152,8 @@ def clipped_loss(
             where reading them costs no device-to-host copy), a gradient asked of anything else, a double backward.
     """
     objective = check_objective(clip_low, clip_high, ratio, dual_clip, dppo_threshold, kl_weight, reduction, elements)
+    if ratio == "huber":
+        raise ValueError("ratio: 'huber' needs the old output's residual; grpo_loss with a MatchingTarget has it")
     if log_ratio is not None:
         if P is not None or Q is not None:
             raise TypeError("log_ratio: takes the place of P and Q; pass either")
@@ -261,10 +270,13 @@ def clipped_loss_cpu(
     objective: Objective,
     per_sample: bool = False,
     share: Tensor | None = None,
+    residuals: Tensor | None = None,
+    beta: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ATen path: (loss, statistics [7], factors dL/d(P, Q, Q_reference), [1 to 3, B]) in float32.
 
-    `share` [B] multiplies the factors where moments are means over a mask.
+    `share` [B] multiplies the factors where moments are means over a mask. `residuals` [3, B] are R and, for the factor
+    `beta` of the change, the two mean absolute residuals.
     """
     s, w = (c.to(torch.float32) if isinstance(c, Tensor) else c for c in (s, weight))
     N = -advantages.to(torch.float32)
@@ -273,17 +285,37 @@ def clipped_loss_cpu(
         padding = w == 0
         P = P.masked_fill(padding, 0.0)
         Q, Q_reference = (None if m is None else m.masked_fill(padding, 0.0) for m in (Q, Q_reference))
+        residuals = None if residuals is None else residuals.masked_fill(padding, 1.0)
     if objective.unit != 1.0:
         P = P * objective.unit
     half = torch.zeros_like(P) if Q is None else Q * (objective.unit / 2)
+    # The log-ratio's derivative by P, None for 1, and that by Q over it.
     if objective.ratio == "gaussian":
-        scale, by_q, log_ratio = 1.0, -0.5, P - half
+        scale, by_q, log_ratio = None, -0.5, P - half
     elif objective.ratio == "unit":
         scale, by_q = 2 * s * s, -0.5
         log_ratio = scale * (P - half)
-    else:
+    elif objective.ratio == "ratio_norm":
         scale, by_q, log_ratio = s, 0.0, s * P
+    elif objective.ratio == "huber":
+        assert residuals is not None
+        # The difference of the two roots, which subtracting them would lose where the policy has hardly moved.
+        before, moved = residuals[0] * objective.unit, 2 * (P + half)
+        root = (before + moved + ROOT_FLOOR).clamp_min(0).sqrt()
+        scale, by_q = -s / root, 0.5
+        log_ratio = -s * moved / (root + (before + ROOT_FLOOR).sqrt())
+    else:
+        scale, by_q = -2 * s * s if objective.ratio == "nft" else -2 * s, 0.5
+        log_ratio = scale * (P + half)
     ratio = torch.exp(log_ratio)
+    if objective.ratio == "nft":
+        assert Q is not None
+        assert residuals is not None
+        assert beta is not None
+        loss, was_clipped, factors = _nft(P, Q, s, N, residuals, beta, objective.clip_high)
+        factor = w if share is None else w * share
+        factors = [f * factor for f in factors]
+        return _totals(ratio, [was_clipped], loss, half, w, Q_reference, factors, factor, objective, per_sample)
     several = N.ndim == 2
     r, h = (ratio[:, None], half[:, None]) if several else (ratio, half)
     unclipped, clipped = N * r, N * r.clamp(1 - objective.clip_low, 1 + objective.clip_high)
@@ -303,17 +335,54 @@ def clipped_loss_cpu(
     if several:
         loss, slope, shares = loss.sum(1), slope.sum(1), [share_.mean(1) for share_ in shares]
     factor = w * objective.unit if share is None else w * objective.unit * share
-    factors = [slope * factor if isinstance(scale, float) else slope * scale * factor]
-    kl = half
+    factors = [slope * factor if scale is None else slope * scale * factor]
     if Q is not None:
         factors.append(factors[0] * by_q)
+    elif Q_reference is not None:
+        factors.append(factors[0])
+    return _totals(ratio, shares, loss, half, w, Q_reference, factors, factor, objective, per_sample)
+
+
+# In the two roots of AWM's "huber" weighting.
+ROOT_FLOOR = 1e-10
+# The least mean absolute residual by which DiffusionNFT divides.
+RESIDUAL_FLOOR = 1e-5
+
+
+def _nft(
+    P: Tensor, Q: Tensor, t: Coefficient, N: Tensor, residuals: Tensor, beta: float, clip: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """DiffusionNFT's loss [B] of negated advantages, the share of those that are clipped, and its slopes by P and Q."""
+    R, positive, negative = residuals.unbind(0)
+    r, was_clipped = 0.5 - N.clamp(-clip, clip) / (2 * clip), (N.abs() > clip).float()
+    opposite = 1 - r
+    if N.ndim == 2:
+        r, opposite, was_clipped = r.sum(1), opposite.sum(1), was_clipped.mean(1)
+    up, down = r / (t * positive).clamp_min(RESIDUAL_FLOOR), opposite / (t * negative).clamp_min(RESIDUAL_FLOOR)
+    unit = t * t * clip
+    by_p, by_q = 2 * unit * (up - down), unit * beta * (up + down)
+    return unit / beta * (up + down) * R + by_p * P + by_q * Q, was_clipped, [by_p, by_q]
+
+
+def _totals(
+    ratio: Tensor,
+    shares: list[Tensor],
+    loss: Tensor,
+    kl: Tensor,
+    w: Coefficient,
+    Q_reference: Tensor | None,
+    factors: list[Tensor],
+    factor: Coefficient,
+    objective: Objective,
+    per_sample: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, statistics [7], factors) of all samples, with the KL to a reference."""
     if Q_reference is not None:
         kl = Q_reference * (objective.unit / 2)
         loss = torch.add(loss, kl, alpha=objective.kl_weight)
-        factors += [factors[0]] * (Q is None)
-        factors.append(torch.ones_like(P) * (factor * (objective.kl_weight * 0.5)))
-    one = torch.ones_like(P)
-    columns = torch.stack([ratio, shares[0], kl, shares[1] if len(shares) == 2 else torch.zeros_like(P), loss, one])
+        factors = [*factors, torch.ones_like(ratio) * (factor * (objective.kl_weight * 0.5))]
+    one = torch.ones_like(ratio)
+    columns = torch.stack([ratio, shares[0], kl, shares[1] if len(shares) == 2 else torch.zeros_like(one), loss, one])
     columns *= w
     sums = columns.sum(1)
     deviation = torch.linalg.vector_norm(ratio - 1.0, torch.inf, 0, keepdim=True)
@@ -366,7 +435,9 @@ def objective_arguments(
     terms, term_step = (1, 0) if advantages.ndim == 1 else (advantages.shape[1], advantages.stride(1))
     weight = kernel_scalar(weight)
     numbers = objective.dual_clip, objective.dppo_threshold, objective.kl_weight, objective.unit
-    arguments = [advantages, weight, 1.0 - objective.clip_low, 1.0 + objective.clip_high, *numbers, batch, terms]
+    # Of the ratio, or of DiffusionNFT's advantages.
+    around = 0.0 if objective.ratio == "nft" else 1.0
+    arguments = [advantages, weight, around - objective.clip_low, around + objective.clip_high, *numbers, batch, terms]
     constants = {
         "advantages_step": advantages.stride(0),
         "term_step": term_step,

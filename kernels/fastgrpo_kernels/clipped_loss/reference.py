@@ -33,3 +33,24 @@ def clipped_loss_reference(
     if Q_reference is not None:
         surrogate = surrogate - kl_weight * Q_reference.double() * elements / 2
     return -(weight * surrogate).sum()
+
+
+def nft_loss_reference(
+    v: Tensor, v_old: Tensor, target: Tensor, t: Tensor, r: Tensor, weight: Tensor, *, beta: float, clip: float
+) -> Tensor:
+    """DiffusionNFT's loss in float64 from outputs and target [B, D], t, r and weight [B]: arXiv 2509.16117, with the
+    adaptive weights of its code."""
+    v_old, target, t = v_old.double(), target.double(), t.double().view(-1, 1)
+    losses = []
+    for sign in (1, -1):
+        distance = t * (v_old + sign * beta * (v.double() - v_old) - target)
+        losses.append((distance.square() / distance.detach().abs().mean(1, keepdim=True).clamp_min(1e-5)).mean(1))
+    return (weight * clip / beta * (r * losses[0] + (1 - r) * losses[1])).sum()
+
+
+def awm_log_prob_reference(v: Tensor, target: Tensor, t: Tensor, weighting: str) -> Tensor:
+    """AWM's log-probability (arXiv 2509.25050) in float64 [B], from outputs and target [B, D] and t [B]."""
+    distance = (v.double() - target.double()).square().mean(1)
+    if weighting == "huber":
+        return -((distance + 1e-10).sqrt() - 1e-5) * t
+    return -distance * {"Uniform": 1.0, "t": t, "t**2": t * t}[weighting]

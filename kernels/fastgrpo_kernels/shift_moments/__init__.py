@@ -1,5 +1,5 @@
 """P = mean(d·ε) and Q = mean(d²) of the standardized shift d = b·(v - v_old)/s."""
 
-from .op import shift_moments
+from .op import MatchingMoments, shift_moments
 
-__all__ = ["shift_moments"]
+__all__ = ["MatchingMoments", "shift_moments"]

@@ -7,21 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import as_rows, check_guidance, check_latents, check_no_grad, per_sample
-from .._cpu import Tile, column, guide, quotient, residual, tile_coefficient, tiles
+from .._checks import as_rows, check_guidance, check_latents, check_no_grad, check_number, per_sample
+from .._cpu import Tile, add_scaled, column, difference, guide, quotient, residual, tile_coefficient, tiles
 from .._launch import coefficient_steps, kernel_scalar, row_strides, rows
-from .._noise_args import Noise, StoredStep, check_less_one, noise_cpu, split_noise
+from .._noise_args import MatchingTarget, Noise, StoredStep, check_less_one, noise_cpu, split_noise
 from ..noise import split_seed
 
 Coefficient = float | Tensor
 
-LATENTS = ("v", "v_old", "v_uncond", "v_reference", "eps", "x", "y")
+LATENTS = ("v", "v_old", "v_uncond", "v_reference", "eps", "x", "y", "x0")
+COEFFICIENTS = ("a_less_one", "b", "s", "guidance", "noise_scale", "x0_scale")
 
 
 class Shift(NamedTuple):
     """Tensors and coefficients of one call; ε is `eps`, or that of (`words`, `seed`), or of (`x`, `y`, a - 1).
 
-    Element j of a sample counts if `mask` [B, M] has True at [j // inner % M].
+    With `x0` the residual v_old - (noise_scale·ε + x0_scale·x0) takes the place of ε. `residuals` is the factor of the
+    change in the two mean absolute residuals, None without them. Element j of a sample counts if `mask` [B, M] has True
+    at [j // inner % M].
     """
 
     v: Tensor
@@ -39,11 +42,15 @@ class Shift(NamedTuple):
     v_reference: Tensor | None = None
     mask: Tensor | None = None
     inner: int = 1
+    x0: Tensor | None = None
+    noise_scale: Coefficient | None = None
+    x0_scale: Coefficient | None = None
+    residuals: float | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Latents and key, whose kind decides which path runs."""
-        return self.v, self.v_old, self.v_uncond, self.v_reference, self.eps, self.x, self.y, self.words, self.mask
+        return *(getattr(self, name) for name in LATENTS), self.words, self.mask
 
 
 def check_shift(
@@ -51,11 +58,12 @@ def check_shift(
     v_old: Tensor,
     b: Coefficient,
     s: Coefficient,
-    noise: Noise | StoredStep,
+    noise: Noise | StoredStep | MatchingTarget,
     v_uncond: Tensor | None,
     guidance_scale: Coefficient | None,
     v_reference: Tensor | None = None,
     mask: Tensor | None = None,
+    residuals: float | None = None,
 ) -> Shift:
     """The arguments of a call, or one line that names the one that is wrong."""
     check_latents("v", v)
@@ -66,6 +74,12 @@ def check_shift(
     check_no_grad(v_old=v_old, b=b, s=s, v_reference=v_reference)
     guidance = check_guidance(v, v_uncond, guidance_scale)
     chosen, inner = (None, 1) if mask is None else check_mask(mask, v)
+    if residuals is not None:
+        check_number("residuals", residuals)
+        if not math.isfinite(residuals):
+            raise ValueError(f"residuals: must be finite, got {residuals}")
+        if not isinstance(noise, MatchingTarget):
+            raise TypeError(f"residuals: are those of a MatchingTarget, got {type(noise).__name__} for noise")
     if isinstance(noise, StoredStep):
         check_latents("noise.x", noise.x, like=v)
         check_latents("noise.y", noise.y, like=v)
@@ -73,11 +87,18 @@ def check_shift(
         check_no_grad(**{"noise.x": noise.x, "noise.y": noise.y, "noise.a": less_one})
         stored = noise.x, noise.y, less_one
         return Shift(v, v_old, b, s, None, None, 0, *stored, v_uncond, guidance, v_reference, chosen, inner)
+    target: tuple = ()
+    if isinstance(noise, MatchingTarget):
+        check_latents("noise.x0", noise.x0, like=v)
+        scales = [per_sample(f"noise.{name}", getattr(noise, name), v) for name in ("noise_scale", "x0_scale")]
+        check_no_grad(**{"noise.x0": noise.x0, "noise.noise_scale": scales[0], "noise.x0_scale": scales[1]})
+        target = noise.x0, *scales, None if residuals is None else float(residuals)
+        noise = noise.key
     if noise is None:
         raise TypeError("noise: expected the step's NoiseKey, its noise tensor or its StoredStep, got None")
     eps, words, seed = split_noise(noise, v)
     stored = None, None, None
-    return Shift(v, v_old, b, s, eps, words, seed, *stored, v_uncond, guidance, v_reference, chosen, inner)
+    return Shift(v, v_old, b, s, eps, words, seed, *stored, v_uncond, guidance, v_reference, chosen, inner, *target)
 
 
 def check_mask(mask: object, like: Tensor) -> tuple[Tensor, int]:
@@ -116,7 +137,7 @@ def masked(shift: Shift) -> Tensor | None:
 
 def with_rows(shift: Shift) -> Shift:
     """Coefficients as [B] tensors, for the custom operators."""
-    names = [n for n in ("b", "s", "a_less_one", "guidance") if getattr(shift, n) is not None]
+    names = [n for n in COEFFICIENTS if getattr(shift, n) is not None]
     values = as_rows([getattr(shift, n) for n in names], shift.v)
     return shift._replace(**dict(zip(names, values, strict=True)))
 
@@ -140,13 +161,20 @@ def shift_tiles(shift: Shift) -> Iterator[tuple[Tile | None, Shift]]:
             yield None, shift._replace(**flat)
             continue
         parts: dict[str, object] = {name: t[tile] for name, t in flat.items()}
-        for name in ("b", "s", "a_less_one", "guidance"):
+        for name in COEFFICIENTS:
             parts[name] = tile_coefficient(getattr(shift, name), tile)
         yield tile, shift._replace(**parts)
 
 
 def noise_of(part: Shift) -> Tensor:
-    """ε of a tile in float32: as kept, or of the stored step."""
+    """ε of a tile in float32: as kept, or of the stored step; against a target the old output's residual."""
+    if part.x0 is not None:
+        assert part.eps is not None
+        assert part.noise_scale is not None
+        assert part.x0_scale is not None
+        target = part.eps.to(torch.float32) * column(part.noise_scale, part.v)
+        add_scaled(target, part.x0_scale, part.x0.to(torch.float32))
+        return difference(part.v_old, target)
     if part.eps is not None:
         return part.eps.to(torch.float32)
     assert part.x is not None
@@ -174,15 +202,15 @@ def kernel_arguments(shift: Shift) -> tuple[list[object], dict[str, object], int
         mask = shift.mask if shift.mask.stride(1) == 1 or shift.mask.shape[1] == 1 else shift.mask.contiguous()
         layout = mask.stride(0), shift.inner, mask.shape[1]
         mask = mask.view(torch.uint8)
-    values = (shift.a_less_one, 0.0), (shift.b, 0.0), (shift.s, 0.0), (shift.guidance, 1.0)
-    coefficients = [kernel_scalar(absent if c is None else c) for c, absent in values]
+    values = zip(COEFFICIENTS, (0.0, 0.0, 0.0, 1.0, 0.0, 0.0), strict=True)
+    coefficients = [kernel_scalar(absent if (c := getattr(shift, name)) is None else c) for name, absent in values]
     batch, elements = shift.v.shape[0], shift.v[0].numel()
     blocks = -(-elements // BLOCK)
-    constants: dict[str, object] = {**coefficient_steps("absg", coefficients)}
+    constants: dict[str, object] = {**coefficient_steps("absgnc", coefficients)}
     constants |= {"BLOCK": BLOCK, "num_warps": _warps(shift)}
-    if shift.x is not None:
+    if shift.x is not None or (shift.x0 is not None and shift.words is None):
         constants["maxnreg"] = READ_REGISTERS
-    arguments = [*flat, mask, words, *split_seed(shift.seed), *coefficients]
+    arguments = [*flat, mask, words, *split_seed(shift.seed), *coefficients, shift.residuals]
     arguments += [*row_strides(flat, elements), *layout, elements, blocks]
     return arguments, constants, batch * blocks
 
@@ -191,10 +219,12 @@ def _warps(shift: Shift) -> int:
     """Warps to a block: fewer elements a thread where more latents are in flight, so that registers stay few."""
     from ..noise_kernel import NUM_WARPS, READ_WARPS
 
-    if shift.words is not None:
-        return NUM_WARPS if shift.v_uncond is None and shift.v_reference is None else READ_WARPS
+    besides = [shift.v_uncond, shift.v_reference, shift.x0]
+    extra = sum(t is not None for t in besides)
+    if shift.words is not None and extra == 0 and shift.mask is None:
+        return NUM_WARPS
+    many = shift.x is not None or (extra > 1 and (shift.words is None or shift.x0 is not None))
     # Four elements are a 128-bit load of float32.
-    many = shift.x is not None or (shift.v_uncond is not None and shift.v_reference is not None)
     return 2 * READ_WARPS if many and shift.v.dtype == torch.float32 else READ_WARPS
 
 

@@ -60,6 +60,7 @@ def store_partial_sums(
     eps_ptr,
     x_ptr,
     y_ptr,
+    x0_ptr,
     mask_ptr,
     words_ptr,
     seed_low,
@@ -68,6 +69,9 @@ def store_partial_sums(
     b,
     s,
     guidance,
+    noise_scale,
+    x0_scale,
+    residuals,
     v_stride,
     v_old_stride,
     v_uncond_stride,
@@ -75,6 +79,7 @@ def store_partial_sums(
     eps_stride,
     x_stride,
     y_stride,
+    x0_stride,
     mask_stride,
     mask_inner,
     mask_length,
@@ -84,10 +89,12 @@ def store_partial_sums(
     b_step,
     s_step,
     g_step,
+    n_step,
+    c_step,
     BLOCK: tl.constexpr,
 ):
-    """This program's sums of d·ε, d², (d to a reference)² and of elements that count, before the factors b/s, into its
-    slots of [4, programs]."""
+    """This program's sums of d·ε, d², (d to a reference)², of elements that count, and of e², |e + β·shift| and
+    |e - β·shift|, before the factors b/s, into its slots of [7, programs]."""
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     block = pid % blocks
@@ -116,6 +123,17 @@ def store_partial_sums(
         eps = (move - load_scalar(b, row, b_step) * v_old) * inverse_s
     else:
         eps = load_noise(eps_ptr, words_ptr, row, block, seed_low, seed_high, eps_stride, elements, mask, BLOCK)
+        if x0_ptr is not None:
+            x0 = load_block(x0_ptr, row, x0_stride, elements, start, mask, BLOCK)
+            target = load_scalar(noise_scale, row, n_step) * eps + load_scalar(x0_scale, row, c_step) * x0
+            eps = v_old - target
+    if residuals is not None:
+        # Noise from a key is everywhere.
+        eps = tl.where(mask, eps, 0.0)
+        change = tl.cast(residuals, tl.float32) * shift
+        tl.store(partials_ptr + 4 * programs + pid, tl.sum(eps * eps))
+        tl.store(partials_ptr + 5 * programs + pid, tl.sum(tl.abs(eps + change)))
+        tl.store(partials_ptr + 6 * programs + pid, tl.sum(tl.abs(eps - change)))
     # Beyond the row, and where the mask selects nothing, both operands are zero.
     tl.store(partials_ptr + pid, tl.sum(shift * eps))
     tl.store(partials_ptr + programs + pid, tl.sum(shift * shift))
@@ -127,6 +145,7 @@ def store_moments(
     q_ptr,
     q_reference_ptr,
     share_ptr,
+    residuals_ptr,
     partials_ptr,
     row,
     elements,
@@ -140,6 +159,7 @@ def store_moments(
     """In the last program of a row: its moments, from the partial sums of all; pointers that are None are not written.
 
     `share` is elements / (elements that count), by which a mean over the mask is more than one over the row.
+    `residuals` [3, batch] are the last three sums.
     """
     programs = tl.num_programs(0).to(tl.int64)
     scale = tl.div_rn(load_scalar(b, row, b_step), load_deviation(s, row, s_step))
@@ -158,6 +178,12 @@ def store_moments(
         if MEAN_OF_MASKED:
             q_reference *= share
         tl.store(q_reference_ptr + row, q_reference)
+    if residuals_ptr is not None:
+        for index in tl.static_range(3):  # pyright: ignore
+            mean = tl.div_rn(sum_slots(partials_ptr + (4 + index) * programs, row, blocks), count)
+            if MEAN_OF_MASKED:
+                mean *= share
+            tl.store(residuals_ptr + index * (programs // blocks) + row, mean)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])
@@ -165,6 +191,7 @@ def _shift_moments_fwd_kernel(
     p_ptr,
     q_ptr,
     share_ptr,
+    residuals_ptr,
     partials_ptr,
     arrivals_ptr,
     v_ptr,
@@ -174,6 +201,7 @@ def _shift_moments_fwd_kernel(
     eps_ptr,
     x_ptr,
     y_ptr,
+    x0_ptr,
     mask_ptr,
     words_ptr,
     seed_low,
@@ -182,6 +210,9 @@ def _shift_moments_fwd_kernel(
     b,
     s,
     guidance,
+    noise_scale,
+    x0_scale,
+    residuals,
     v_stride,
     v_old_stride,
     v_uncond_stride,
@@ -189,6 +220,7 @@ def _shift_moments_fwd_kernel(
     eps_stride,
     x_stride,
     y_stride,
+    x0_stride,
     mask_stride,
     mask_inner,
     mask_length,
@@ -198,6 +230,8 @@ def _shift_moments_fwd_kernel(
     b_step,
     s_step,
     g_step,
+    n_step,
+    c_step,
     BLOCK: tl.constexpr,
 ):
     store_partial_sums(
@@ -209,6 +243,7 @@ def _shift_moments_fwd_kernel(
         eps_ptr,
         x_ptr,
         y_ptr,
+        x0_ptr,
         mask_ptr,
         words_ptr,
         seed_low,
@@ -217,6 +252,9 @@ def _shift_moments_fwd_kernel(
         b,
         s,
         guidance,
+        noise_scale,
+        x0_scale,
+        residuals,
         v_stride,
         v_old_stride,
         v_uncond_stride,
@@ -224,6 +262,7 @@ def _shift_moments_fwd_kernel(
         eps_stride,
         x_stride,
         y_stride,
+        x0_stride,
         mask_stride,
         mask_inner,
         mask_length,
@@ -233,6 +272,8 @@ def _shift_moments_fwd_kernel(
         b_step,
         s_step,
         g_step,
+        n_step,
+        c_step,
         BLOCK,
     )
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -242,6 +283,7 @@ def _shift_moments_fwd_kernel(
             q_ptr,
             None,
             share_ptr,
+            residuals_ptr,
             partials_ptr,
             row,
             elements,
@@ -269,6 +311,7 @@ def _shift_moments_bwd_kernel(
     eps_ptr,
     x_ptr,
     y_ptr,
+    x0_ptr,
     mask_ptr,
     words_ptr,
     seed_low,
@@ -277,6 +320,9 @@ def _shift_moments_bwd_kernel(
     b,
     s,
     guidance,
+    noise_scale,
+    x0_scale,
+    residuals,
     v_stride,
     v_old_stride,
     v_uncond_stride,
@@ -284,6 +330,7 @@ def _shift_moments_bwd_kernel(
     eps_stride,
     x_stride,
     y_stride,
+    x0_stride,
     mask_stride,
     mask_inner,
     mask_length,
@@ -293,6 +340,8 @@ def _shift_moments_bwd_kernel(
     b_step,
     s_step,
     g_step,
+    n_step,
+    c_step,
     grad_step,
     BLOCK: tl.constexpr,
 ):
@@ -324,6 +373,10 @@ def _shift_moments_bwd_kernel(
     v_old = load_block(v_old_ptr, row, v_old_stride, elements, start, mask, BLOCK)
     if y_ptr is not None:
         grad -= factor_eps * b * v_old
+    if x0_ptr is not None:
+        x0 = load_block(x0_ptr, row, x0_stride, elements, start, mask, BLOCK)
+        target = load_scalar(noise_scale, row, n_step) * grad + factor_eps * load_scalar(x0_scale, row, c_step) * x0
+        grad = factor_eps * v_old - target
     v = load_guided(v_ptr, v_uncond_ptr, guidance, row, v_stride, v_uncond_stride, elements, start, mask, BLOCK)
     grad += factor_change * (v - v_old)
     if v_reference_ptr is not None:

@@ -1,5 +1,7 @@
 """Public shift moments: CPU path, Triton launches, custom operators and gradient."""
 
+from typing import NamedTuple, overload
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import check_traced, is_eager
 from .._cpu import BlockSums, add_scaled, column, difference, quotient, traced_sum
 from .._launch import arrivals, is_traced_plainly, launch, launches
-from .._noise_args import Noise, StoredStep
+from .._noise_args import MatchingTarget, Noise, StoredStep
 from ..noise import NoiseKey, normal
 from .inputs import (
     LATENTS,
@@ -26,17 +28,66 @@ from .inputs import (
 Coefficient = float | Tensor
 
 
+class MatchingMoments(NamedTuple):
+    """What one pass holds against a target, float32 [B] each; the last three are without gradient.
+
+    Attributes:
+        P: mean(d·e), with d = b·(v - v_old)/s and e = v_old - (noise_scale·ε + x0_scale·x̂0).
+        Q: mean(d²).
+        R: mean(e²), the old output's squared residual; R + 2P + Q is v's where b = s.
+        positive: mean(|e + β·(v - v_old)|), with β the number given as `residuals`.
+        negative: mean(|e - β·(v - v_old)|).
+    """
+
+    P: Tensor
+    Q: Tensor
+    R: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+@overload
 def shift_moments(
     v: Tensor,
     v_old: Tensor,
     b: Coefficient,
     s: Coefficient,
-    noise: Noise | StoredStep,
+    noise: Noise | StoredStep | MatchingTarget,
     *,
     v_uncond: Tensor | None = None,
     guidance_scale: Coefficient | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    residuals: None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def shift_moments(
+    v: Tensor,
+    v_old: Tensor,
+    b: Coefficient,
+    s: Coefficient,
+    noise: MatchingTarget,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance_scale: Coefficient | None = None,
+    mask: Tensor | None = None,
+    residuals: float,
+) -> MatchingMoments: ...
+
+
+def shift_moments(
+    v: Tensor,
+    v_old: Tensor,
+    b: Coefficient,
+    s: Coefficient,
+    noise: Noise | StoredStep | MatchingTarget,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance_scale: Coefficient | None = None,
+    mask: Tensor | None = None,
+    residuals: float | None = None,
+) -> tuple[Tensor, Tensor] | MatchingMoments:
     """Moments of the policy's shift since the rollout: P = mean(d·ε), Q = mean(d²) with d = b·(v - v_old)/s.
 
     log π_new - log π_old = P - Q/2 and the Gaussian KL is Q/2, both as means over a sample's elements (DDPO, arXiv
@@ -50,7 +101,9 @@ def shift_moments(
         b: the step's coefficient of v, a float or [B] float32/float64 (see `transitions`). On a device a float32
             tensor of any stride, such as a column of a table, is read where it is.
         s: the step's standard deviation, > 0, likewise.
-        noise: the NoiseKey the step was taken with, its ε as a tensor [B, ...], or the StoredStep (x, y, a) it was.
+        noise: the NoiseKey the step was taken with, its ε as a tensor [B, ...], or the StoredStep (x, y, a) it was. Or
+            the MatchingTarget of a forward-process objective, whose residual e takes the place of ε; b and s are then
+            any numbers of one ratio, 1 and 1 for moments of outputs, and `v_old` is a reference model's output for DPO.
         v_uncond: the unconditional output [B, ...] in v's dtype; differentiable. v is then the conditional one, and
             v_uncond + guidance_scale·(v - v_uncond), rounded to their dtype, takes its place; `v_old` is the guided
             output of the rollout, as `gaussian_step` returns it.
@@ -58,26 +111,33 @@ def shift_moments(
         mask: bool, True where an element counts: of v's shape, of its first dimensions ([B, tokens] of packed
             latents), or with 1 where it is the same for all. Means are over the elements that count; a sample without
             any has P = Q = 0. What is masked is not read, and has no gradient.
+        residuals: with a MatchingTarget, return MatchingMoments, whose mean absolute residuals have this factor β.
 
     Returns:
-        P and Q, float32 [B] each. Differentiable once: ∂P/∂v = b·ε/(s·D), ∂Q/∂v = 2·b·d/(s·D), in v's dtype; with
-        guidance times guidance_scale for v and 1 - guidance_scale for v_uncond, straight through the rounding.
+        P and Q, float32 [B] each, or `MatchingMoments`. P and Q are differentiable once: ∂P/∂v = b·ε/(s·D), ∂Q/∂v =
+        2·b·d/(s·D), in v's dtype; with guidance times guidance_scale for v and 1 - guidance_scale for v_uncond,
+        straight through the rounding.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, s <= 0 or coefficients that are not finite
             (checked where reading them costs no device-to-host copy), a gradient asked of anything else, a double
             backward.
     """
-    shift = check_shift(v, v_old, b, s, noise, v_uncond, guidance_scale, None, mask)
+    shift = check_shift(v, v_old, b, s, noise, v_uncond, guidance_scale, None, mask, residuals)
     if is_traced_plainly(v):
-        return moments_traced(shift, mean_of_masked=True)[:2]
-    if not is_eager(*shift.tensors):
-        P, Q, _ = _shift_moments_op(*without_reference(with_rows(shift)))
+        P, Q, _, _, rest = moments_traced(shift, mean_of_masked=True)
+        rest = None if rest is None else rest.detach()
+    elif not is_eager(*shift.tensors):
+        P, Q, _, rest = _shift_moments_op(*without_reference(with_rows(shift)))
+        rest = rest.detach()
+    elif torch.is_grad_enabled() and (v.requires_grad or (v_uncond is not None and v_uncond.requires_grad)):
+        P, Q, _, rest = _ShiftMoments.apply(*shift)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        P, Q, _, rest = _forward(shift)
+    if residuals is None:
         return P, Q
-    if torch.is_grad_enabled() and (v.requires_grad or (v_uncond is not None and v_uncond.requires_grad)):
-        P, Q, _ = _ShiftMoments.apply(*shift)  # pyright: ignore[reportGeneralTypeIssues]
-        return P, Q
-    return _forward(shift)[:2]
+    assert rest is not None
+    return MatchingMoments(P, Q, *rest.unbind(0))
 
 
 def without_reference(shift: Shift) -> tuple:
@@ -86,12 +146,13 @@ def without_reference(shift: Shift) -> tuple:
     return (*shift[:index], *shift[index + 1 :])
 
 
-def _forward(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """(P, Q, share): `share` [B] is a sample's elements over those that count, empty without a mask."""
+def _forward(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(P, Q, share, residuals): `share` [B] is a sample's elements over those that count, empty without a mask;
+    `residuals` [3, B] are the last three of MatchingMoments, empty where none were asked for."""
     if launches(shift.v):
         return launch_shift_moments(shift, kept=kept)
-    P, Q, _, share = moments_cpu(shift, mean_of_masked=True)
-    return P, Q, P.new_empty(0) if share is None else share
+    P, Q, _, share, rest = moments_cpu(shift, mean_of_masked=True)
+    return P, Q, P.new_empty(0) if share is None else share, P.new_empty(0) if rest is None else rest
 
 
 def _backward(grad_p: Tensor, grad_q: Tensor, share: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
@@ -101,22 +162,32 @@ def _backward(grad_p: Tensor, grad_q: Tensor, share: Tensor, shift: Shift) -> tu
     return body(grad_p, grad_q, shift)
 
 
-def moments_cpu(shift: Shift, *, mean_of_masked: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The ATen path, (P, Q, Q against the reference, share): float32 sums in blocks, scaled once a sample in float64.
+Sums = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def moments_cpu(shift: Shift, *, mean_of_masked: bool) -> Sums:
+    """The ATen path, (P, Q, Q against the reference, share, residuals): float32 sums in blocks, scaled once a sample in
+    float64.
 
     Without `mean_of_masked` sums over a mask are still divided by all elements, and there is no share.
     """
     batch, elements = shift.v.shape[0], shift.v[0].numel()
-    # Of d·ε, d², d² to the reference, and of elements that count.
-    sums = BlockSums(4 if shift.mask is not None else 3 if shift.v_reference is not None else 2, batch, elements)
+    # Of d·ε, d², d² to the reference, of elements that count, and of residuals.
+    sums = BlockSums(slots(shift), batch, elements)
     for tile, part in shift_tiles(shift):
         v = guided(part)
         if part.v_reference is not None:
             sums.add(2, tile, _selected(difference(v, part.v_reference), part.mask).square_())
         change = _selected(difference(v, part.v_old), part.mask)
         sums.add(1, tile, change * change)
+        noise = noise_of(part)
+        if part.residuals is not None:
+            _selected(noise, part.mask)
+            sums.add(4, tile, noise * noise)
+            sums.add(5, tile, torch.add(noise, change, alpha=part.residuals).abs_())
+            sums.add(6, tile, torch.sub(noise, change, alpha=part.residuals).abs_())
         # Also where ε is no number.
-        sums.add(0, tile, _selected(change.mul_(noise_of(part)), part.mask))
+        sums.add(0, tile, _selected(change.mul_(noise), part.mask))
         if part.mask is not None:
             sums.add(3, tile, part.mask.to(torch.float32))
     totals = sums.total()
@@ -128,10 +199,22 @@ def moments_cpu(shift: Shift, *, mean_of_masked: bool) -> tuple[Tensor, Tensor, 
         linear, square = linear * share, square * share
     P, Q = (totals[0] * linear).float(), (totals[1] * square).float()
     reference = None if shift.v_reference is None else (totals[2] * square).float()
-    return P, Q, reference, None if share is None else share.float()
+    rest = (
+        None
+        if shift.residuals is None
+        else (totals[4:] * (1 / elements if share is None else share / elements)).float()
+    )
+    return P, Q, reference, None if share is None else share.float(), rest
 
 
-def moments_traced(shift: Shift, *, mean_of_masked: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def slots(shift: Shift) -> int:
+    """How many sums of a row are kept: up to the last one that is asked for."""
+    if shift.residuals is not None:
+        return 7
+    return 4 if shift.mask is not None else 3 if shift.v_reference is not None else 2
+
+
+def moments_traced(shift: Shift, *, mean_of_masked: bool) -> Sums:
     """The formula of `moments_cpu`, for `torch.compile` on a CPU; NaN where s is not positive, which it cannot read."""
     shape, elements = shift.v.shape, shift.v[0].numel()
     if shift.words is not None:
@@ -142,7 +225,8 @@ def moments_traced(shift: Shift, *, mean_of_masked: bool) -> tuple[Tensor, Tenso
     shift = shift._replace(**flat, mask=masked(shift))
     v = guided(shift)
     change = _selected(difference(v, shift.v_old), shift.mask)
-    totals = [_selected(change * noise_of(shift), shift.mask), change.square()]
+    noise = noise_of(shift)
+    totals = [_selected(change * noise, shift.mask), change.square()]
     if shift.v_reference is not None:
         totals.append(_selected(difference(v, shift.v_reference), shift.mask).square())
     scale, share = quotient(shift.b, shift.s), None
@@ -151,7 +235,15 @@ def moments_traced(shift: Shift, *, mean_of_masked: bool) -> tuple[Tensor, Tenso
         share = elements / shift.mask.sum(1).clamp_min(1).float()
         factors = [factor * share for factor in factors]
     P, Q, *reference = ((traced_sum(t) * factor).float() for t, factor in zip(totals, factors, strict=True))
-    return P, Q, reference[0] if reference else None, share
+    rest = None
+    if shift.residuals is not None:
+        noise, change = noise.detach(), change.detach() * shift.residuals
+        # Not in place: the product above keeps it.
+        noise = noise if shift.mask is None else noise.masked_fill(~shift.mask, 0.0)
+        parts = noise.square(), (noise + change).abs(), (noise - change).abs()
+        mean = 1 / elements if share is None else share / elements
+        rest = torch.stack([(traced_sum(part) * mean).float() for part in parts])
+    return P, Q, reference[0] if reference else None, share, rest
 
 
 def _selected(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -193,19 +285,27 @@ def _scaled(grad: Tensor, factor: float | Tensor) -> Tensor:
     return grad * factor if isinstance(factor, float) else (grad.double() * factor).float()
 
 
-def launch_shift_moments(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton path, one launch: (P, Q, share)."""
+def launch_shift_moments(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Triton path, one launch: (P, Q, share, residuals)."""
     from .kernel import _shift_moments_fwd_kernel
 
     arguments, constants, programs = kernel_arguments(shift)
     batch, device = shift.v.shape[0], shift.v.device
-    partials = torch.empty((2 if shift.mask is None else 4, programs), dtype=torch.float32, device=device)
+    partials = torch.empty((slots(shift), programs), dtype=torch.float32, device=device)
     # Not parts of one tensor: results of a custom operator may not share their storage.
     P, Q = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(2))
+    share, rest = empty_extras(shift, batch, device)
+    outputs = P, Q, None if shift.mask is None else share, None if shift.residuals is None else rest
+    workspace = partials, arrivals(batch, device, kept=kept)
+    launch(_shift_moments_fwd_kernel, programs, device, *outputs, *workspace, *arguments, **constants)
+    return P, Q, share, rest
+
+
+def empty_extras(shift: Shift, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Buffers for the share and the residuals; empty where there are none."""
     share = torch.empty(0 if shift.mask is None else batch, dtype=torch.float32, device=device)
-    outputs = P, Q, None if shift.mask is None else share, partials, arrivals(batch, device, kept=kept)
-    launch(_shift_moments_fwd_kernel, programs, device, *outputs, *arguments, **constants)
-    return P, Q, share
+    rest = torch.empty(0 if shift.residuals is None else (3, batch), dtype=torch.float32, device=device)
+    return share, rest
 
 
 def launch_shift_moments_backward(
@@ -244,10 +344,10 @@ class _ShiftMoments(torch.autograd.Function):
         shift = Shift(*arguments)
         if not launches(shift.v):
             shift = with_noise(shift)
-        P, Q, share = _forward(shift)
+        P, Q, share, rest = _forward(shift)
         save_arguments(ctx, (share, *shift))
-        ctx.mark_non_differentiable(share)
-        return P, Q, share
+        ctx.mark_non_differentiable(share, rest)
+        return P, Q, share, rest
 
     @staticmethod
     def backward(ctx, *grads):
@@ -278,18 +378,23 @@ def _shift_moments_op(
     guidance: Tensor | None = None,
     mask: Tensor | None = None,
     inner: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_traced(a=a, b=b, s=s, guidance_scale=guidance)
-    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, None, mask, inner)
+    x0: Tensor | None = None,
+    noise_scale: Tensor | None = None,
+    x0_scale: Tensor | None = None,
+    residuals: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_traced(a=a, b=b, s=s, guidance_scale=guidance, noise_scale=noise_scale, x0_scale=x0_scale)
+    target = x0, noise_scale, x0_scale, residuals
+    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, None, mask, inner, *target)
     return _forward(shift, kept=False)
 
 
 @_shift_moments_op.register_fake
-def _(v, *rest):
-    has_mask = len(rest) == len(_NAMES) - 1 and rest[-2] is not None
-    batch = v.shape[0]
-    P, Q, share = (v.new_empty(size, dtype=torch.float32) for size in (batch, batch, batch if has_mask else 0))
-    return P, Q, share
+def _(*arguments):
+    shift = _named(arguments)
+    batch, device = shift.v.shape[0], shift.v.device
+    P, Q = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(2))
+    return P, Q, *empty_extras(shift, batch, device)
 
 
 @torch.library.custom_op("fastgrpo_kernels::shift_moments_backward", mutates_args=())
@@ -311,8 +416,13 @@ def _shift_moments_backward_op(
     guidance: Tensor | None = None,
     mask: Tensor | None = None,
     inner: int = 1,
+    x0: Tensor | None = None,
+    noise_scale: Tensor | None = None,
+    x0_scale: Tensor | None = None,
+    residuals: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, None, mask, inner)
+    target = x0, noise_scale, x0_scale, residuals
+    shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, None, mask, inner, *target)
     return _backward(grad_p, grad_q, share, shift)
 
 
@@ -329,7 +439,7 @@ def _setup_context(ctx, inputs, output):
     save_arguments(ctx, (output[2], *inputs))
 
 
-def _op_backward(ctx, grad_p, grad_q, unused):
+def _op_backward(ctx, grad_p, grad_q, *unused):
     refuse_double_backward("shift_moments")
     share, *arguments = saved_arguments(ctx)
     gradients = place(_shift_moments_backward_op(grad_p, grad_q, share, *arguments), _named(arguments))

@@ -1,0 +1,330 @@
+"""Training on the forward process: final samples are noised again, and the policy is compared there with another one.
+
+Rows of (x̂0, ε from a noise key, level from a keyed draw) are cut into the micro-batches of the update, all of one
+shape. No noise is stored, and nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.algorithms.forward import ForwardLevels, LevelSource
+from fastgrpo.algorithms.layout import epoch_samples
+from fastgrpo.algorithms.objectives import ForwardObjective, RowInputs, RowSums, forward_objective
+from fastgrpo.algorithms.schedule import NoiseLevels
+from fastgrpo.config import Config
+from fastgrpo.distributed.world import World
+from fastgrpo.errors import ConfigError
+from fastgrpo.models.conditioning import to_device
+from fastgrpo.models.protocol import ModelFamily
+from fastgrpo.models.trainable import Reference
+from fastgrpo.rollout.generator import Batch
+from fastgrpo.rollout.trajectory import take_rows
+from fastgrpo.training.micro_batches import MicroBatch, OptimizerStep, epoch_draw
+from fastgrpo_kernels import MatchingTarget, gaussian_step, noise, shift_moments
+
+# Columns of a step's table.
+COLUMNS = ("time", "signal", "noise", "target_noise", "target_x0", "clean", "t", "advantage", "weight")
+
+
+@dataclass(frozen=True)
+class Units:
+    """What is trained together, host arrays: samples [U, W] (global; one each, or a pair), and key [U], which names the
+    noise and the levels of each."""
+
+    samples: np.ndarray
+    key: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> Units:
+        return Units(self.samples[chosen], self.key[chosen])
+
+
+def single_samples(advantages: Advantages, kept: np.ndarray) -> Units:
+    """Every sample of `kept` (bool [N]) by itself."""
+    samples = np.flatnonzero(kept)
+    return Units(samples[:, None], samples)
+
+
+def best_and_worst(advantages: Advantages, group: int, pairs: int) -> Units:
+    """Of each group the best sample with the worst, the second best with the second worst, and so on.
+
+    Args:
+        advantages: Of all global samples; those that are not valid are in no pair.
+        group: Samples of a group.
+        pairs: How many pairs of each group at most; two samples of equal advantage are none.
+    """
+    samples, keys = [], []
+    values = np.where(advantages.valid, advantages.values, np.nan).reshape(-1, group)
+    for number, row in enumerate(values):
+        order = np.argsort(row, kind="stable")[: np.count_nonzero(~np.isnan(row))]
+        for place in range(min(pairs, len(order) // 2)):
+            worst, best = order[place], order[-1 - place]
+            if row[best] > row[worst]:
+                samples.append([number * group + best, number * group + worst])
+                keys.append(number * group + place)
+    return Units(np.array(samples, dtype=np.int64).reshape(-1, 2), np.array(keys, dtype=np.int64))
+
+
+class ForwardTraining:
+    """The rows and the loss of a run's forward process.
+
+    Args:
+        family: The model, its weights ready.
+        config: Of the run.
+        world: This rank among its peers.
+        levels: The noise levels of the rollout.
+        old: Gives the components of the old policy; None where the policy is compared with itself.
+        reference: Gives those of the reference model; None without one.
+
+    Raises:
+        ConfigError: Where pairs would not stay on one rank and in one optimizer step.
+    """
+
+    def __init__(
+        self, family: ModelFamily, config: Config, world: World, levels: NoiseLevels, old: Reference | None = None,
+        reference: Reference | None = None,
+    ) -> None:  # fmt: skip
+        objective = forward_objective(config)
+        assert objective is not None
+        self.objective: ForwardObjective = objective
+        self.config, self.world, self.old, self.reference = config, world, old, reference
+        guidance = config.objective.guidance
+        given = config.model if guidance is None else config.model.model_copy(update={"guidance": guidance})
+        self.family = family.at(given)
+        if self.family.guided and not family.guided:
+            raise ConfigError(
+                f"objective.guidance: {guidance:g} needs negative prompts, which model.guidance "
+                f"{config.model.guidance:g} does not encode; set it to null"
+            )
+        names = list(family.modules)
+        self.modules = names
+        self.source = LevelSource(
+            levels, config.objective.times, family.forward_table(), partial(_acting, family, levels.prediction, names)
+        )
+        roll, steps = config.rollout, config.update.optimizer_steps
+        samples = roll.prompts_per_iteration * roll.candidates
+        self.samples, self.planned = samples, planned_rows(config, objective)
+        if objective.paired and samples // steps // world.size % roll.candidates:
+            raise ConfigError(
+                f"rollout.prompts_per_iteration: the pairs of objective.kind {config.objective.kind} keep groups "
+                f"whole, and {roll.prompts_per_iteration} prompts do not divide over {world.size} ranks × {steps} "
+                "optimizer steps"
+            )
+
+    def steps(self, batch: Batch, advantages: Advantages, kl_weight: float) -> Iterator[OptimizerStep]:
+        """The optimizer steps of one iteration, in order.
+
+        Args:
+            batch: Its samples, as the rollout left them.
+            advantages: Of all global samples.
+            kl_weight: What the mean squared difference to the reference model's output is multiplied by.
+        """
+        config, count = self.config, self.config.update.optimizer_steps
+        units = self._units(advantages, kl_weight)
+        scale = self.world.ranks * count / self.planned
+        for epoch in range(config.update.epochs):
+            seed = [config.run.seed, noise.STREAM_FORWARD, batch.iteration, epoch]
+            levels = self.source.draw(self.samples, seed)
+            owners, step_of = self._owners(batch.iteration, epoch)
+            for step in range(count):
+                first = epoch == 0 and step == 0
+                fresh = self.old is None or (first and config.objective.old_decay.copies)
+                here = units.of(step_of[units.samples[:, 0]] == step)
+                yield self._step(batch, advantages, here, owners, levels, epoch, kl_weight, fresh, scale)
+
+    def _units(self, advantages: Advantages, kl_weight: float) -> Units:
+        if self.objective.paired:
+            return best_and_worst(advantages, self.config.rollout.candidates, self.config.objective.pairs)
+        always = self.objective.trains_zero or kl_weight > 0 or self.config.objective.old_weight > 0
+        return single_samples(advantages, advantages.valid & ((advantages.values != 0) | always))
+
+    def _owners(self, iteration: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which rank has each global sample, and which optimizer step of an epoch takes it, [N] each."""
+        owners, steps = np.zeros(self.samples, dtype=np.int64), np.zeros(self.samples, dtype=np.int64)
+        for rank in range(self.world.size):
+            shares = epoch_shares(self.config, self.world.size, rank, iteration, epoch)
+            owners[shares] = rank
+            steps[shares] = np.arange(len(shares))[:, None]
+        return owners, steps
+
+    def _step(
+        self, batch: Batch, advantages: Advantages, units: Units, owners: np.ndarray, levels: ForwardLevels, epoch: int,
+        kl_weight: float, fresh: bool, scale: float,
+    ) -> OptimizerStep:  # fmt: skip
+        config, rank = self.config, self.world.rank
+        size, width, draws = config.rollout.forward_batch, units.samples.shape[1], config.objective.times.count
+        owner = owners[units.samples[:, 0]]
+        rows, chosen = _RowTable.of(units.of(owner == rank), draws, int(batch.trajectory.layout.samples[0])), []
+        others = (self.objective.against == "old" and not fresh) + (self.reference is not None)
+        for number, module in enumerate(self.modules):
+            acts = levels.modules[units.key] == number
+            needed = max(int(acts[owner == r].sum()) * width for r in range(self.world.size))
+            mine = np.flatnonzero(levels.modules[rows.key[:-1], rows.draw[:-1]] == number)
+            chosen += cut(mine, size, -(-needed // size), len(rows.key) - 1, module, others)
+        inputs = _RowInputs.of(chosen, rows, batch, advantages, levels, config, epoch, self.family.device)
+        return OptimizerStep(chosen, partial(self._loss, batch, inputs, kl_weight, fresh), scale)
+
+    def _loss(
+        self, batch: Batch, inputs: _RowInputs, kl_weight: float, fresh: bool, micro: MicroBatch
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, `LossStatistics.values`) of a micro-batch."""
+        family, trajectory, keeps = self.family, batch.trajectory, self.config.rollout.keeps_noise
+        places = inputs.places[id(micro)]
+        column = dict(zip(COLUMNS, inputs.table[places].unbind(1), strict=True))
+        x0 = take_rows(trajectory.latents, inputs.local[places], inputs.on_device[places])
+        key = noise.NoiseKey(inputs.key.seed, inputs.key.words[places])
+        eps = noise.normal(key, family.latent_shape) if keeps(family.device.type) else key
+        x = gaussian_step(x0, x0, column["signal"], 0.0, column["noise"], eps)
+        condition = batch.conditioning.rows(trajectory.layout.sample_prompt[inputs.local[places]])
+        evaluate = partial(family.predict, x, column["time"], condition)
+
+        def other(policy: Reference) -> Tensor:
+            with torch.no_grad(), policy() as modules:
+                return evaluate((modules or family.modules)[micro.module])
+
+        v_reference = None if self.reference is None else other(self.reference)
+        v_old = v_reference if self.objective.against == "reference" else None
+        if self.objective.against == "old" and not fresh and self.old is not None:
+            v_old = other(self.old)
+        v = evaluate(family.modules[micro.module])
+        sums = matching_sums(
+            v, v.detach() if v_old is None else v_old, x0, eps, column["target_noise"], column["target_x0"],
+            self.objective.branches,
+        )  # fmt: skip
+        rows = RowInputs(column["advantage"], column["t"], column["clean"])
+        found = self.objective.losses(sums, rows)
+        loss, apart = found.loss, sums.Q
+        if self.config.objective.old_weight:
+            loss = loss + self.config.objective.old_weight * sums.Q
+        if kl_weight and v_reference is not None:
+            _, apart = shift_moments(v, v_reference, 1.0, 1.0, eps)
+            loss = loss + kl_weight * apart
+        weight = column["weight"]
+        ratio, none = found.ratio.detach(), torch.zeros_like(weight)
+        clipped = none if found.clipped is None else found.clipped
+        each = torch.stack([ratio, clipped, apart.detach(), none, loss.detach(), torch.ones_like(weight)])
+        deviation = torch.where(weight > 0, (ratio - 1).abs(), 0.0).amax()
+        return (weight * loss).sum(), torch.cat([(weight * each).sum(1), deviation[None]])
+
+
+@dataclass(frozen=True)
+class _RowTable:
+    """The rows of a rank in an optimizer step, and one of padding; host arrays.
+
+    Attributes:
+        sample: Global sample.
+        key: That of the unit.
+        draw: Which of the unit's levels.
+    """
+
+    sample: np.ndarray
+    key: np.ndarray
+    draw: np.ndarray
+
+    @staticmethod
+    def of(units: Units, draws: int, padding: int) -> _RowTable:
+        """padding: the global sample of the last row, one that this rank has."""
+        count, width = units.samples.shape
+        sample = np.repeat(units.samples[:, None, :], draws, axis=1).reshape(-1)
+        key, draw = units.key.repeat(draws * width), np.tile(np.arange(draws).repeat(width), count)
+        return _RowTable(np.append(sample, padding), np.append(key, padding), np.append(draw, 0))
+
+
+def cut(rows: np.ndarray, size: int, count: int, padding: int, module: str, others: int) -> list[MicroBatch]:
+    """`count` micro-batches of `size` rows; what is left over is the row `padding`, of weight 0."""
+    chosen = []
+    for start in range(0, count * size, size):
+        real = rows[start : start + size]
+        weight = (np.arange(size) < len(real)).astype(np.float32)[:, None]
+        padded = np.pad(real, (0, size - len(real)), constant_values=padding)
+        last = start + size == count * size
+        chosen.append(MicroBatch(padded, padded[:, None], weight, module, last, others))
+    return chosen
+
+
+@dataclass(frozen=True)
+class _RowInputs:
+    """What the micro-batches of an optimizer step need beside latents, one after the other.
+
+    Attributes:
+        places: Where the rows of each micro-batch are, by `id` of the micro-batch.
+        local: Local sample of each row, on the host; on_device: the same on the device.
+        key: The noise key of each row.
+        table: COLUMNS of each row, float32, on the device.
+    """
+
+    places: dict[int, slice]
+    local: np.ndarray
+    on_device: Tensor
+    key: noise.NoiseKey
+    table: Tensor
+
+    @staticmethod
+    def of(
+        chosen: Sequence[MicroBatch], rows: _RowTable, batch: Batch, advantages: Advantages, levels: ForwardLevels,
+        config: Config, epoch: int, device: torch.device,
+    ) -> _RowInputs:  # fmt: skip
+        ends = np.cumsum([0, *(micro.rows.size for micro in chosen)]).tolist()
+        places = {id(micro): slice(*ends[i : i + 2]) for i, micro in enumerate(chosen)}
+        none = np.zeros(0, dtype=np.int64)
+        index = np.concatenate([none, *(micro.rows for micro in chosen)])
+        weight = np.concatenate([none, *(micro.weight[:, 0] for micro in chosen)])
+        sample, key, draw = rows.sample[index], rows.key[index], rows.draw[index]
+        named = {
+            "time": levels.times, "signal": levels.signal, "noise": levels.noise, "target_noise": levels.target_noise,
+            "target_x0": levels.target_x0, "clean": levels.clean, "t": levels.t,
+        }  # fmt: skip
+        columns = [*(named[name][key, draw] for name in COLUMNS[:-2]), advantages.values[sample], weight]
+        step = draw + epoch * config.objective.times.count
+        drawn = noise.noise_key(
+            config.run.seed, to_device(key, device), to_device(step, device), batch.iteration, noise.STREAM_FORWARD,
+            device,
+        )  # fmt: skip
+        local = np.searchsorted(batch.trajectory.layout.samples, sample)
+        table = to_device(np.stack(columns, axis=1).astype(np.float32), device)
+        return _RowInputs(places, local, to_device(local, device), drawn, table)
+
+
+def matching_sums(
+    v: Tensor, v_old: Tensor, x0: Tensor, eps: noise.NoiseKey | Tensor, target_noise: Tensor, target_x0: Tensor,
+    branches: float | None,
+) -> RowSums:  # fmt: skip
+    """Returns the sums of rows v and v_old [B, …], whose targets are target_noise·ε + target_x0·x̂0.
+
+    eps: ε, or its key. branches: as the objective has it.
+    """
+    target = MatchingTarget(x0, eps, target_noise, target_x0)
+    if branches is None:
+        return RowSums(*shift_moments(v, v_old, 1.0, 1.0, target))
+    return RowSums(*shift_moments(v, v_old, 1.0, 1.0, target, residuals=branches))
+
+
+def planned_rows(config: Config, objective: ForwardObjective) -> int:
+    """How many rows an epoch of an iteration trains, where every group has a spread."""
+    roll, draws = config.rollout, config.objective.times.count
+    if objective.paired:
+        return roll.prompts_per_iteration * config.objective.pairs * 2 * draws
+    return roll.prompts_per_iteration * min(config.advantage.keep or roll.group_size, roll.group_size) * draws
+
+
+def epoch_shares(config: Config, world: int, rank: int, iteration: int, epoch: int) -> np.ndarray:
+    """`epoch_samples` of a run, [optimizer_steps, n]."""
+    roll = config.rollout
+    samples = roll.prompts_per_iteration * roll.candidates
+    draw = epoch_draw(config, iteration, epoch)
+    return epoch_samples(samples, config.update.optimizer_steps, world, rank, roll.candidates, draw)
+
+
+def _acting(family: ModelFamily, prediction: Any, names: Sequence[str], times: np.ndarray) -> np.ndarray:
+    """Which of the trained components acts at each of some times, as indices of `names`."""
+    told = tuple(times.reshape(-1).tolist())
+    acting = family.acting_modules(NoiseLevels(told, told, told, (names[0],) * len(told), prediction))
+    return np.array([names.index(name) for name in acting], dtype=np.int64).reshape(times.shape)
