@@ -31,7 +31,9 @@ LANGUAGES = {"bash", "python"}
 # Fenced text that nobody is meant to run.
 SHOWN = {"", "text", "yaml", "json"}
 # Why a block may be skipped. What installs packages is tested in test_packaging; the suite itself is running now.
-SKIPS = {"needs a GPU", "needs the hub", "installs packages", "runs this suite"}
+SKIPS = {
+    "needs a GPU", "needs the hub", "needs an account", "installs packages", "runs this suite", "serves until Ctrl-C",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

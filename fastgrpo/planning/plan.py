@@ -248,7 +248,7 @@ def _phase(phase: Phase, found: Plan) -> dict[str, Any]:
         "at_peak": {name: size for name, size in phase.at_peak.items() if size},
         "flops": phase.cost.flops,
         "collectives": [
-            {"kind": key.kind, "group": key.group, "count": count, "bytes": phase.cost.bytes[key]}
+            {"kind": key.kind, "group": key.group, "apart": key.apart, "count": count, "bytes": phase.cost.bytes[key]}
             for key, count in phase.cost.count.items()
         ],
         "seconds": {"compute": compute, "communication": communication},
@@ -281,7 +281,8 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
         lines.append(f"  {'rewards':<13} {size / gib:8.2f} GiB")
     for key, size in sum((phase.cost.bytes for phase in run.phases[1:]), run.phases[0].cost.bytes.copy()).items():
         count = sum(phase.cost.count[key] for phase in run.phases)
-        lines.append(f"{key.kind} over {key.group} ranks: {count:,} of {size / 1e9:,.1f} GB in all")
+        apart = f", {key.apart} apart" if key.apart > 1 else ""
+        lines.append(f"{key.kind} over {key.group} ranks{apart}: {count:,} of {size / 1e9:,.1f} GB in all")
     lines.append(
         f"forward-equivalents: {forward_equivalents(found):,.0f} ({run.forwards:,} rows rolled out, {run.trained:,} "
         f"rows trained{f', {run.compared:,} evaluated by other policies' * bool(run.compared)})"
