@@ -54,15 +54,9 @@ COSTS = {
     **dict.fromkeys(("videoalign_vq", "videoalign_mq", "videoalign_ta"), Cost(2.2e9, 9e12)),
 }
 # Rewards that compute nothing worth counting on this GPU, or compute elsewhere.
-FREE = {
-    "binary",
-    "composite",
-    "remote",
-    "vlm_judge",
-    "ocr",
-    "shapes",
-    *(n for n in REGISTERED if n.startswith("moving")),
-}
+SERVED = {"remote", "vlm_judge", "unified_reward", "edit_reward", "edit_judge"}
+_MOVING = {name for name in REGISTERED if name.startswith("moving")}
+FREE = {*SERVED, *_MOVING, "binary", "composite", "ocr", "shapes", "editing", "preserve"}
 
 
 def inner(spec: RewardSpec) -> list[RewardSpec]:
