@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The documents in the order in which they are read; what is in none of these lists comes last.
 ORDER = {
-    "Train": ["training.md", "config.md", "rewards.md", "video.md", "switching.md", "adding-a-model.md"],
+    "Train": ["training.md", "config.md", "rewards.md", "video.md", "editing.md", "switching.md"],
+    "Add": ["adding-a-model.md", "adding-an-objective.md"],
     "Run by the book": ["run-24gb.md", "run-flux-8.md", "run-hunyuan-video-32.md", "first-real-run.md"],
     "Run at scale": ["scale.md", "staying-up.md", "watching.md", "troubleshooting.md"],
     "How it works": ["design.md", "kernels.md", "drop-in.md"],
