@@ -111,9 +111,18 @@ def evaluate(
     world: World,
     failures: FailureLog,
 ) -> Evaluation:
-    """Draws and scores `prompts`; every rank gets the whole result, the images of its own share only.
+    """Draws and scores one sample of each prompt.
 
-    A reward that fails leaves NaN.
+    Args:
+        family: The model; its weights are used as they are.
+        rewards: The rewards by their names.
+        prompts: The prompts, the same on every rank.
+        config: The run's config, whose `eval` section has steps, seed, size and guidance.
+        world: The ranks that share the work.
+        failures: Where a reward that fails is reported; its scores are NaN.
+
+    Returns:
+        The scores of all prompts on every rank, and the images of the rank's own share.
     """
     images = draw(family, prompts, config, world)
     share, last = len(images), len(prompts) - 1
