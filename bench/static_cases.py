@@ -29,6 +29,9 @@ class Inputs:
         self.a, self.b, self.s, self.advantage, self.weight = torch.empty(5, shape[0], device="meta").unbind(0)
         self.v_reference = torch.empty_like(self.v_old)
         self.v_uncond = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        self.advantages = torch.empty(shape[0], 3, device="meta")
+        # A value a token of packed latents, a frame's pixel of others.
+        self.mask = torch.empty(shape[:2], dtype=torch.bool, device="meta")
         self.p, self.q = torch.empty(2, shape[0], device="meta").unbind(0)
         ids = torch.arange(shape[0])
         self.key = fk.noise_key(2**40 + 1, ids, 0, 0, fk.STREAM_SDE, "meta")
@@ -36,6 +39,8 @@ class Inputs:
             "key": self.key,
             "stored": self.eps,
             "step": fk.StoredStep(self.x, self.y, self.a),
+            "target": fk.MatchingTarget(self.x, self.key),
+            "target stored": fk.MatchingTarget(self.x, self.eps),
         }
 
     def bytes_of(self, names: str) -> int:
@@ -90,6 +95,34 @@ def _grpo_all(noise: str) -> Callable[[Inputs], Tensor]:
     return call
 
 
+def _grpo_as_trainers_lack(i: Inputs) -> Tensor:
+    """Masked latents, several advantages a sample, a loss of each."""
+    more = {"clip_low": 1e-4, "clip_high": 1e-4, "mask": i.mask, "per_sample": True}
+    return fk.grpo_loss(i.v, i.v_old, i.b, i.s, i.key, i.advantages, i.weight, **more)[0].sum()
+
+
+def _clipped_as_trainers_lack(i: Inputs) -> Tensor:
+    more = {"clip_low": 1e-4, "clip_high": 1e-4, "per_sample": True}
+    return fk.clipped_loss(i.p, i.q, i.s, i.advantages, i.weight, **more)[0]
+
+
+def _matching(ratio: Any) -> Callable[[Inputs], Tensor]:
+    def call(i: Inputs) -> Tensor:
+        rows = i.noise["target"], i.advantage, i.weight
+        return fk.grpo_loss(i.v, i.v_old, i.s, i.s, *rows, clip_low=1e-4, clip_high=1e-4, ratio=ratio)[0]
+
+    return call
+
+
+def _nft(noise: str, *, reference: bool = False) -> Callable[[Inputs], Tensor]:
+    def call(i: Inputs) -> Tensor:
+        more = {"v_reference": i.v_reference, "kl_weight": 0.1} if reference else {}
+        rows = i.s, i.noise[noise], i.advantage, i.weight
+        return fk.nft_loss(i.v, i.v_old, *rows, beta=1.0, advantage_clip=5.0, **more)[0]
+
+    return call
+
+
 def _on_policy(noise: str) -> Callable[[Inputs], Tensor]:
     return lambda i: fk.on_policy_gradient(i.weight, i.b, i.s, i.noise[noise], i.shape, i.v.dtype)
 
@@ -115,8 +148,17 @@ CASES = {
     "grpo_loss/all": Case(_grpo_all("key"), _ALL, f"{_ALL} grad grad", makes_noise=True),
     "grpo_loss/all stored": Case(_grpo_all("stored"), f"{_ALL} eps", f"{_ALL} eps grad grad"),
     "grpo_loss/all step": Case(_grpo_all("step"), f"{_ALL} x y", f"{_ALL} x y grad grad"),
+    "grpo_loss/masked": Case(_grpo_as_trainers_lack, "v v_old", "v v_old grad", makes_noise=True),
+    "grpo_loss/matching": Case(_matching("matching"), "v v_old x", "v v_old x grad", makes_noise=True),
+    "grpo_loss/huber": Case(_matching("huber"), "v v_old x", "v v_old x grad", makes_noise=True),
+    "nft_loss/key": Case(_nft("target"), "v v_old x", "v v_old x grad", makes_noise=True),
+    "nft_loss/all": Case(
+        _nft("target", reference=True), "v v_old v_reference x", "v v_old v_reference x grad", makes_noise=True
+    ),
+    "nft_loss/stored": Case(_nft("target stored"), "v v_old x eps", "v v_old x eps grad"),
     "log_prob": Case(lambda i: fk.log_prob(i.x, i.v, i.y, i.a, i.b, i.s), "x v y", "x v y grad"),
     "on_policy_gradient/key": Case(_on_policy("key"), "grad", makes_noise=True),
     "on_policy_gradient/stored": Case(_on_policy("stored"), "eps grad"),
     "clipped_loss": Case(_clipped, "", by_dtype=False),
+    "clipped_loss/several": Case(_clipped_as_trainers_lack, "", by_dtype=False),
 }

@@ -140,6 +140,24 @@ def curves(iterations: Annotated[int, typer.Option(min=1, help="Timed iterations
 
 
 @app.command()
+def objectives(
+    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The recipe that every setting starts from.")] = (
+        FOLDER.parent / "configs" / "shapes-flux.yaml"
+    ),
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE…")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="Of bench/objectives.py, such as grpo or nft.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Each runs every setting in turn; else 0.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Processor seconds of training that each setting gets.")] = 180,
+    every: Annotated[float, typer.Option(min=0.001, help="Processor seconds between evaluations.")] = 30,
+    images: Annotated[int, typer.Option(min=1, help="Of an evaluation.")] = 240,
+    label: Annotated[str | None, typer.Option(help="What the rows call it, where a setting has other numbers.")] = None,
+    write: Annotated[bool, typer.Option(help="Put rows into bench/data, picture and table into docs.")] = True,
+) -> None:
+    """Held-out score of each objective, and of reusing samples, against processor seconds, samples and forwards."""
+    load("objectives").run(config, setting, seed or [0], seconds, every, images, overrides or [], label, write)
+
+
+@app.command()
 def stay(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="kills, signals, pairs, inputs, ranks, corruptions …")],
     count: Annotated[int | None, typer.Option(min=1, help="Trials; for ranks, iterations; for soak, seconds.")] = None,

@@ -15,7 +15,8 @@ from fastgrpo.training.preflight import preflight
 
 
 def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> bool:
-    """Prints every problem and remark on stderr and, where there is no problem, the run's arithmetic.
+    """Prints every problem, what is missing and every remark on stderr and, where there is no problem, the run's
+    arithmetic. What the run itself would download is missing, and no problem.
 
     Args:
         path: The config.
@@ -34,6 +35,8 @@ def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -
     found = preflight(config, count)
     for remark in found.remarks:
         print(f"warning: {_line(remark)}", file=sys.stderr)
+    for line in found.missing:
+        print(f"missing: {_line(line).replace('assets CONFIG', f'assets {path}')}", file=sys.stderr)
     if found.problems:
         return _refused(found.problems)
     for source, prompts in found.prompts.items():

@@ -224,6 +224,47 @@ def plan_table(
         sys.stdout.flush()
 
 
+@app.command()
+def assets(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    get: Annotated[bool, typer.Option("--download", help="Get what is missing and on the hub.")] = False,
+) -> None:
+    """List what a config needs: model, rewards and prompts, where they are, their sizes, and what is missing.
+
+    Exit code 2 where something is.
+    """
+    require_extra("train", "fastgrpo assets")
+    from fastgrpo.commands.assets import assets as listed
+    from fastgrpo.config import load_config
+
+    lines, missing = listed(load_config(config, overrides or ()), get, _note)
+    typer.echo("\n".join(lines))
+    for line in missing:
+        print(f"missing: {line.replace('assets CONFIG', f'assets {config}')}", file=sys.stderr)
+    if missing:
+        raise typer.Exit(2)
+
+
+@app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    recipe: Annotated[
+        Path | None, typer.Option("--from", help="A config to take model and sizes from; else the embedded FLUX.")
+    ] = None,
+) -> None:
+    """Write a config, a reward of your own and prompts to begin from, and a script that loads the result."""
+    require_extra("train", "fastgrpo new")
+    from fastgrpo.commands.new import new as written
+
+    for path in written(folder, recipe):
+        typer.echo(path)
+    typer.echo(
+        f"\nNext: fastgrpo reward-test {folder}/reward.py:warmth\n      fastgrpo train {folder}/config.yaml --check\n"
+        f"      fastgrpo train {folder}/config.yaml\n      python {folder}/draw.py"
+    )
+
+
 @app.command("config")
 def show_config(
     key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A section or setting; else all of them.")] = None,

@@ -130,7 +130,8 @@ class Prompts(Section):
     """What is drawn: in training, and in evaluation."""
 
     train: PathText = Field(
-        description="A .txt, .jsonl or .csv file, shapes:train, moving:train, editing:train, words:train, "
+        description="A .txt, .jsonl or .csv file; set:images or set:videos (shipped), shapes:train, moving:train, "
+        "editing:train, words:train; "
         "hf:<dataset>[:split[:column]] on the hub, or a source of an installed package."
     )
     select: Literal["epochs", "spread"] = Field(

@@ -72,8 +72,9 @@ def load_prompts(source: str) -> list[Prompt]:
             `editing:train`, `editing:heldout`: edits of its images, each with a source image of its own.
             `words:train`, `words:heldout`: signs with short words and numbers.
             `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
-            `set:geneval`, `set:hps`, `set:videoalign`: those of fastgrpo/data/sets.py. `<name>:…`: a source that a
-            package offers by the entry point group `fastgrpo.prompts`.
+            `set:images`, `set:videos`, and either with `-heldout`: ours, to train on (fastgrpo/data/grammar.py);
+            `set:geneval`, `set:hps`, `set:videoalign`: to evaluate on (fastgrpo/data/sets.py). `<name>:…`: a source
+            that a package offers by the entry point group `fastgrpo.prompts`.
 
     Raises:
         ConfigError: Naming file and line where there is one.
@@ -88,7 +89,7 @@ def load_prompts(source: str) -> list[Prompt]:
         hint = nearest(f"{source.partition(':')[0]}:", begins) if colon else ""
         raise ConfigError(
             f"{source}: unknown prompt source; {hint}it should be a file ({', '.join(files)}), or begin with "
-            f"{', '.join(begins)}; such as shapes:train, set:geneval, hf:<dataset>[:split[:column]]"
+            f"{', '.join(begins)}; such as shapes:train, set:images, hf:<dataset>[:split[:column]]"
         )
     prompts = list(SOURCES.load(kind, source)(rest))
     if not prompts:

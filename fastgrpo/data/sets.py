@@ -1,5 +1,7 @@
 """Ready-made prompt sets for evaluation: `set:geneval`, `set:hps`, `set:videoalign`.
 
+Those to train on are in grammar.py.
+
 The prompts are drawn by us, seeded, from the public structure of the benchmarks' prompts: they are not the benchmarks'
 own files, and scores on them compare runs with each other, not with published tables.
 """
@@ -10,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from fastgrpo.data import grammar
 
 # The eighty classes of COCO, which GenEval's detector knows, with their plurals where an s is not enough.
 OBJECTS = tuple(
@@ -243,4 +247,6 @@ def videoalign(per_category: int = 50) -> list[Entry]:
     return entries
 
 
-SETS: dict[str, Callable[[], list[Entry]]] = {"geneval": geneval, "hps": hps, "videoalign": videoalign}
+SETS: dict[str, Callable[[], list[Entry]]] = {
+    "geneval": geneval, "hps": hps, "videoalign": videoalign, **grammar.SETS
+}  # fmt: skip

@@ -6,6 +6,7 @@ Evaluations of the model that cost the same are run once and multiplied, and so 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -62,18 +63,23 @@ class Phase:
 
 @dataclass(frozen=True)
 class DryRun:
-    """phases: of one iteration of rank 0. forwards, trained: rows that it evaluates without and with gradients.
-    parameters, trainable: of the whole model. state: bytes that a checkpoint copies to the host, of this
-    rank; host: the most that it holds there besides."""
+    """phases: of one iteration of rank 0. forwards, trained: rows that it rolls out, and that it evaluates with
+    gradients; compared: those that other policies evaluate in its update. parameters, trainable: of the whole model.
+    state: bytes that a checkpoint copies to the host, of this rank; host: the most that it holds there besides.
+    loading: bytes of what it loads into host memory before it is sharded or on the device. encoders: parameters of the
+    text encoders."""
 
     phases: list[Phase]
     forwards: int
     trained: int
+    compared: int
     parameters: int
     trainable: int
     state: int
     host: int
     residency: Residency
+    loading: int = 0
+    encoders: int = 0
 
 
 def dry_run(config: Config, ranks: int = 1, local: int | None = None, memory: int = 0, whole: bool = False) -> DryRun:
@@ -87,7 +93,9 @@ def dry_run(config: Config, ranks: int = 1, local: int | None = None, memory: in
     # Planned as PyTorch's own attention, whose cost other backends share, and as blocks that are not compiled.
     plain = {"attention_backend": None, "compile": "none"}
     config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
-    with _process_group(config, ranks):
+    with _process_group(config, ranks), warnings.catch_warnings():
+        # FSDP2's, of views that blocks return: nothing is changed in place here.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         world = replace(make_world(config, ranks, 0, CPU), memory=memory)
         family = build_family(config.model)
         stacks = [] if whole else stacks_of(family, config)
@@ -110,7 +118,8 @@ def _deep(runs: list[DryRun], more: list[int]) -> DryRun:
         live = deep_peaks([phase.peaks for phase in same], more)
         phases.append(Phase(same[0].name, deep_cost([phase.cost for phase in same], more), live))
     numbers = {
-        name: deep_number([getattr(run, name) for run in runs], more) for name in ("parameters", "trainable", "state")
+        name: deep_number([getattr(run, name) for run in runs], more)
+        for name in ("parameters", "trainable", "state", "loading")
     }
     return replace(runs[0], phases=phases, **numbers)
 
@@ -146,6 +155,12 @@ class _Iteration:
         whole_weights = (*policy.parameters(), *policy.buffers()) if config.parallel.load == "whole" else ()
         # Bytes of the trained components as they are loaded.
         self.loaded = sum(t.numel() * t.element_size() for t in whole_weights)
+        others = {n: m for n, m in family.pipeline.components.items() if isinstance(m, nn.Module)}
+        others = {name: module for name, module in others.items() if name not in family.modules}
+        # NF4 is made of weights that were loaded in the compute dtype.
+        whole = parameter_count(policy) * family.dtype.itemsize if quantized_layers(policy) else self.loaded
+        self.loading = whole + sum(p.numel() * p.element_size() for m in others.values() for p in m.parameters())
+        self.encoders = sum(p.numel() for n, m in others.items() if n in family.encoders for p in m.parameters())
 
         def fill(module: nn.Module) -> None:
             with self.mode:
@@ -223,6 +238,7 @@ class _Iteration:
             self.phases,
             predict.rows,
             walk.rows,
+            walk.compared,
             parameter_count(family.policy),
             sum(p.numel() for p in trainable),
             meter.live["optimizer"]
@@ -230,6 +246,8 @@ class _Iteration:
             + sum(local_bytes(p) for p in (*trainable, *(copies.old.parameters if copies.old else ()))),
             meter.host,
             kept,
+            self.loading,
+            self.encoders,
         )
 
     def _forward(self, reference: Reference | None) -> ForwardTraining | None:

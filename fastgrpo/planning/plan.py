@@ -14,6 +14,7 @@ from typing import Any
 
 from fastgrpo.config import Config, load_config, validate
 from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.planning.bill import Bill, as_lines, bill, reward_bill
 from fastgrpo.planning.dry_run import DryRun, Phase, dry_run
 from fastgrpo.planning.gpus import COMPUTE_EFFICIENCY, GPUS, LINK_EFFICIENCY, RESERVED, SPARE, Gpu, gpu_named
 from fastgrpo.planning.links import seconds
@@ -29,8 +30,19 @@ class Plan:
 
     @property
     def need(self) -> int:
-        """Bytes of a device at most, reserved ones included."""
-        return max(phase.peak for phase in self.run.phases) + RESERVED
+        """Bytes of a device at most, rewards and reserved ones included."""
+        return max(self.peak(phase) for phase in self.run.phases) + RESERVED
+
+    def peak(self, phase: Phase) -> int:
+        """Bytes at most in a phase, with the rewards that are there then; those with `offload` come after decoding."""
+        rewards = reward_bill(self.config.scored)
+        # Rewards load when they first score, after the prompts are encoded.
+        kept = 0 if phase.name == "encode" else rewards.kept
+        return phase.peak + kept + (rewards.visiting if phase.name == "decode" else 0)
+
+    @property
+    def bill(self) -> Bill:
+        return bill(self.config, self.run, self.gpu, self.world, total_seconds(self, self.gpu))
 
     @property
     def fits(self) -> bool:
@@ -38,7 +50,7 @@ class Plan:
 
     @property
     def worst(self) -> Phase:
-        return max(self.run.phases, key=lambda phase: phase.peak)
+        return max(self.run.phases, key=self.peak)
 
     @property
     def collective_bytes(self) -> int:
@@ -164,6 +176,7 @@ def as_json(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> dict
         "residency": vars(found.run.residency),
         "phases": [_phase(phase, found) for phase in found.run.phases],
         "seconds": {name: total_seconds(found, gpu) for name, gpu in GPUS.items()},
+        "bill": vars(found.bill),
         "efficiency": {"compute": COMPUTE_EFFICIENCY, "link": LINK_EFFICIENCY},
     }
     if fit is not None:
@@ -183,7 +196,7 @@ def forward_equivalents(found: Plan) -> float:
     recomputed = {"none": 0.0, "selective": 0.0, "all": 1.0}.get(
         str(setting), 1 / int(setting) if isinstance(setting, int) else 0.0
     )
-    return found.run.forwards + found.run.trained * (3 + recomputed)
+    return found.run.forwards + found.run.compared + found.run.trained * (3 + recomputed)
 
 
 def total_seconds(found: Plan, gpu: Gpu) -> float:
@@ -192,8 +205,8 @@ def total_seconds(found: Plan, gpu: Gpu) -> float:
 
 
 TABLE_HEAD = (
-    "| recipe | fits | GiB a GPU | peak in | forward-equivalents | PFLOP | TB of collectives | seconds |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| recipe | fits | GiB a GPU | peak in | forward-equivalents | PFLOP | links, TB | seconds | hours | disk, GB |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 
 # <model>-<recipe>-<n>x<gpu>
@@ -221,7 +234,7 @@ def table_row(path: Path) -> str:
     cells = (
         path.stem, "yes" if found.fits else "no", f"{found.need / 2**30:.1f}", found.worst.name,
         f"{forward_equivalents(found):,.0f}", f"{flops / 1e15:,.1f}", f"{found.collective_bytes / 1e12:.2f}",
-        f"{total_seconds(found, gpu):,.0f}",
+        f"{total_seconds(found, gpu):,.0f}", f"{found.bill.hours:,.1f}", f"{found.bill.checkpoint / 1e9:,.1f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -230,7 +243,7 @@ def _phase(phase: Phase, found: Plan) -> dict[str, Any]:
     compute, communication = seconds(phase, found.config, found.gpu, found.local)
     return {
         "name": phase.name,
-        "peak_bytes": phase.peak,
+        "peak_bytes": found.peak(phase),
         "at_peak": {name: size for name, size in phase.at_peak.items() if size},
         "flops": phase.cost.flops,
         "collectives": [
@@ -256,19 +269,21 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
         compute, links = seconds(phase, found.config, found.gpu, found.local)
         count, size = sum(phase.cost.count.values()), sum(phase.cost.bytes.values())
         lines.append(
-            f"{phase.name:<10} {phase.peak / gib:9.2f} {phase.cost.flops / 1e12:10,.1f} {count:12,} {size / 1e9:9,.1f} "
-            f"{compute:10.1f} {links:8.1f}"
+            f"{phase.name:<10} {found.peak(phase) / gib:9.2f} {phase.cost.flops / 1e12:10,.1f} {count:12,} "
+            f"{size / 1e9:9,.1f} {compute:10.1f} {links:8.1f}"
         )
     lines += ["", f"at the peak, in {found.worst.name}:"]
     for name, size in sorted(found.worst.at_peak.items(), key=lambda item: -item[1]):
         if size >= 0.005 * gib or found.need < gib:
             lines.append(f"  {name:<13} {size / gib:8.2f} GiB")
+    if (size := found.peak(found.worst) - found.worst.peak) > 0:
+        lines.append(f"  {'rewards':<13} {size / gib:8.2f} GiB")
     for key, size in sum((phase.cost.bytes for phase in run.phases[1:]), run.phases[0].cost.bytes.copy()).items():
         count = sum(phase.cost.count[key] for phase in run.phases)
         lines.append(f"{key.kind} over {key.group} ranks: {count:,} of {size / 1e9:,.1f} GB in all")
     lines.append(
         f"forward-equivalents: {forward_equivalents(found):,.0f} ({run.forwards:,} rows rolled out, {run.trained:,} "
-        "rows trained)"
+        f"rows trained{f', {run.compared:,} evaluated by other policies' * bool(run.compared)})"
     )
     lines.append(
         f"host memory: {run.host / gib * found.local:.1f} GiB a node, and "
@@ -278,6 +293,7 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
     lines.append(
         f"seconds without rewards, at {COMPUTE_EFFICIENCY:.0%} of peak and {LINK_EFFICIENCY:.0%} of links: {times}"
     )
+    lines += as_lines(found.bill, found.config, found.local, total_seconds(found, found.gpu))
     room = found.gpu.memory
     verdict = "fits" if found.fits else "does not fit"
     lines.append(

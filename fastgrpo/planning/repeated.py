@@ -66,13 +66,15 @@ class CountedWalk:
         self.meter, self.stretches, self.whole, self.policy = meter, stretches, whole, policy
         # Micro-batches of one kind cost the same, but for a step's first.
         self.syncs_matter = kept.sync_once or kept.update_unsharded
-        self.rows = 0
+        # Rows with gradients, and those that other policies evaluate.
+        self.rows = self.compared = 0
         # What the last step that was run is made of, and its cost, its optimizer included, once it has ended.
         self._made_of: list[Any] | None = None
         self._begin, self._cost = Cost(), None
 
     def __call__(self, chosen: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
         self.rows += sum(len(micro.rows) for micro in chosen)
+        self.compared += sum(len(micro.rows) * micro.others for micro in chosen)
         if not self.whole:
             if self._made_of is not None and self._cost is None:
                 self._cost = self.meter.cost - self._begin
@@ -99,8 +101,8 @@ class CountedWalk:
             begun.add(micro.module)
         self.stretches.enter("optimizer")
 
-    def _kind(self, micro: MicroBatch) -> tuple[str, int, bool, bool]:
-        return micro.module, micro.pairs.shape[1], micro.syncs and self.syncs_matter, micro.old
+    def _kind(self, micro: MicroBatch) -> tuple[str, int, bool, int]:
+        return micro.module, micro.pairs.shape[1], micro.syncs and self.syncs_matter, micro.others
 
 
 def _gradients(policy: nn.Module) -> Iterator[Tensor]:

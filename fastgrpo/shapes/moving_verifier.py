@@ -12,7 +12,7 @@ import torch
 
 from fastgrpo.shapes.moving_world import MAX_MOVERS, SPEEDS, MovingPrompt, MovingSlots, slots
 from fastgrpo.shapes.verifier import Components, Matches, Reading, match_objects, read, segment
-from fastgrpo.shapes.world import MAX_OBJECTS, Slots
+from fastgrpo.shapes.world import MAX_OBJECTS, SHAPES, Slots
 
 # Lengths are in pixels of a 32-pixel frame, ways from the first frame to the last.
 # An object of this credit is there, and its centre counts for its motion.
@@ -23,6 +23,12 @@ _FRAMES = 0.85
 _MOVES, _STANDS, _PACE = 3.5, 1.8, 9.0
 # Root mean square distance of the centres from uniform motion, and the way across, that the strict test forgives.
 _ROUGHNESS, _ACROSS = 0.9, 2.0
+# An outline holds in every frame by the overlap with its own shape, of each of SHAPES, the coverage of its interior and
+# the largest area over the smallest. Rendered and decoded ground truth stays within.
+_OUTLINE = np.array([{"circle": 0.9, "square": 0.86, "triangle": 0.87, "cross": 0.81}[name] for name in SHAPES])
+_FILL, _GROWTH = 0.75, 1.15
+# Below these, and above this growth, an outline earns nothing.
+_NO_OUTLINE, _NO_FILL, _MOST_GROWTH = 0.6, 0.4, 1.6
 _CHUNK = 64
 
 
@@ -35,12 +41,15 @@ class VideoResult:
     objects: np.ndarray  # [B]: shape, colour and number of objects, over the frames
     motion: np.ndarray  # [B]: direction, speed and smoothness of every object asked for, where it is there
     aesthetics: np.ndarray  # [B]: clean shapes of pure colours in stable frames, whatever the prompt
+    shape: np.ndarray  # [B]: corners and fill of every object asked for, frame by frame, and a constant size
+    firm: np.ndarray  # [B] bool: in no frame does the outline of an object asked for lose its shape, fill or size
     way: np.ndarray  # [B, MAX_MOVERS, 2]: (x, y) from the first frame to the last; 0 where no motion could be read
 
 
-def verify(videos: np.ndarray | torch.Tensor, prompts: Sequence[MovingPrompt]) -> VideoResult:
+def verify(videos: np.ndarray | torch.Tensor, prompts: Sequence[MovingPrompt], outlines: bool = False) -> VideoResult:
     """Grades `videos` [B, 3, F, S, S], F > 2, values in [0, 1] (others are clipped), against one prompt each.
 
+    outlines: `strict` asks for `firm` too, and in `score` the credit of objects is multiplied by `shape`.
     Raises ValueError on another layout or number.
     """
     if isinstance(videos, torch.Tensor):
@@ -50,11 +59,11 @@ def verify(videos: np.ndarray | torch.Tensor, prompts: Sequence[MovingPrompt]) -
     if len(videos) != len(prompts) or not len(videos):
         raise ValueError(f"prompts: expected one a video ({len(videos)}), got {len(prompts)}")
     chunks = [slice(i, i + _CHUNK) for i in range(0, len(videos), _CHUNK)]
-    parts = [_verify_chunk(videos[c].astype(np.float32), slots(prompts[c])) for c in chunks]
+    parts = [_verify_chunk(videos[c].astype(np.float32), slots(prompts[c]), outlines) for c in chunks]
     return VideoResult(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _verify_chunk(videos: np.ndarray, wanted: MovingSlots) -> tuple[np.ndarray, ...]:
+def _verify_chunk(videos: np.ndarray, wanted: MovingSlots, outlines: bool) -> tuple[np.ndarray, ...]:
     count, _, frames, size, _ = videos.shape
     unit = size / 32
     finite = ~np.isnan(videos.sum((1, 2, 3, 4)))
@@ -77,10 +86,12 @@ def _verify_chunk(videos: np.ndarray, wanted: MovingSlots) -> tuple[np.ndarray, 
     quality, right = _grade_motion(way, roughness, wanted)
     motion = (quality * there * used).sum(1) / expected
     strict = (exact.mean(1) >= _FRAMES) & (right | ~used).all(1) & finite
+    shape, firm = _outlines(seen, matches, wanted, credit)
     aesthetics = _aesthetics(seen, components, number, clutter)
-    score = 0.25 * objects + 0.25 * motion + 0.5 * strict
-    known = [np.where(finite, a, np.nan) for a in (score, objects, motion, aesthetics)]
-    return known[0], strict, *known[1:], way
+    strict = strict & firm if outlines else strict
+    score = 0.25 * (objects * shape if outlines else objects) + 0.25 * motion + 0.5 * strict
+    known = [np.where(finite, a, np.nan) for a in (score, objects, motion, aesthetics, shape)]
+    return known[0], strict, *known[1:], firm & finite, way
 
 
 def _still(wanted: MovingSlots, frames: int) -> Slots:
@@ -130,6 +141,30 @@ def _grade_motion(way: np.ndarray, roughness: np.ndarray, wanted: MovingSlots) -
     credit = np.where(moves, moving, 1) * (1 - (across - 0.5) / 4).clip(0, 1) * smooth
     right = np.where(moves, (along >= _MOVES) & (any_pace | (pace > 0)) & (across <= _ACROSS), across <= _STANDS)
     return credit, right & (roughness <= _ROUGHNESS)
+
+
+def _outlines(
+    seen: Reading, matches: Matches, wanted: MovingSlots, credit: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(credit in [0, 1], whether it holds in every frame), each [B], of the outlines of the objects asked for.
+
+    Corners: the overlap with the drawn shape. Fill: coverage in the interior. Constancy: the largest area over the
+    smallest. An object that is not there in a frame has no outline in it.
+    """
+    frames = credit.shape[1]
+    used, kind = wanted.shape >= 0, np.maximum(wanted.shape, 0)
+    row, chosen = np.arange(len(seen.area))[:, None], matches.chosen[:, :MAX_MOVERS]
+    there = credit >= _PRESENT
+    overlap = seen.overlap[row, chosen, np.repeat(kind, frames, axis=0)].reshape(there.shape) * there
+    level, area = (a[row, chosen].reshape(there.shape) * there for a in (seen.level, seen.area))
+    limit = _OUTLINE[kind][:, None]
+    corners = ((overlap - _NO_OUTLINE) / (limit - _NO_OUTLINE)).clip(0, 1)
+    fill = ((level - _NO_FILL) / (_FILL - _NO_FILL)).clip(0, 1)
+    growth = area.max(axis=1) / np.where(there, area, np.inf).min(axis=1).clip(1e-9, np.maximum(area.max(axis=1), 1e-9))
+    constant = ((_MOST_GROWTH - growth) / (_MOST_GROWTH - _GROWTH)).clip(0, 1)
+    quality = (corners * fill).mean(axis=1) * constant
+    firm = ((overlap >= limit) & (level >= _FILL)).all(axis=1) & (growth <= _GROWTH)
+    return (quality * used).sum(1) / used.sum(1), (firm | ~used).all(axis=1)
 
 
 def _aesthetics(seen: Reading, found: Components, number: np.ndarray, clutter: np.ndarray) -> np.ndarray:

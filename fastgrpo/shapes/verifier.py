@@ -63,11 +63,13 @@ class Components(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The largest components of each image; an unused entry has overlap, hue and centre 0."""
+    """The largest components of each image; an unused entry is 0 throughout."""
 
     overlap: np.ndarray  # [B, _READ, shapes]
     hue: np.ndarray  # [B, _READ, colours + 1]
     center: np.ndarray  # [B, _READ, 2]
+    area: np.ndarray  # [B, _READ], pixels
+    level: np.ndarray  # [B, _READ]: coverage in the interior
 
 
 def verify(images: np.ndarray | torch.Tensor, prompts: Sequence[ShapesPrompt]) -> VerifierResult:
@@ -200,7 +202,9 @@ def read(found: Components, unit: float) -> Reading:
     hue[at] = found.hue[kept]
     center = np.zeros((len(found.label), _READ, 2))
     center[at] = np.stack([center_x, center_y], 1)[kept]
-    return Reading(overlap, hue, center)
+    size, level = np.zeros((2, *overlap.shape[:2]))
+    size[at], level[at] = found.area[kept], found.level[kept]
+    return Reading(overlap, hue, center, size, level)
 
 
 def _credit(scores: np.ndarray, margin: float) -> np.ndarray:

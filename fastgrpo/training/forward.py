@@ -29,7 +29,7 @@ from fastgrpo.models.trainable import Reference
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.trajectory import take_rows
 from fastgrpo.training.micro_batches import MicroBatch, OptimizerStep, epoch_draw
-from fastgrpo_kernels import gaussian_step, noise, shift_moments
+from fastgrpo_kernels import MatchingTarget, gaussian_step, noise, shift_moments
 
 # Columns of a step's table.
 COLUMNS = ("time", "signal", "noise", "target_noise", "target_x0", "clean", "t", "advantage", "weight")
@@ -163,11 +163,12 @@ class ForwardTraining:
         size, width, draws = config.rollout.forward_batch, units.samples.shape[1], config.objective.times.count
         owner = owners[units.samples[:, 0]]
         rows, chosen = _RowTable.of(units.of(owner == rank), draws, int(batch.trajectory.layout.samples[0])), []
+        others = (self.objective.against == "old" and not fresh) + (self.reference is not None)
         for number, module in enumerate(self.modules):
             acts = levels.modules[units.key] == number
             needed = max(int(acts[owner == r].sum()) * width for r in range(self.world.size))
             mine = np.flatnonzero(levels.modules[rows.key[:-1], rows.draw[:-1]] == number)
-            chosen += cut(mine, size, -(-needed // size), len(rows.key) - 1, module, old=not fresh)
+            chosen += cut(mine, size, -(-needed // size), len(rows.key) - 1, module, others)
         inputs = _RowInputs.of(chosen, rows, batch, advantages, levels, config, epoch, self.family.device)
         return OptimizerStep(chosen, partial(self._loss, batch, inputs, kl_weight, fresh), scale)
 
@@ -237,7 +238,7 @@ class _RowTable:
         return _RowTable(np.append(sample, padding), np.append(key, padding), np.append(draw, 0))
 
 
-def cut(rows: np.ndarray, size: int, count: int, padding: int, module: str, old: bool) -> list[MicroBatch]:
+def cut(rows: np.ndarray, size: int, count: int, padding: int, module: str, others: int) -> list[MicroBatch]:
     """`count` micro-batches of `size` rows; what is left over is the row `padding`, of weight 0."""
     chosen = []
     for start in range(0, count * size, size):
@@ -245,7 +246,7 @@ def cut(rows: np.ndarray, size: int, count: int, padding: int, module: str, old:
         weight = (np.arange(size) < len(real)).astype(np.float32)[:, None]
         padded = np.pad(real, (0, size - len(real)), constant_values=padding)
         last = start + size == count * size
-        chosen.append(MicroBatch(padded, padded[:, None], weight, module, last, old))
+        chosen.append(MicroBatch(padded, padded[:, None], weight, module, last, others))
     return chosen
 
 
@@ -296,17 +297,14 @@ def matching_sums(
     v: Tensor, v_old: Tensor, x0: Tensor, eps: noise.NoiseKey | Tensor, target_noise: Tensor, target_x0: Tensor,
     branches: float | None,
 ) -> RowSums:  # fmt: skip
-    """The sums of `RowSums`, for v and v_old [B, …], of targets target_noise·ε + target_x0·x̂0."""
-    eps = noise.normal(eps, x0.shape[1:]) if isinstance(eps, noise.NoiseKey) else eps
-    column = (-1, *[1] * (x0.ndim - 1))
-    e = v_old.float() - (target_noise.view(column) * eps + target_x0.view(column) * x0)
-    d = (v.float() - v_old.float()).flatten(1)
-    e = e.flatten(1)
-    P, Q, R = (d * e).mean(1), d.square().mean(1), e.square().mean(1)
+    """Returns the sums of rows v and v_old [B, …], whose targets are target_noise·ε + target_x0·x̂0.
+
+    eps: ε, or its key. branches: as the objective has it.
+    """
+    target = MatchingTarget(x0, eps, target_noise, target_x0)
     if branches is None:
-        return RowSums(P, Q, R)
-    with torch.no_grad():
-        return RowSums(P, Q, R, (e + branches * d).abs().mean(1), (e - branches * d).abs().mean(1))
+        return RowSums(*shift_moments(v, v_old, 1.0, 1.0, target))
+    return RowSums(*shift_moments(v, v_old, 1.0, 1.0, target, residuals=branches))
 
 
 def planned_rows(config: Config, objective: ForwardObjective) -> int:

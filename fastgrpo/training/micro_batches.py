@@ -23,8 +23,8 @@ from fastgrpo_kernels import noise
 class MicroBatch:
     """Host arrays: rows [F] to evaluate; pairs [F, W] that read each row; weight [F, W], 0 where there is none.
 
-    module: which component evaluates them. syncs: its gradients are complete after this one. old: the old policy
-    evaluates the rows too.
+    module: which component evaluates them. syncs: its gradients are complete after this one. others: how many
+    other policies evaluate the rows too, without gradients.
     """
 
     rows: np.ndarray
@@ -32,7 +32,7 @@ class MicroBatch:
     weight: np.ndarray
     module: str = ""
     syncs: bool = False
-    old: bool = False
+    others: int = 0
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.weight_files import check_files
 from fastgrpo.rewards import load_reward
 from fastgrpo.training.adamw_8bit import check_optimizer
+from fastgrpo.training.assets import find_assets
 from fastgrpo.training.remarks import check_pictures, remarks
 from fastgrpo.training.setup import load_callback
 
@@ -41,9 +42,11 @@ NODE = 8
 
 @dataclass
 class Preflight:
-    """What was found. problems: each would end the run; remarks: each is likely not meant; prompts: by source."""
+    """What was found. problems: each would end the run; missing: what the run would download, or could not; remarks:
+    each is likely not meant; prompts: by source."""
 
     problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
 
@@ -88,9 +91,22 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
         if prompts is not None:
             found.prompts[source] = prompts
             found.attempt(lambda source=source, prompts=prompts: check_pictures(source, prompts, pictured))
+    _tell_missing(config, found)
     if not found.problems and cls is not None:
         found.remarks += remarks(config, cls, found.prompts)
     return found
+
+
+def _tell_missing(config: Config, found: Preflight) -> None:
+    """What is not here, each once: in place of a problem that says no more than that it is not there."""
+    for asset in find_assets(config):
+        if not asset.missing:
+            continue
+        own = [p for p in found.problems if f"there is nothing at {asset.source}" in p]
+        if own and asset.note != f"there is nothing at {asset.source}":
+            found.problems[found.problems.index(own[0])] = asset.line
+        elif not any(asset.source in p for p in found.problems):
+            found.missing.append(asset.line)
 
 
 def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[str, Mapping[str, Mapping[str, Any]]]:

@@ -84,7 +84,10 @@ def test_settings_that_cannot_be_are_all_named(check):
 def test_a_hub_id_that_was_not_checked_is_said(check):
     code, errors, _ = check("model.path=someone/model")
     assert code == 0
-    assert errors == ["warning: model.path: 'someone/model' is no directory here, and as a hub id it was not checked"]
+    assert errors == [
+        "warning: model.path: 'someone/model' is no directory here, and as a hub id it was not checked",
+        "missing: model.path: someone/model is absent; fastgrpo assets c.yaml --download",
+    ]
 
 
 def test_the_ranks_of_a_recipe_are_in_its_name(check, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from support.tiny import tiny_config
 
+import fastgrpo
 from fastgrpo.commands.report import pictures, write_report
 from fastgrpo.commands.report.pictures import grid_tiles
 from fastgrpo.config import dump
@@ -323,3 +324,21 @@ def test_what_is_no_finished_run_is_refused(make_run, tmp_path):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has not finished an iteration"):
         write_report(run)
+
+
+def test_a_run_writes_its_report_after_each_evaluation_and_says_what_was_gained(tiny_flux, tmp_path):
+    config = tiny_config(
+        tiny_flux, tmp_path / "run", eval={"every": 1, "images": 4, "grid": 2},
+        callbacks=["fastgrpo.commands.report.while_training:ReportCallback"],
+    )  # fmt: skip
+    fastgrpo.train(config)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    said = {event["iteration"]: event["text"] for event in events if "report:" in event.get("text", "")}
+    # Nothing before there is training behind an evaluation.
+    assert list(said) == [1, 2]
+    before, after = (json.loads((tmp_path / "run" / "eval" / f"{i:06d}.json").read_text()) for i in (0, 2))
+    gain = 100 * (after["strict_pass"] - before["strict_pass"])
+    assert f"{gain:+.1f} points (95% interval " in said[2]
+    assert said[1].endswith("report.html; training goes on")
+    assert said[2].endswith("report.html")
+    assert "of 2 iterations" not in (tmp_path / "run" / "report.html").read_text()

@@ -1,6 +1,7 @@
 """Prompt sources, what they say about a bad line, and the sampler."""
 
 import json
+import re
 import sys
 from collections import Counter
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgrpo.data import Prompt, available, load_prompts
+from fastgrpo.data import Prompt, available, grammar, load_prompts
 from fastgrpo.data.prompts import open_image, open_pictures
 from fastgrpo.data.samplers import PromptSampler, SpreadSampler
 from fastgrpo.errors import ConfigError, UserError
@@ -312,3 +313,17 @@ def test_the_shapes_prompts_of_some_categories_alone():
     assert Counter(p.metadata["category"] for p in prompts) == {"position": 160, "counting": 160}
     with pytest.raises(ConfigError, match="unknown category 'positon'; did you mean 'position'"):
         load_prompts("shapes:train:positon")
+
+
+@pytest.mark.parametrize("name, fewest", [("images", 3000), ("videos", 500)])
+def test_the_shipped_sets_are_many_different_prompts_and_held_out_ones_share_no_subject(name, fewest):
+    train, held = (load_prompts(f"set:{name}{part}") for part in ("", "-heldout"))
+    assert len({p.text for p in train}) == len(train) >= fewest
+    assert len({p.text for p in held}) == len(held) >= 90
+    assert train == load_prompts(f"set:{name}")
+    assert {p.metadata["category"] for p in train} == {p.metadata["category"] for p in held}
+    assert not re.search(r"\ba [aeiou](?!ni)", "\n".join(p.text for p in (*train, *held)))
+    subjects = [who for table in (grammar.IMAGES if name == "images" else grammar.VIDEOS).values() for who in table[0]]
+    seen = {who for who in subjects for p in train if who in p.text}
+    assert not [p.text for p in held for who in seen if who in p.text]
+    assert len(seen) > 0.7 * len(subjects)

@@ -119,7 +119,7 @@ def test_torchrun_meets_across_hosts_and_trains_as_on_one(network, recipe, one_h
 
 
 SRUN = """#!/bin/bash
-shift  # --kill-on-bad-exit
+while [[ $1 == --* ]]; do shift; done
 rank=0
 for host in $FAKE_HOSTS; do
   SLURM_PROCID=$rank SLURM_LOCALID=0 ip netns exec "$host" unshare --uts bash -c \

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo_kernels import (
+    MatchingTarget,
     NoiseKey,
     StoredStep,
     _launch,
@@ -25,6 +26,7 @@ from fastgrpo_kernels import (
     gaussian_step,
     grpo_loss,
     log_prob,
+    nft_loss,
     normal,
     on_policy_gradient,
     shift_moments,
@@ -81,6 +83,16 @@ def clipped(i):
     return total, found.clipped
 
 
+def target(i):
+    return MatchingTarget(i["x"], key(i), i["advantages"], i["weight"])
+
+
+def nft(i, **more):
+    rows = i["s"], target(i), i["advantages"], i["weight"]
+    total, found = nft_loss(i["v"], i["v_old"], *rows, beta=0.7, advantage_clip=0.5, **more)
+    return total, found.ratio, found.clipped
+
+
 def guided(i):
     return {"v_uncond": i["v_uncond"], "guidance_scale": 3.0}
 
@@ -93,10 +105,13 @@ CALLS = {
     "shift_moments-key": (lambda i: moments(i, key(i)), ("v",)),
     "shift_moments-guided": (lambda i: moments(i, i["eps"], **guided(i)), ("v", "v_uncond")),
     "shift_moments-step": (lambda i: moments(i, StoredStep(i["x"], i["y"], i["a"])), ("v",)),
+    "shift_moments-target": (lambda i: moments(i, target(i), residuals=0.7), ("v",)),
     "log_prob": (lambda i: [log_prob(i["x"], i["v"], i["y"], i["a"], i["b"], i["s"])], ("v",)),
     "clipped_loss": (clipped, ("P", "Q")),
     "grpo_loss-key": (lambda i: loss(i, key(i)), ("v",)),
     "grpo_loss-all": (lambda i: loss(i, i["eps"], **ALL, **guided(i), v_reference=i["v_reference"]), ("v", "v_uncond")),
+    "grpo_loss-huber": (lambda i: loss(i, target(i), ratio="huber"), ("v",)),
+    "nft_loss": (lambda i: nft(i, **guided(i), v_reference=i["v_reference"], kl_weight=0.1), ("v", "v_uncond")),
     "on_policy_gradient": (lambda i: [on_policy_gradient(i["advantages"], i["b"], i["s"], key(i), SHAPE)], ()),
 }
 
@@ -145,7 +160,9 @@ def test_compile_registration(name, launch_path):
     """opcheck, of forward and backward operators, where they launch."""
     calls = operator_calls(CALLS[name][0], values(), CALLS[name][1])
     # The gradient of the Gaussian step is a product, that of the clipped loss is its forward's.
-    assert len(calls) == 1 + bool(CALLS[name][1] and name.split("-")[0] in ("shift_moments", "log_prob", "grpo_loss"))
+    assert len(calls) == 1 + bool(
+        CALLS[name][1] and name.split("-")[0] in ("shift_moments", "log_prob", "grpo_loss", "nft_loss")
+    )
     for operator, arguments in calls:
         plain = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in arguments]
         torch.library.opcheck(operator, tuple(plain))

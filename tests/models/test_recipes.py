@@ -16,6 +16,7 @@ VIDEOS = (
     "skyreels-parity-32xh100",
     "skyreels-fast-8xh100",
     "wan-2.1-1.3b-fast-8xh100",
+    "wan-2.1-1.3b-lora-1x24gb",
 )
 
 
@@ -25,6 +26,7 @@ IMAGES = (
     "flux-parity-8xh100",
     "flux-lora-8xh100",
     "flux-lora-1x24gb",
+    "sd-1x24gb",
     "flux-fast-8xh100",
     "sd3.5-large-fast-8xh100",
     "qwen-image-parity-8xh100",

@@ -1,5 +1,6 @@
 """The moving world: its prompts and scenes, and the video verifier against ground truth."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -237,3 +238,56 @@ def test_the_rewards_are_the_verdicts_parts():
         assert scores.valid.all()
     unknown = [*rows[:3], type(rows[0])("a cat on a sofa")]
     assert MovingShapesReward().score(samples, unknown).valid.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("view", ["rendered", "decoded"])
+def test_outlines_of_ground_truth_hold_in_every_frame(truth, views, view):
+    prompts = truth[0]
+    result = verify(views[view], prompts, outlines=True)
+    assert result.strict.mean() >= 0.995
+    assert result.shape.mean() > 0.98
+
+
+@pytest.mark.parametrize("broken", ["rounded", "hollow", "pulsing", "one frame"])
+def test_an_outline_that_loses_corners_fill_or_size_is_seen(truth, broken):
+    prompts, _, videos = truth
+    rows = [i for i, p in enumerate(prompts) if p.category == "direction" and p.movers[0].shape != "circle"][:60]
+    chosen, whole = [prompts[i] for i in rows], videos[rows]
+    scenes = sample_scenes(chosen, np.random.default_rng(5))
+    if broken == "rounded":
+        # The object's own colour within its blurred outline: sharp edges, no corners.
+        soft = gaussian_filter(whole.max(axis=1, keepdims=True) - 0.11, (0, 0, 0, 2.4, 2.4))
+        mask = ((soft / soft.max(axis=(3, 4), keepdims=True) - 0.45) * 6 + 0.5).clip(0, 1)
+        spoiled = (0.11 + mask * (whole.max(axis=(3, 4), keepdims=True) - 0.11)).astype(np.float32)
+    elif broken == "hollow":
+        inner = to_float(draw(dataclasses.replace(scenes, radius=scenes.radius * 0.45), np.random.default_rng(6)))
+        outer = to_float(draw(scenes, np.random.default_rng(6)))
+        spoiled = np.where(inner.max(axis=1, keepdims=True) > 0.3, 0.11, outer).astype(np.float32)
+    elif broken == "pulsing":
+        spoiled = to_float(draw(scenes, np.random.default_rng(6)))
+        small = to_float(draw(dataclasses.replace(scenes, radius=scenes.radius * 0.85), np.random.default_rng(6)))
+        spoiled[:, :, ::2] = small[:, :, ::2]
+    else:
+        # A square where a cross or a triangle was, or the other way round, in the middle frame alone.
+        other = dataclasses.replace(scenes, shape=np.where(scenes.shape >= 0, (scenes.shape + 1) % 4, -1))
+        spoiled = to_float(draw(scenes, np.random.default_rng(6)))
+        spoiled[:, :, 4] = to_float(draw(other, np.random.default_rng(6)))[:, :, 4]
+    forgiving, strict = verify(spoiled, chosen), verify(spoiled, chosen, outlines=True)
+    assert strict.strict.mean() <= 0.05
+    assert strict.shape.mean() < verify(whole, chosen).shape.mean() - 0.03
+    # What the verdict without outlines forgives.
+    if broken in ("pulsing", "one frame"):
+        assert forgiving.strict.mean() > 0.5
+
+
+def test_a_reward_asks_for_outlines_where_told(truth):
+    rows = load_prompts("moving:train")[:4]
+    samples = torch.from_numpy(to_float(render_batch([parse(p.text) for p in rows], np.random.default_rng(0))))
+    samples[1, :, 2:4] = torch.from_numpy(gaussian_filter(samples[1, :, 2:4].numpy(), (0, 0, 1.6, 1.6)))
+    parsed = [parse(p.text) for p in rows]
+    spec = RewardSpec(name="moving_shapes", options={"outlines": True})
+    scores = load_reward(spec).score(samples, rows)
+    np.testing.assert_array_equal(scores.values, verify(samples, parsed, outlines=True).score)
+    assert scores.components["shape"][1] < scores.components["shape"][0]
+    with pytest.raises(ConfigError, match="outline"):
+        load_reward(RewardSpec(name="moving_shapes", options={"outline": True}))

@@ -194,6 +194,7 @@ def test_a_plan_has_no_trajectory_and_an_old_policy(tiny_flux):
     assert nft.state - awm.state == copied
     latents = 6 * 16 * 4 * 4
     assert grpo.phases[0].at_peak["trajectories"] > held(nft, "trajectories") >= latents
-    assert nft.trained == awm.trained == 12
+    assert nft.trained == awm.trained == nft.compared == 12
+    assert awm.compared == 0
     # Its update evaluates the old policy too.
     assert nft.phases[-1].cost.flops / awm.phases[-1].cost.flops == pytest.approx(4 / 3, rel=0.02)

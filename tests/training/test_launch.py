@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,11 @@ from fastgrpo.training.checkpoint import CheckpointStore
 
 ROOT = Path(__file__).parents[2]
 SRUN = """#!/bin/bash
-shift  # --kill-on-bad-exit
+echo "$*" >> "$FAKE/steps"
+while [[ $1 == --* ]]; do
+  [[ $1 == --ntasks=* ]] && SLURM_NTASKS=${1#*=}
+  shift
+done
 for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
   SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
   echo $! >> "$FAKE/pids"
@@ -40,12 +45,13 @@ def submit(tiny_flux, tmp_path):
         (tmp_path / name).chmod(0o755)
     config = tmp_path / "config.yaml"
 
-    def start(ranks: int, iterations: int) -> subprocess.Popen:
-        settings = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": iterations})
+    def start(ranks: int, iterations: int, rewards: list | None = None, **more: str) -> subprocess.Popen:
+        sections: dict = {"train": {"iterations": iterations}} | ({} if rewards is None else {"rewards": rewards})
+        settings = tiny_config(tiny_flux, tmp_path / "run", **sections)
         config.write_text(dump_settings(settings), encoding="utf-8")
         slurm = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "4242", "SLURM_NTASKS": str(ranks)}
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | slurm | {"FAKE": str(tmp_path), "PYTHON": sys.executable, "PYTHONPATH": paths}
+        environment = os.environ | slurm | more | {"FAKE": str(tmp_path), "PYTHON": sys.executable, "PYTHONPATH": paths}
         environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
         command = ["bash", str(ROOT / "configs/launch/slurm.sh"), str(config)]
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -85,6 +91,30 @@ def test_slurm_requeues_a_preempted_run_which_then_goes_on(submit, tmp_path, ran
     assert again.returncode == 0, errors
     assert not (tmp_path / "requeued").exists()
     assert stopped + 1 in CheckpointStore.of_run(tmp_path / "run").iterations()
+
+
+@pytest.mark.full
+def test_slurm_serves_a_reward_beside_the_job_and_gives_each_step_its_cores_and_container(submit, tmp_path):
+    (tmp_path / "serve.yaml").write_text("rewards: [{name: shapes}]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    remote = [{"name": "remote", "options": {"url": "http://elsewhere:1", "reward": "shapes"}}]
+    more = {"REWARDS": str(tmp_path / "serve.yaml"), "REWARD_PORT": str(port), "SLURM_CPUS_PER_TASK": "8",
+            "CONTAINER": "/images/x.sqsh", "MOUNTS": "/data:/data", "FASTGRPO_REWARD_TOKEN": "t" * 32}  # fmt: skip
+    job = submit(1, 2, remote, **more)
+    _, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, errors
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["samples/failed"] == 0 for line in metrics)
+    serve, train = (tmp_path / "steps").read_text().splitlines()[:2]
+    for step in (serve, train):
+        assert step.startswith("--cpus-per-task=8 --container-image=/images/x.sqsh --container-mounts=")
+        assert ",/data:/data --container-workdir=" in step
+    assert "--overlap --nodes=1 --ntasks=1 --nodelist=127.0.0.1" in serve
+    assert "--kill-on-bad-exit=1" in train
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)), "the server has ended with the job"
 
 
 @pytest.fixture

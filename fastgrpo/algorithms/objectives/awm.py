@@ -23,12 +23,14 @@ class AWM(ForwardObjective):
     def __init__(self, config: Config) -> None:
         objective = config.objective
         self.weighting, self.power = objective.weighting, objective.power
+        # For R.
+        self.branches = 1.0 if self.weighting in ("huber", "ghuber") else None
         self.low, self.high = 1 - objective.clip_low, 1 + objective.clip_high
 
     def log_ratio(self, sums: RowSums, t: Tensor) -> Tensor:
         """log p − log p_old of each row, [B]; exactly 0 where v is v_old."""
         change = sums.change
-        if self.weighting in ("huber", "ghuber"):
+        if sums.R is not None:
             before = sums.R + DELTA
             # Rounding may leave M a little below 0.
             after = (sums.R + change).clamp(min=0) + DELTA

@@ -23,14 +23,14 @@ class RowSums:
     Attributes:
         P: mean(d·e); differentiable.
         Q: mean(d²); differentiable. P and Q are exactly 0 where v is v_old.
-        R: mean(e²), the squared error of v_old.
-        above: mean|e + β·d|, for an objective with `branches` β; else None.
+        R: mean(e²), the squared error of v_old, for an objective with `branches`; else None.
+        above: mean|e + β·d|, with β its `branches`; else None.
         below: mean|e − β·d|, likewise.
     """
 
     P: Tensor
     Q: Tensor
-    R: Tensor
+    R: Tensor | None = None
     above: Tensor | None = None
     below: Tensor | None = None
 
@@ -86,7 +86,7 @@ class ForwardObjective(abc.ABC):
     trains_zero: ClassVar[bool] = False
     # The settings of `objective` that it reads; others must be as they are by default.
     settings: ClassVar[tuple[str, ...]] = ()
-    # β of the sums `above` and `below`; None: they are not made.
+    # β of the sums `above` and `below`; None: they are not made, nor R.
     branches: float | None = None
 
     @abc.abstractmethod

@@ -28,6 +28,7 @@ class NFT(ForwardObjective):
         self.branches = self.beta
 
     def losses(self, sums: RowSums, rows: RowInputs) -> RowLosses:
+        assert sums.R is not None
         assert sums.above is not None
         assert sums.below is not None
         share = (rows.advantages / (2 * self.clip) + 0.5).clamp(0, 1)

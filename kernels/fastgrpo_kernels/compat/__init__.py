@@ -1,10 +1,10 @@
-"""Other trainers' step functions, with their signatures and return values, on these kernels. docs/drop-in.md.
+"""Other trainers' step functions and losses, with their signatures and results, on these kernels. docs/drop-in.md.
 
 Written from the papers' formulas; schedulers are used through their attributes, so diffusers need not be installed.
 Nothing here copies from a device to the host.
 """
 
-from . import dance_grpo, ddpo, flow_factory, flow_grpo
+from . import awm, dance_grpo, ddpo, diffusion_nft, flow_factory, flow_grpo
 from .loss import GRPOLoss
 
-__all__ = ["GRPOLoss", "dance_grpo", "ddpo", "flow_factory", "flow_grpo"]
+__all__ = ["GRPOLoss", "awm", "dance_grpo", "ddpo", "diffusion_nft", "flow_factory", "flow_grpo"]

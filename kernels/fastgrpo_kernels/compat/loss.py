@@ -90,7 +90,7 @@ class GRPOLoss(nn.Module):
         try:
             check_objective(**objective, reduction="mean", elements=None)
         except (TypeError, ValueError) as error:
-            raise _renamed(error, self.names) from None
+            raise renamed(error, self.names) from None
 
     def _set(self, alias: str, value: float | None, settings: dict) -> None:
         if alias not in ALIASES:
@@ -167,7 +167,7 @@ class GRPOLoss(nn.Module):
                 per_sample=each,
             )
         except (TypeError, ValueError) as error:
-            raise _renamed(error, ARGUMENTS) from None
+            raise renamed(error, ARGUMENTS) from None
         means = LossStatistics(statistics.values / batch) if each else statistics
         return loss, {
             "ratio": means.ratio,
@@ -178,7 +178,7 @@ class GRPOLoss(nn.Module):
         }
 
 
-def _renamed(error: TypeError | ValueError, names: dict[str, str]) -> TypeError | ValueError:
+def renamed(error: TypeError | ValueError, names: dict[str, str]) -> TypeError | ValueError:
     """An operation's error, `argument: what is wrong`, under the name that the argument has here."""
     name, colon, rest = str(error).partition(":")
     here = names.get(name, name)

@@ -1,0 +1,203 @@
+"""Held-out score against processor seconds, samples and forward passes, of each objective and way to reuse samples:
+`fastgrpo bench objectives`.
+
+Every setting trains the same pipeline on the same prompts and reward for the same processor time, one after the other
+for each seed; what evaluations take is not counted. Rows, picture and page hold what was run, and no more.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgrpo.config import Config, load_config
+from fastgrpo.evaluation.heldout import Evaluation, evaluate, heldout_prompts
+from fastgrpo.training.trainer import Trainer
+
+from . import tables
+from .tables import DATA, Row
+
+KEY = ("config", "setting", "seed", "iteration")
+COLUMNS = (
+    *KEY, "processor_seconds", "samples", "forward_equivalents", "reward", "score", "images", "settings", "date",
+    "commit",
+)  # fmt: skip
+PICTURE = tables.ROOT / "docs" / "images" / "objectives.png"
+PAGE, MARKS = tables.ROOT / "docs" / "results.md", ("<!-- objectives -->", "<!-- /objectives -->")
+
+# Samples of a group that are drawn with noise of their own, by the deterministic steps of the recipe.
+OWN_NOISE = ("rollout.shared_noise=false", "objective.clip_low=1e-4", "objective.clip_high=1e-4")
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "grpo": (),
+    "grpo-2-epochs": ("update.epochs=2", "objective.dppo_threshold=1e-3"),
+    "nft": (
+        *OWN_NOISE, "objective.kind=nft", "objective.times={count: 1, draw: uniform}",
+        "objective.old_decay={rate: 0.01, most: 0.5}", "update.optimizer_steps=2", "update.optimizer.lr=1e-4",
+    ),
+    "awm": (
+        *OWN_NOISE[:1], "objective.kind=awm", "objective.clip_low=1", "objective.clip_high=1",
+        "objective.times={count: 1, draw: uniform}", "objective.old_weight=1", "update.optimizer_steps=2",
+        "update.optimizer.lr=1e-4",
+    ),
+    "dpo": (
+        *OWN_NOISE, "objective.kind=dpo", "objective.beta=100", "objective.pairs=2",
+        "objective.times={count: 2, draw: uniform}", "update.optimizer_steps=2", "update.optimizer.lr=1e-4",
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Counter:
+    """Counts rows that a model evaluates: without gradients once, with them three times (a backward is two)."""
+
+    total: float = 0.0
+    families: list[Any] = field(default_factory=list)
+
+    def watch(self, family: Any) -> None:
+        """Counts the rows of a family's `predict` from here on."""
+        if any(family is known for known in self.families):
+            return
+        self.families.append(family)
+        predict = family.predict
+
+        def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            self.total += len(x) * (3 if torch.is_grad_enabled() else 1)
+            return predict(x, *rest)
+
+        family.predict = counted
+
+
+def score_of(evaluation: Evaluation, config: Config) -> float:
+    """The share of images that pass strictly, where the reward says so; else the weighted sum of the rewards' means."""
+    summary = evaluation.summary()
+    if summary["strict_pass"] is not None:
+        return float(summary["strict_pass"])
+    return float(sum(spec.weight * summary["rewards"][spec.key] for spec in config.scored))
+
+
+def curve(config: Config, seconds: float, every: float, images: int) -> list[Row]:
+    """Trains for so many processor seconds, with an evaluation about every `every` of them; a row an evaluation."""
+    trainer, counter, rows = Trainer.from_config(config), Counter(), []
+    heldout = heldout_prompts(config, images)
+    counter.watch(trainer.family)
+    if trainer.updater.forward is not None:
+        counter.watch(trainer.updater.forward.family)
+    spent, due, equivalents, rewards = 0.0, 0.0, 0.0, []
+    while True:
+        if spent >= due:
+            with trainer.optimizer.averaged(config.eval.ema):
+                found = evaluate(
+                    trainer.family, trainer.rewards, heldout, config, trainer.world, trainer.failures
+                )  # fmt: skip
+            rows.append({
+                "iteration": trainer.iteration, "processor_seconds": round(spent, 1),
+                "samples": trainer.iteration * trainer.rollouts.samples, "forward_equivalents": round(equivalents),
+                "reward": f"{np.mean(rewards):.4f}" if rewards else "", "score": f"{score_of(found, config):.4f}",
+                "images": images,
+            })  # fmt: skip
+            print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), file=sys.stderr, flush=True)
+            due, rewards = due + every, []
+        if spent >= seconds or trainer.iteration >= config.train.iterations:
+            return rows
+        begin, counter.total = time.process_time(), 0.0
+        rewards.append(trainer.step()["reward/mean"])
+        spent += time.process_time() - begin
+        equivalents += counter.total
+
+
+def run(
+    path: Path, names: Sequence[str] | None, seeds: Sequence[int], seconds: float, every: float, images: int,
+    overrides: Sequence[str], label: str | None, write: bool,
+) -> list[Row]:  # fmt: skip
+    """Runs settings in turns, seed after seed.
+
+    Args:
+        path: The recipe that all settings start from.
+        names: Of SETTINGS; None: all.
+        seeds: run.seed of each turn.
+        seconds: Processor seconds of training that each gets.
+        every: Between evaluations.
+        images: Of an evaluation.
+        overrides: Further settings of all.
+        label: What the rows call it, where one setting is tried with other numbers; None: its name.
+        write: Whether rows, picture and page are written.
+    """
+    rows, table = [], DATA / f"objectives-{tables.device_slug()}.csv"
+    for seed in seeds:
+        for name in tables.chosen("bench objectives", "setting", names, SETTINGS):
+            given = [*SETTINGS[name], *overrides]
+            print(f"{label or name}, seed {seed}: {' '.join(given)}", file=sys.stderr, flush=True)
+            with TemporaryDirectory() as scratch:
+                fixed = [f"run.dir={scratch}/run", f"run.seed={seed}", "eval.every=0", "checkpoint.every=0"]
+                config = load_config(path, [*given, *fixed, "telemetry.progress=false"])
+                about = {"config": path.stem, "setting": label or name, "seed": seed, "settings": " ".join(given)}
+                about |= {"date": date.today().isoformat(), "commit": tables.revision()}
+                new = [about | row for row in curve(config, seconds, every, images)]
+            rows += new
+            if write:
+                tables.upsert(table, new, KEY, COLUMNS)
+    if write:
+        known = tables.read(table)
+        plot(known, PICTURE)
+        PAGE.write_text(tables.between(PAGE, MARKS, page(known)), encoding="utf-8")
+    return rows
+
+
+def page(rows: Sequence[Row]) -> str:
+    """A Markdown table: what each setting gained over the score at its start, by seed, at the end of its time."""
+    lines = []
+    for config, setting in dict.fromkeys((row["config"], row["setting"]) for row in rows):
+        mine = [row for row in rows if (row["config"], row["setting"]) == (config, setting)]
+        ends, firsts = [], []
+        for seed in sorted({row["seed"] for row in mine}, key=int):
+            one = sorted((row for row in mine if row["seed"] == seed), key=lambda row: int(row["iteration"]))
+            firsts.append(float(one[0]["score"]))
+            ends.append(one[-1])
+        gains = [100 * (float(end["score"]) - first) for end, first in zip(ends, firsts, strict=True)]
+        last = ends[-1]
+        lines.append((
+            config, setting, len(ends), " ".join(f"{gain:+.1f}" for gain in gains), f"{np.mean(gains):+.1f}",
+            f"{np.mean([float(end['processor_seconds']) for end in ends]):.0f}", last["iteration"], last["samples"],
+            last["forward_equivalents"], last["images"], last["date"], last["commit"],
+        ))  # fmt: skip
+    head = (
+        "config", "setting", "seeds", "points gained, by seed", "mean", "processor s", "iterations", "samples",
+        "forward-equivalents", "images", "date", "commit",
+    )  # fmt: skip
+    return tables.markdown(head, lines)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Score against processor seconds, samples and forward-equivalents, the mean of the seeds at each evaluation."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from fastgrpo.observe.charts import RUN_COLORS, SETTINGS
+
+    axes_of = ("processor_seconds", "samples", "forward_equivalents")
+    names = list(dict.fromkeys((row["config"], row["setting"]) for row in rows))
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(10, 3), layout="constrained")
+        for axes, column in zip(figure.subplots(1, 3, sharey=True), axes_of, strict=True):
+            for number, name in enumerate(names):
+                mine = [row for row in rows if (row["config"], row["setting"]) == name]
+                for seed in dict.fromkeys(row["seed"] for row in mine):
+                    one = sorted((r for r in mine if r["seed"] == seed), key=lambda r: int(r["iteration"]))
+                    first = seed == mine[0]["seed"]
+                    axes.plot(
+                        [float(r[column]) for r in one], [float(r["score"]) for r in one],
+                        color=RUN_COLORS[number % len(RUN_COLORS)], linewidth=1, marker=".",
+                        label=name[1] if first else None,
+                    )  # fmt: skip
+            axes.set(xlabel=column.replace("_", " "), ylabel="held-out score" if column == axes_of[0] else "")
+            axes.legend(frameon=False, fontsize=7)
+        figure.savefig(path, dpi=110)
