@@ -44,6 +44,7 @@ MODELS = {
     "flux2": Case("shapes", {"guidance": 1.0, "max_sequence_length": 28}, "flux2-klein-9b-fast-8xh100"),
     "z_image": Case("shapes", {"guidance": 0.0, "max_sequence_length": 18}, "z-image-turbo-fast-8xh100"),
     "hunyuan_video": Case("moving", {"guidance": 6.0, "max_sequence_length": 8}, "hunyuan-video-fast-8xh100"),
+    "hunyuan_video_1_5": Case("moving", {"guidance": 1.0, "max_sequence_length": 24}, "hunyuan-video-1.5-fast-8xh100"),
     "skyreels": Case("moving", {"guidance": 3.0, "max_sequence_length": 8}, "skyreels-fast-8xh100"),
     "wan": Case("moving", {"guidance": 3.0, "max_sequence_length": 14}, "wan-2.1-1.3b-fast-8xh100"),
 }
@@ -53,6 +54,7 @@ BUILT = {
     "qwen_image": ("tiny_qwen_image", "TinyQwenImageSizes"),
     "flux2": ("tiny_flux2", "TinyFlux2Sizes"),
     "z_image": ("tiny_z_image", "TinyZImageSizes"),
+    "hunyuan_video_1_5": ("tiny_hunyuan_video_1_5", None),
     "wan": ("tiny_wan", None),
 }
 # What every real recipe has on one GPU: few samples, encoders on the host between their visits, nothing read.

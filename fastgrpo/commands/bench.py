@@ -114,7 +114,7 @@ def train(
     settings = overrides or []
     if config is not None and "=" not in config:
         result = load("sequential").compare(Path(config), settings, iterations)
-        text = f"{load('sequential').table(result)}\nspeedup {result['speedup']:.1f}"
+        text = load("sequential").table(result)
         typer.echo(json.dumps(result, indent=1) if as_json else text)
         return
     settings = [config, *settings] if config is not None else settings

@@ -189,6 +189,7 @@ def _snippet(config: Config, family: ModelFamily, scheduler: str | None) -> str:
         lines.append(f'pipe.load_lora_weights(here, weight_name="{lora_file(family.modules, name)}"{second})')
     if scheduler:
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained(here, subfolder="scheduler")')
+    lines += family.pipeline_settings()
     prompt = '"a red circle"' if model.path.startswith("shapes:") else '"a photo of a cat"'
     called = family.pipeline_arguments(config.rollout.steps)
     arguments = [f"prompt={prompt}", *(f"{key}={value!r}" for key, value in called.items())]

@@ -324,15 +324,23 @@ def serve_rewards(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="Also test this config on policy.")] = None,
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG|RUN]", help="A config to test on policy, or a run directory to explain."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say what this machine has and can do; with a config, whether its rollout and update agree."""
+    """Say what this machine has and can do; with a config, whether its rollout and update agree; of a run, why its
+    reward does not rise, with exit code 1 where something was found."""
+    if target is not None:
+        require_extra("train", "fastgrpo doctor CONFIG or RUN")
+    if target is not None and target.is_dir():
+        from fastgrpo.commands.findings import explain
+
+        raise typer.Exit(0 if explain(target) else 1)
     from fastgrpo.commands.doctor import examine
 
-    if config is not None:
-        require_extra("train", "fastgrpo doctor CONFIG")
-    if not examine(config, overrides or ()):
+    if not examine(target, overrides or ()):
         raise typer.Exit(1)
 
 

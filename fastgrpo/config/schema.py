@@ -77,6 +77,9 @@ class Model(Section):
     guidance: Annotated[float, Field(ge=0)] = Field(
         default=3.5, description="Guidance scale, as the pipeline takes it; at most 1 (of z_image 0): no second branch."
     )
+    guidance_2: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="Guidance scale of a second transformer (Wan 2.2 A14B's); null: model.guidance."
+    )
     true_cfg: Annotated[float, Field(ge=1)] = Field(
         default=1.0,
         description="FLUX's second guidance, by a negative branch beside the scale that it is told (true_cfg_scale of "

@@ -24,6 +24,7 @@ FAMILIES = Registry(
         "flux2": "fastgrpo.models.families.flux2:Flux2",
         "flux_kontext": "fastgrpo.models.families.flux_kontext:FluxKontext",
         "hunyuan_video": "fastgrpo.models.families.hunyuan_video:HunyuanVideo",
+        "hunyuan_video_1_5": "fastgrpo.models.families.hunyuan_video_1_5:HunyuanVideo15",
         "qwen_image": "fastgrpo.models.families.qwen_image:QwenImage",
         "sd3": "fastgrpo.models.families.sd3:StableDiffusion3",
         "skyreels": "fastgrpo.models.families.skyreels:SkyReels",

@@ -115,7 +115,7 @@ def load_pipeline(
         index = cast(dict[str, Any], diffusers.DiffusionPipeline.load_config(path))
         # Components that the directory goes without (SD 3's T5) must be given as None.
         absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
-        parts = {**dict.fromkeys(absent), **given}
+        parts = {**dict.fromkeys(absent), **{name: part for name, part in given.items() if name in index}}
         if (folder := Path(path)).is_dir():
             check_files(folder, index, config.variant, parts)
             if UNUSED in index and not (folder / UNUSED).is_dir():

@@ -61,3 +61,8 @@ class PipelineSampling:
         if self.guidance_style == "cfg":
             called["negative_prompt"] = config.negative_prompt
         return called | {"guidance_scale": config.guidance, "max_sequence_length": config.max_sequence_length}
+
+    def pipeline_settings(self) -> tuple[str, ...]:
+        """Lines of Python for a card's snippet, which set up `pipe` to sample as training does where a pipeline is not
+        told all of it when it is called."""
+        return ()

@@ -37,8 +37,10 @@ def build_pipeline(
         vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0
     )
     z = 48 if per_token else 16
-    image_dim = 32 if from_image and not per_token else None
-    transformers = [_transformer(z, image_dim) for _ in range(2 if two else 1)]
+    # Only 2.1's image to video also takes what an image encoder sees.
+    image_dim = 32 if from_image and not (per_token or two) else None
+    given = 4 + z if from_image and not per_token else 0
+    transformers = [_transformer(z, given, image_dim) for _ in range(2 if two else 1)]
     parts: dict[str, Any] = {
         "tokenizer": tokenizer,
         "text_encoder": UMT5EncoderModel(text),
@@ -62,13 +64,12 @@ def build_pipeline(
     return (WanImageToVideoPipeline if from_image else WanPipeline)(**parts)
 
 
-def _transformer(channels: int, image_dim: int | None) -> WanTransformer3DModel:
-    """image_dim: of the encoded first frame, which then stands beside the noise with its mask of 4 channels."""
+def _transformer(channels: int, given: int, image_dim: int | None) -> WanTransformer3DModel:
+    """given: channels beside the noise, of the first frame and its mask. image_dim: of the encoded first frame."""
     transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16,
-        in_channels=2 * channels + 4 if image_dim else channels, out_channels=channels, text_dim=32, freq_dim=32,
-        ffn_dim=64, num_layers=2, cross_attn_norm=True, image_dim=image_dim, rope_max_seq_len=64,
-        added_kv_proj_dim=image_dim,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=channels + given,
+        out_channels=channels, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2, cross_attn_norm=True,
+        image_dim=image_dim, rope_max_seq_len=64, added_kv_proj_dim=image_dim,
     )  # fmt: skip
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
     return transformer

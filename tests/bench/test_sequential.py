@@ -20,10 +20,10 @@ sequential = load("sequential")
 def test_the_baseline_takes_the_same_step_as_ours(tiny_flux, tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text(dump_settings(tiny_config(tiny_flux, rollout={"trained": {"kind": "subset"}})))
-    rows = {"ours": [], "sequential": []}
+    rows = {name: [] for name in sequential.SIDES}
     norms = {}
     predict = Flux.predict
-    for name, settings in (("ours", ()), ("sequential", sequential.BASELINE)):
+    for name, settings in sequential.SIDES.items():
 
         def counted(self, x, *args, seen=rows[name], **kwargs):
             seen.append(len(x))
@@ -35,11 +35,12 @@ def test_the_baseline_takes_the_same_step_as_ours(tiny_flux, tmp_path, monkeypat
         norms[name] = bench.result(0)
         lines = sequential.read_metrics(tmp_path / name)
         norms[name] = lines[0]["grad_norm"], lines[0]["reward/mean"]
-    # 6 samples of 5 steps; 2 trained steps of each, recomputed once.
-    assert rows["sequential"] == [1] * (6 * 5 + 6 * 2)
+    # 6 samples of 5 steps; 2 trained steps of each.
+    assert rows["sequential"] == rows["uncheckpointed"] == [1] * (6 * 5 + 6 * 2)
     assert set(rows["ours"]) == {4}
     # Subtracted float32 log-probabilities cost the gradient some digits.
     assert np.allclose(norms["ours"], norms["sequential"], rtol=1e-3)
+    assert norms["uncheckpointed"] == pytest.approx(norms["sequential"], rel=1e-6)
 
 
 def test_the_command_gives_speedup_and_phases(tiny_flux, tmp_path):
@@ -49,7 +50,9 @@ def test_the_command_gives_speedup_and_phases(tiny_flux, tmp_path):
     assert run.exit_code == 0, run.output
     result = json.loads(run.stdout)
     assert result["speedup"] == pytest.approx(result["sequential"]["seconds"] / result["ours"]["seconds"])
-    for side in ("ours", "sequential"):
+    again = result["uncheckpointed"]["seconds"] / result["ours"]["seconds"]
+    assert result["speedup_uncheckpointed"] == pytest.approx(again)
+    for side in ("ours", "sequential", "uncheckpointed"):
         assert {"rollout", "decode", "update", "reward", "total"} <= set(result[side]["phases"])
 
 

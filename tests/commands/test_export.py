@@ -28,11 +28,13 @@ CASES = {
     "z_image": ("bfloat16", "lora"),
     "flux2": ("float32", "lora"),
     "hunyuan_video": ("bfloat16", "lora"),
+    "hunyuan_15": ("float32", "lora"),
     "skyreels": ("float32", "lora"),
     "wan_two": ("bfloat16", "lora"),
     "wan_i2v": ("float32", "merge"),
 }
-FULL = {"sdxl": ("bfloat16", "lora"), "wan": ("float32", "full"), "wan_5b_i2v": ("float32", "lora")}
+FULL = {"sdxl": ("bfloat16", "lora"), "wan": ("float32", "full"), "wan_5b_i2v": ("float32", "lora"),
+        "hunyuan_15_i2v": ("float32", "lora")}  # fmt: skip
 
 
 def snippet_of(out: Path) -> str:

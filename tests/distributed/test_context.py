@@ -29,7 +29,7 @@ from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.sampler import rollout
 
 CPU = torch.device("cpu")
-KINDS = ("flux", "flux2", "wan", "hunyuan_video", "skyreels")
+KINDS = ("flux", "flux2", "wan", "hunyuan_video", "hunyuan_15", "skyreels")
 
 
 def family_of(kind: str) -> tuple[Config, ModelFamily]:

@@ -17,6 +17,9 @@ VIDEOS = (
     "skyreels-fast-8xh100",
     "wan-2.1-1.3b-fast-8xh100",
     "wan-2.1-1.3b-lora-1x24gb",
+    "hunyuan-video-1.5-fast-8xh100",
+    "wan-2.2-a14b-parity-8xh100",
+    "wan-2.2-a14b-fast-8xh100",
 )
 
 
@@ -111,8 +114,12 @@ def test_the_image_recipes_hold_the_published_numbers(name):
     assert roll.truncate_timesteps is (model.family != "stable_diffusion")
 
 
-# As Flow-Factory's examples/grpo have them: steps, guidance, side, rank.
-FACTORY = {"z-image-turbo-parity-8xh100": (6, 0.0, 512, 64), "flux2-klein-9b-parity-8xh100": (8, 4.0, 384, 64)}
+# As Flow-Factory's examples/grpo/lora have them: steps, guidance of each transformer, side, frames, noise, rate.
+FACTORY = {
+    "z-image-turbo-parity-8xh100": (6, (0.0, None), 512, 1, 0.7, 3e-4),
+    "flux2-klein-9b-parity-8xh100": (8, (4.0, None), 384, 1, 0.7, 3e-4),
+    "wan-2.2-a14b-parity-8xh100": (10, (4.0, 3.0), 480, 5, 0.9, 1e-4),
+}
 
 
 @pytest.mark.parametrize("name", FACTORY)
@@ -121,12 +128,13 @@ def test_the_recipes_of_flow_factory_hold_its_numbers(name):
     model, roll, update, objective = config.model, config.rollout, config.update, config.objective
     assert model.lora is not None
     assert (model.lora.rank, model.lora.alpha) == (64, 128)
-    assert (roll.steps, model.guidance, model.height, model.lora.rank) == FACTORY[name]
+    guidance = (model.guidance, model.guidance_2)
+    assert (roll.steps, guidance, model.height, model.frames, roll.eta, update.optimizer.lr) == FACTORY[name]
     assert model.width == model.height
     assert (roll.prompts_per_iteration, roll.group_size, update.optimizer_steps) == (48, 16, 2)
-    assert (roll.sampler, roll.eta, roll.shift) == ("flow_sde", 0.7, "pipeline")
+    assert (roll.sampler, roll.shift) == ("flow_sde", "pipeline")
     assert roll.trained == WindowSteps(size=1, start=1, stop=4, move="random", every=1)
-    assert (update.optimizer.lr, update.optimizer.weight_decay, update.max_grad_norm) == (3e-4, 1e-4, 1.0)
+    assert (update.optimizer.weight_decay, update.max_grad_norm) == (1e-4, 1.0)
     assert (objective.clip_low, objective.clip_high, objective.kl_weight, config.advantage.clip) == (1e-4, 1e-4, 0, 5)
     assert update.ema_decay == 0.9
 

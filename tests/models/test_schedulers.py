@@ -18,7 +18,7 @@ from fastgrpo.models import ModelFamily, family_class
 
 CPU = torch.device("cpu")
 STEPS = 4
-KINDS = ("flux", "flux2", "sd3", "qwen_image", "z_image", "hunyuan_video", "wan")
+KINDS = ("flux", "flux2", "sd3", "qwen_image", "z_image", "hunyuan_video", "hunyuan_15", "wan")
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # Of each scheduler: its class, its settings, and whether its levels are those of a flow that falls to 0.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -52,7 +52,7 @@ def families():
 
     def get(kind: str) -> ModelFamily:
         if kind not in built:
-            video = kind in ("hunyuan_video", "wan")
+            video = kind in tiny_video.MODELS
             config = video_config("x", kind) if video else image_config("x", kind)
             pipeline = (tiny_video if video else tiny_images).build(kind)
             pipeline.set_progress_bar_config(disable=True)

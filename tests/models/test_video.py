@@ -29,7 +29,7 @@ from fastgrpo_kernels import noise
 
 CPU = torch.device("cpu")
 KINDS = list(MODELS)
-FROM_IMAGE = ("skyreels", "wan_i2v", "wan_5b_i2v")
+FROM_IMAGE = ("skyreels", "wan_i2v", "wan_5b_i2v", "wan_two_i2v", "hunyuan_15_i2v")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,10 @@ def prompts_of(*captions: str) -> list[Prompt]:
 
 # Of several lengths.
 PROMPTS = prompts_of("a red circle stands", "a blue square moves up, a green cross moves left")
+# A negative prompt, and words that are to be written.
+NEGATIVE = Prompt(
+    'a red circle says "left" and "up"', negative="a blue square moves", image="moving:3:a red circle stands"
+)
 
 
 def initial(family: ModelFamily, seeds: range) -> torch.Tensor:
@@ -87,17 +91,26 @@ def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps
     kind, scale, videos = family.name, family.config.guidance, []
     for i, prompt in enumerate(prompts):
         settings: dict[str, Any] = {
-            "prompt": prompt.text, "height": 32, "width": 32, "num_frames": family.config.frames,
+            "prompt": prompt.text, "height": family.config.height, "width": family.config.width,
+            "num_frames": family.config.frames,
             "num_inference_steps": steps, "latents": initial(family, range(i, i + 1)), "output_type": "pt",
             "max_sequence_length": family.config.max_sequence_length,
         }  # fmt: skip
-        if prompt.image and kind in ("skyreels", "wan") and "Image" in type(pipeline).__name__:
+        if prompt.image and "ImageToVideo" in type(pipeline).__name__:
             settings["image"] = open_image(prompt.image)
         if kind == "skyreels":
             settings |= {"true_cfg_scale": scale, "negative_prompt": "", "guidance_scale": 1.0}
             settings["generator"] = [torch.Generator().manual_seed(0)]
+        elif kind == "hunyuan_video_1_5":
+            pipeline.guider = pipeline.guider.new(guidance_scale=scale)
+            for name in ("max_sequence_length", *(("height", "width") if "image" in settings else ())):
+                del settings[name]
         else:
             settings["guidance_scale"] = scale
+            if family.config.guidance_2 is not None:
+                settings["guidance_scale_2"] = family.config.guidance_2
+        if kind in ("wan", "hunyuan_video_1_5"):
+            settings["negative_prompt"] = prompt.negative if prompt.negative is not None else ""
         videos.append(pipeline(**settings).frames)
     return torch.cat(videos).transpose(1, 2)
 
@@ -118,7 +131,33 @@ def test_a_rollout_is_the_pipelines_video(saved, families, kind, monkeypatch):
     assert (ours[0] - ours[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan"])
+@pytest.mark.parametrize("kind", ["wan", "wan_two", "hunyuan_15", "hunyuan_15_i2v"])
+def test_a_negative_prompt_is_the_pipelines_too(saved, families, kind, monkeypatch):
+    path, pipeline = saved(kind)
+    family = families(kind)
+    if family.name == "wan":
+        for one in (pipeline, family.pipeline):
+            monkeypatch.setattr(one, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    ours, config = drawn(family, video_config(path, kind), [NEGATIVE]), video_config(path, kind)
+    assert (ours - by_pipeline(pipeline, family, [NEGATIVE])).abs().max() <= 1e-4
+    without = Prompt(NEGATIVE.text, image=NEGATIVE.image)
+    assert (ours - drawn(family, config, [without])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_video", "wan", "wan_two", "hunyuan_15"])
+def test_another_size_is_the_pipelines_too(saved, kind, monkeypatch):
+    path, pipeline = saved(kind)
+    config = video_config(path, kind, model={**MODELS[kind], "height": 48, "width": 32, "frames": 5})
+    family = load_family(config.model, CPU)
+    if family.name == "wan":
+        for one in (pipeline, family.pipeline):
+            monkeypatch.setattr(one, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    ours, theirs = drawn(family, config, PROMPTS[:1]), by_pipeline(pipeline, family, PROMPTS[:1])
+    assert ours.shape == theirs.shape == (1, 3, 5, 48, 32)
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan", "hunyuan_15"])
 def test_without_guidance_too(saved, kind, monkeypatch):
     path, pipeline = saved(kind)
     config = video_config(path, kind, model={**MODELS[kind], "guidance": 1.0})
@@ -201,7 +240,19 @@ def test_the_first_ratio_is_one_and_the_update_moves_the_weights(saved, kind):
     assert sum(moved) > len(moved) / 3
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan_5b_i2v"])
+@pytest.mark.parametrize("kind", ["wan_two", "wan_two_i2v", "hunyuan_15", "hunyuan_15_i2v"])
+def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
+    config = video_config(saved(kind)[0], kind, model={**MODELS[kind], "dtype": "bfloat16"})
+    family = load_family(config.model, CPU)
+    family.policy.to(torch.bfloat16).requires_grad_(True)
+    plan, trajectory, conditioning = updated(family, config, PROMPTS)
+    updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
+    result = run_update(updater, plan, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
+    assert trajectory.v_old.dtype == torch.bfloat16
+    assert float(result.first.max_deviation) == 0
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan_5b_i2v", "hunyuan_15", "hunyuan_15_i2v"])
 def test_the_gradient_is_a_finite_difference(saved, kind):
     """Autograd against a central difference in float64; guidance is added in float32, so that much less exactly."""
     config = video_config(saved(kind)[0], kind)
@@ -231,9 +282,10 @@ def test_the_gradient_is_a_finite_difference(saved, kind):
         assert (high - low) / (2 * step) == pytest.approx(expected, rel=2e-2 if family.guided else 1e-4)
 
 
-def test_a_rows_bits_do_not_depend_on_the_texts_beside_it(families):
-    family = families("hunyuan_video")
-    long = prompts_of("a blue square moves up, a green cross moves left")[0]
+@pytest.mark.parametrize("kind", ["hunyuan_video", "hunyuan_15"])
+def test_a_rows_bits_do_not_depend_on_the_texts_beside_it(families, kind):
+    family = families(kind)
+    long = prompts_of('a blue square moves up, a green cross says "left"')[0]
     x = initial(family, range(1)).expand(2, -1, -1, -1, -1)
     time = torch.full((2,), 0.5)
     with torch.no_grad():
@@ -277,6 +329,23 @@ def test_each_transformer_of_two_serves_its_side_of_the_boundary(families):
     assert {m for m, s in zip(levels.modules, levels.start, strict=True) if s < 0.8} == {"transformer_2"}
 
 
+def test_each_transformer_of_two_has_its_guidance_and_its_gradient(saved):
+    """Of a step of its own: the other one's weights, and its scale, have no part in it."""
+    family = load_family(video_config(saved("wan_two")[0], "wan_two").model, CPU)
+    family.policy.requires_grad_(True)
+    other = family.at(family.config.model_copy(update={"guidance_2": 5.0}))
+    conditioning, x, time = family.encode(PROMPTS), initial(family, range(2)), torch.tensor([0.7, 0.4])
+    for name, module in family.modules.items():
+        v = family.predict(x, time, conditioning, module)
+        assert torch.equal(v, other.predict(x, time, conditioning, module)) is (name == "transformer")
+        # A frozen copy is guided as what it was copied from.
+        assert torch.equal(v, family.predict(x, time, conditioning, copy.deepcopy(module)))
+        v.square().mean().backward()
+        moved = {part for part, its in family.modules.items() if any(p.grad is not None for p in its.parameters())}
+        assert moved == {name}
+        module.zero_grad()
+
+
 @pytest.mark.parametrize(
     "kind, model, message",
     [
@@ -285,6 +354,7 @@ def test_each_transformer_of_two_serves_its_side_of_the_boundary(families):
         ("skyreels", {"width": 24}, r"model\.width: 24 is not a multiple of 16; the nearest are 16 and 32"),
         ("wan", {"frames": 1 + 2}, r"model\.frames: 3 is not 4k \+ 1"),
         ("wan", {"height": 40}, r"model\.height: 40 is not a multiple of 16"),
+        ("wan", {"guidance_2": 3.0}, r"model\.guidance_2: 3, but '.*' has one transformer; leave it out"),
         ("wan_i2v", {"max_sequence_length": 14}, r"model\.max_sequence_length: 14, but Wan 2\.1's image"),
     ],
 )

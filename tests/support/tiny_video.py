@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import Config, validate
-from fastgrpo.shapes import moving_world, tiny_wan
+from fastgrpo.shapes import moving_world, tiny_hunyuan_video_1_5, tiny_wan
 from fastgrpo.shapes.tiny_hunyuan_video import TinyHunyuanVideoSizes, build_pipeline
 
 MODELS: dict[str, dict[str, Any]] = {
     "hunyuan_video": {"family": "hunyuan_video", "guidance": 6.018, "max_sequence_length": 14},
+    "hunyuan_15": {"family": "hunyuan_video_1_5", "guidance": 3.0, "max_sequence_length": 24},
+    "hunyuan_15_i2v": {"family": "hunyuan_video_1_5", "guidance": 3.0, "max_sequence_length": 24},
     "skyreels": {"family": "skyreels", "guidance": 3.0, "max_sequence_length": 14},
     "wan": {"family": "wan", "guidance": 3.0, "max_sequence_length": 14},
     "wan_5b": {"family": "wan", "guidance": 3.0, "max_sequence_length": 14},
     "wan_i2v": {"family": "wan", "guidance": 3.0, "max_sequence_length": 512},
     "wan_5b_i2v": {"family": "wan", "guidance": 3.0, "max_sequence_length": 14},
-    "wan_two": {"family": "wan", "guidance": 3.0, "max_sequence_length": 14},
+    "wan_two": {"family": "wan", "guidance": 3.0, "guidance_2": 2.0, "max_sequence_length": 14},
+    "wan_two_i2v": {"family": "wan", "guidance": 3.0, "max_sequence_length": 14},
 }
 
 
@@ -25,7 +28,13 @@ def build(kind: str, seed: int = 0) -> Any:
     if kind in ("hunyuan_video", "skyreels"):
         sizes = TinyHunyuanVideoSizes(task="image" if kind == "skyreels" else "text", single_layers=1)
         return build_pipeline(moving_world.vocabulary(), sizes, seed)
-    from_image, per_token, two = kind.endswith("i2v"), "5b" in kind, kind == "wan_two"
+    if kind.startswith("hunyuan_15"):
+        pipeline = tiny_hunyuan_video_1_5.build_pipeline(moving_world.vocabulary(), seed, kind.endswith("i2v"))
+        # The published pipeline has 1000 text tokens, and 729 of an image that is not there.
+        pipeline.tokenizer_max_length = MODELS[kind]["max_sequence_length"]
+        pipeline.vision_num_semantic_tokens = 16
+        return pipeline
+    from_image, per_token, two = kind.endswith("i2v"), "5b" in kind, "two" in kind
     return tiny_wan.build_pipeline(moving_world.vocabulary(), seed, from_image, per_token, two)
 
 

@@ -246,5 +246,5 @@ def heads(
 def trim_attention(transformer: Any) -> None:
     """Gives every joint attention of a HunyuanVideo transformer the trimmed form, and the transformer `text_trim`."""
     transformer.text_trim = TextTrim()
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+    for block in (*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())):
         block.attn.set_processor(TrimmedAttention(transformer.text_trim))

@@ -47,12 +47,19 @@ class Wan(ModelFamily):
     def __init__(self, pipeline: Any, *args: Any, **settings: Any) -> None:
         super().__init__(pipeline, *args, **settings)
         set_tiling(pipeline.vae, self.config)
+        for name in self.modules:
+            # What a frozen copy of it knows too.
+            getattr(pipeline, name).is_second = name == "transformer_2"
 
     @classmethod
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
         transformer = parts.get("transformer") or parts["transformer_2"]
         vae, patch = parts["vae"], transformer["patch_size"]
         check_video_size(config, vae["scale_factor_spatial"] * patch[1], vae["scale_factor_temporal"])
+        if config.guidance_2 is not None and "transformer_2" not in parts:
+            raise ConfigError(
+                f"model.guidance_2: {config.guidance_2:g}, but '{config.path}' has one transformer; leave it out"
+            )
         if transformer["image_dim"] is not None and config.max_sequence_length != IMAGE_TEXT_TOKENS:
             raise ConfigError(
                 f"model.max_sequence_length: {config.max_sequence_length}, but Wan 2.1's image-to-video models take "
@@ -70,6 +77,10 @@ class Wan(ModelFamily):
         from fastgrpo.shapes import moving_world, tiny_hunyuan_video
 
         return {"tokenizer": tiny_hunyuan_video.build_tokenizer(moving_world.vocabulary(), length, template=False)}
+
+    @property
+    def guided(self) -> bool:
+        return max(self.config.guidance, self.config.guidance_2 or 0.0) > self.unguided_scale
 
     @property
     def per_token(self) -> bool:
@@ -102,6 +113,10 @@ class Wan(ModelFamily):
         # Of timesteps in float32, as the pipeline compares them.
         noisy = [boundary is None or np.float32(1000) * np.float32(t) >= 1000 * boundary for t in levels.times]
         return tuple("transformer" if first else "transformer_2" for first in noisy)
+
+    def pipeline_arguments(self, steps: int) -> dict[str, Any]:
+        second = {} if self.config.guidance_2 is None else {"guidance_scale_2": self.config.guidance_2}
+        return super().pipeline_arguments(steps) | second
 
     def comfyui_layer(self, layer: str) -> tuple[str, tuple[str, ...]]:
         name = layer
@@ -163,7 +178,9 @@ class Wan(ModelFamily):
             encoder_hidden_states_image=image,
             return_dict=False,
         )[0]
-        velocity = guide(output, self.config.guidance) if self.guided else output
+        second = self.config.guidance_2 if model.is_second else None
+        scale = self.config.guidance if second is None else second
+        velocity = guide(output, scale) if self.guided else output
         if not (self.per_token and self.takes_image):
             return velocity
         # What leads a first frame that is given from any latent to itself: the same for every policy.

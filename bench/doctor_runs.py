@@ -1,0 +1,151 @@
+"""Short runs with one thing broken each, and runs that learn: what `fastgrpo doctor RUN` is calibrated on.
+
+python bench/doctor_runs.py OUT [case …]    # minutes; then OUT/<case>.json is what tests/commands/doctor_runs keeps
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastgrpo
+from fastgrpo.commands.report.run_data import RunData, read_run
+from fastgrpo.config import load_config
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.models.families.flux import Flux
+from fastgrpo.rewards import Scores
+
+FLUX = "configs/shapes-flux.yaml"
+# A run of half a minute of a core, which learns where nothing is broken.
+SHORT = (
+    "rollout.prompts_per_iteration=16", "rollout.suffix_steps=2", "update.optimizer.schedule=constant",
+    "update.optimizer.lr=4e-4", "update.ema_decay=0.9", "train.iterations=40", "eval.every=20", "eval.images=120",
+    "eval.grid=1", "checkpoint.every=0", "telemetry.progress=false",
+)  # fmt: skip
+HERE = "bench.doctor_runs"
+
+
+class Noisy:
+    """The verifier's score and three times its own spread of noise."""
+
+    def __init__(self) -> None:
+        from fastgrpo.rewards.shapes import ShapesReward
+
+        self.inner, self.rng = ShapesReward(), np.random.default_rng(0)
+
+    def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None = None) -> Scores:
+        found = self.inner.score(samples, prompts, fps)
+        return Scores(found.values + self.rng.normal(0, 1.0, len(found.values)), found.valid)
+
+
+class Flaky(Noisy):
+    """The verifier's score of every other sample."""
+
+    def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None = None) -> Scores:
+        found = self.inner.score(samples, prompts, fps)
+        return Scores(found.values, found.valid & (self.rng.random(len(prompts)) < 0.6))
+
+
+class Bright:
+    """The mean of all pixels, which has nothing to do with the prompt."""
+
+    def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None = None) -> Scores:
+        values = samples.float().flatten(1).mean(1).double().numpy()
+        return Scores(values, np.ones(len(values), dtype=bool))
+
+
+def strict(threshold: float) -> str:
+    return f"rewards=[{{name: binary, options: {{of: {{name: shapes}}, threshold: {threshold}}}}}]"
+
+
+# What is broken, by the finding that names it; learning: none.
+CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "learns-0": ("", FLUX, ("run.seed=0",)),
+    "learns-1": ("", FLUX, ("run.seed=1",)),
+    "learns-2": ("", FLUX, ("run.seed=2",)),
+    "learns-two-steps": ("", FLUX, ("run.seed=3", "update.optimizer_steps=2", "update.optimizer.lr=3e-4")),
+    "learns-groups-of-16": ("", FLUX, ("run.seed=4", "rollout.prompts_per_iteration=8", "rollout.group_size=16")),
+    "learns-binary": ("", FLUX, ("run.seed=5", strict(0.9))),
+    "one-prompt": ("few_prompts", FLUX, ("rollout.prompts_per_iteration=1", "rollout.forward_batch=8")),
+    "flat-groups": ("flat_groups", FLUX, (strict(0.02),)),
+    "own-noise": ("untrained_spread", FLUX, ("rollout.shared_noise=false",)),
+    "ratio-not-1": ("ratio", FLUX, ()),
+    "rate-too-high": ("rate_high", FLUX, ("update.optimizer.lr=1e-2",)),
+    "rate-too-low": ("rate_low", FLUX, ("update.optimizer.lr=2e-6",)),
+    "average-too-early": ("ema", FLUX, ("update.ema_decay=0.9999", "update.ema_warmup=false")),
+    "noisy-reward": ("reward_noise", FLUX, (f"rewards=[{{name: '{HERE}:Noisy', label: noisy}}]",)),
+    "another-judge": ("judges", FLUX, (f"rewards=[{{name: '{HERE}:Bright', label: bright}}, {{name: shapes, weight: 0}}]",)),  # noqa: E501
+    "guidance": (
+        "guidance", "configs/shapes-stable-diffusion.yaml",
+        ("model.guidance=3", "update.optimizer.lr=2e-4", "rollout.prompts_per_iteration=8"),
+    ),
+    "too-much-noise": ("eta_high", FLUX, ("rollout.eta=4",)),
+    "too-little-noise": ("eta_low", FLUX, ("rollout.eta=0.03",)),
+    "held-back": ("kl", FLUX, ("objective.kl_weight=1e4",)),
+    "all-clipped": ("clip", FLUX, ("update.optimizer_steps=8", "objective.clip_low=1e-8", "objective.clip_high=1e-8")),
+    "reward-fails": ("failed", FLUX, (f"rewards=[{{name: '{HERE}:Flaky', label: flaky}}]",)),
+}  # fmt: skip
+
+
+def make(case: str, out: Path) -> dict[str, Any]:
+    """Trains a case, if it has not been, and returns its record."""
+    _, path, overrides = CASES[case]
+    config = load_config(path, [*SHORT, *overrides, f"run.dir={out / case}", "run.resume=auto"])
+    predict = Flux.predict
+    if case == "ratio-not-1":
+        # What rollout and update disagree by where a model behaves otherwise with gradients.
+        Flux.predict = functools.wraps(predict)(
+            lambda self, *args: predict(self, *args) * (1 + 3e-2 * torch.is_grad_enabled())
+        )
+    try:
+        fastgrpo.train(config)
+    finally:
+        Flux.predict = predict
+    return trimmed(read_run(out / case))
+
+
+# What the findings read of a run's metrics.
+KEPT = (
+    "iteration", "reward/mean", "reward/std", "samples/failed", "groups/zero_spread", "ratio/first_max_deviation",
+    "clip_fraction", "optimizer_steps/skipped",
+)  # fmt: skip
+
+
+def trimmed(run: RunData) -> dict[str, Any]:
+    """Of a run, what the findings read, in four digits."""
+
+    def short(value: float | None) -> float | None:
+        return None if value is None else float(f"{value:.4g}")
+
+    columns = [spec.key for spec in run.rewards]
+    return {
+        "config": run.config | {"run": run.config["run"] | {"dir": f"runs/{run.name}"}},
+        "metrics": [{key: short(line[key]) for key in KEPT if key in line} for line in run.metrics],
+        "evaluations": [
+            {
+                "iteration": evaluation["iteration"],
+                "values": {name: [short(v) for v in evaluation["values"][name]] for name in columns},
+            }
+            for evaluation in run.evaluations
+        ],
+    }
+
+
+def main(out: Path, cases: list[str]) -> None:
+    for case in cases or CASES:
+        path = out / f"{case}.json"
+        if not path.exists():
+            path.write_text(json.dumps(make(case, out), separators=(",", ":")) + "\n")
+            print(case, flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

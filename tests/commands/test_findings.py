@@ -1,0 +1,105 @@
+"""`fastgrpo doctor RUN` on recorded runs: those that one broken thing keeps from learning, and those that learn.
+
+bench/doctor_runs.py made the records, which hold what the findings read.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiny import tiny_config
+
+from fastgrpo.commands.bench import load
+from fastgrpo.commands.findings import Evidence, diagnose, findings, remaining_base
+from fastgrpo.commands.main import main
+from fastgrpo.commands.report.run_data import RunData
+from fastgrpo.config import dump
+
+RECORDS = Path(__file__).with_name("doctor_runs")
+CASES = load("doctor_runs").CASES
+BROKEN = [case for case, (cause, *_) in CASES.items() if cause]
+LEARNS = [case for case, (cause, *_) in CASES.items() if not cause]
+
+
+def recorded(case: str) -> RunData:
+    data = json.loads((RECORDS / f"{case}.json").read_text())
+    return RunData(case, Path(case), data["config"], data["metrics"], [], data["evaluations"], None, [])
+
+
+def test_ten_of_twelve_causes_are_named_first():
+    assert len(BROKEN) >= 12
+    named = {case: [f.name for f in findings(Evidence.of(recorded(case)))] for case in BROKEN}
+    right = [case for case, names in named.items() if names[:1] == [CASES[case][0]]]
+    assert len(right) >= 10 / 12 * len(BROKEN), named
+
+
+@pytest.mark.parametrize("case", LEARNS)
+def test_a_run_that_learns_is_no_false_alarm(case):
+    evidence = Evidence.of(recorded(case))
+    assert findings(evidence) == []
+
+
+def make_run(folder: Path, base: list[float], last: list[float], **sections) -> Path:
+    """A run directory of 8 iterations with two evaluations of a reward."""
+    (folder / "eval").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(tiny_config(folder, folder, **sections)))
+    line = {"reward/mean": 0.5, "reward/std": 0.2, "groups/zero_spread": 0.0, "ratio/first_max_deviation": 0.0}
+    lines = [json.dumps({"iteration": i, "samples/failed": 0.0, **line}) for i in range(8)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for iteration, values in ((0, base), (8, last)):
+        data = {"iteration": iteration, "images": len(values), "values": {"shapes": values}}
+        (folder / "eval" / f"{iteration:06d}.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.fixture
+def scores() -> np.ndarray:
+    return np.random.default_rng(0).normal(0.5, 0.2, 60)
+
+
+MANY = {"prompts_per_iteration": 8}
+
+
+def test_exit_codes_and_what_is_printed(tmp_path, capsys, scores):
+    rises = make_run(tmp_path / "rises", list(scores), list(scores + 0.1), rollout=MANY)
+    assert main(["doctor", str(rises)]) == 0
+    assert "the held-out score rises: +0.100, 95% interval +0.100 … +0.100, 60 samples" in capsys.readouterr().out
+    still = make_run(tmp_path / "still", list(scores), list(scores + 1e-4), rollout=MANY)
+    # So small a change is above 0 all the same, and no finding.
+    assert main(["doctor", str(still)]) == 0
+    still = make_run(tmp_path / "same", list(scores), list(scores), rollout=MANY)
+    assert main(["doctor", str(still)]) == 1
+    printed = capsys.readouterr().out
+    assert "rate_low: a held-out score changed by 0.0% of its spread in 8 iterations" in printed
+    assert "at least 10%" in printed
+    assert "raise update.optimizer.lr" in printed
+    assert main(["doctor", str(tmp_path / "nowhere")]) == 2
+
+
+def test_what_holds_the_policy_is_told_apart(tmp_path, scores):
+    same = list(scores)
+    averaged = {"ema_decay": 0.999, "ema_warmup": False}
+    for name, sections in {
+        "ema": {"update": averaged},
+        "kl": {"objective": {"kl_weight": 1.0}},
+        "rate_low": {},
+    }.items():
+        run = make_run(tmp_path / name, same, same, rollout=MANY, **sections)
+        assert [f.name for f in diagnose(run)[1]] == [name]
+
+
+def test_a_fall_of_all_scores_is_too_high_a_rate_and_noise_of_the_judge_is_named(tmp_path, scores):
+    fallen = make_run(tmp_path / "fallen", list(scores), list(scores - 0.2), rollout=MANY)
+    assert [f.name for f in diagnose(fallen)[1]] == ["rate_high"]
+    other = np.random.default_rng(1).permutation(scores)
+    noisy = make_run(tmp_path / "noisy", list(scores), list(other), rollout=MANY)
+    assert [f.name for f in diagnose(noisy)[1]] == ["reward_noise"]
+
+
+def test_what_is_left_of_the_base_in_an_average():
+    config = tiny_config(Path("nowhere"), update={"ema_decay": 0.9, "ema_warmup": False, "optimizer_steps": 2})
+    assert remaining_base(config, 5) == pytest.approx(0.9**10)
+    warm = tiny_config(Path("nowhere"), update={"ema_decay": 0.9})
+    assert remaining_base(warm, 2) == pytest.approx(2 / 11 * 3 / 12)
+    assert remaining_base(tiny_config(Path("nowhere")), 5) == 0
