@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fastgrpo.models.loading import levels_of
 from fastgrpo.observe.media import animate, beside_sources, write_frames, write_grid, write_mp4, write_webp
 from fastgrpo.rewards import Reward, release
 from fastgrpo.rewards.failures import FailureLog
-from fastgrpo.rewards.scoring import gather_scores, score_samples
+from fastgrpo.rewards.scoring import described, gather_scores, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
 from fastgrpo.rollout.sampler import rollout
 
@@ -38,11 +38,12 @@ EVAL_ITERATION = 2**31 - 1
 @dataclass(frozen=True)
 class Evaluation:
     """prompts: [n]; values: float64 [n] by reward and by `<reward>.<component>`, NaN where invalid;
-    images: [n, 3, H, W], or videos [n, 3, F, H, W], on the host."""
+    images: [n, 3, H, W], or videos [n, 3, F, H, W], on the host; seen: by reward, what it sees in the first of them."""
 
     prompts: list[Prompt]
     values: dict[str, np.ndarray]
     images: Tensor
+    seen: dict[str, list[str]] = field(default_factory=dict)
 
     def mean(self, name: str) -> float:
         return known_mean(self.values[name])
@@ -124,12 +125,14 @@ def evaluate(
 
     mine = [prompts[i] for i in owned(world.process)]
     scores = score_samples(rewards, images, mine, config.model.fps if images.ndim == 5 else None, failures)
+    shown = config.eval.grid if world.rank == 0 else 0
+    seen = described(rewards, images[:shown], mine[:shown], failures) if shown else {}
     release(rewards.values())
     scored = gather_scores(scores, owned, world, failures)
     counted = np.where(scored.valid & scored.asked, scored.values, np.nan)
     columns = dict(zip(rewards, counted, strict=True)) | scored.components
     ordered = sorted(columns, key=lambda name: (list(rewards).index(_reward_of(name, rewards)), name))
-    return Evaluation(prompts, {name: columns[name][: len(prompts)] for name in ordered}, images)
+    return Evaluation(prompts, {name: columns[name][: len(prompts)] for name in ordered}, images, seen)
 
 
 def _reward_of(column: str, rewards: Mapping[str, Reward]) -> str:
@@ -164,5 +167,6 @@ def record(
     captions = [p.text for p in evaluation.prompts[: len(images)]]
     values = {name: [None if np.isnan(v) else float(v) for v in column] for name, column in evaluation.values.items()}
     data = {"iteration": iteration, **evaluation.summary(), "prompts": captions, **pictures, "values": values}
+    data["seen"] = {name: texts[: len(images)] for name, texts in evaluation.seen.items()}
     (directory / f"{iteration:06d}.json").write_text(json.dumps(data, indent=1))
     return path

@@ -48,19 +48,24 @@ class OcrReward:
         self.similarity = SIMILARITIES[match]
         self._readers: dict[int, Any] = {}
 
+    def describe(self, samples: Tensor, prompts: Sequence[Prompt]) -> list[str]:
+        """What is read in each sample."""
+        return [f"“{text}”" for text in self.read(self._pixels(middle_frame(samples)))]
+
     def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         wanted = [normalise(target_text(p)) for p in prompts]
-        images = middle_frame(samples)
-        if self.detect and (small := min(images.shape[-2:])) < self.min_side:
-            height, width = (round(side * self.min_side / small) for side in images.shape[-2:])
-            images = resize(images, height, width)
         rows = [i for i, text in enumerate(wanted) if text]
         values = np.zeros(len(prompts))
-        # The reader was trained on OpenCV's order of channels.
-        pixels = (images[rows].flip(1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        for i, read in zip(rows, self.read(pixels), strict=True):
+        for i, read in zip(rows, self.read(self._pixels(middle_frame(samples)[rows])), strict=True):
             values[i] = self.similarity(wanted[i], normalise(read))
         return Scores(values, np.array([bool(text) for text in wanted]), {"strict": (values == 1).astype(float)})
+
+    def _pixels(self, images: Tensor) -> np.ndarray:
+        """uint8 [N, H, W, 3] of images [N, 3, H, W] in 0..1, in the order of channels that the reader knows."""
+        if self.detect and len(images) and (small := min(images.shape[-2:])) < self.min_side:
+            height, width = (round(side * self.min_side / small) for side in images.shape[-2:])
+            images = resize(images, height, width)
+        return (images.flip(1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def read(self, pixels: np.ndarray) -> list[str]:
         """The texts of pictures [N, H, W, 3] uint8 (blue, green, red); lines of one are joined by spaces."""

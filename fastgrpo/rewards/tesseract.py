@@ -39,14 +39,23 @@ class TesseractReward:
             )
         self.light = light
 
+    def describe(self, samples: Tensor, prompts: Sequence[Prompt]) -> list[str]:
+        """What is read in each sample."""
+        return [f"“{self.read(picture).strip()}”" for picture in self._pixels(samples)]
+
     def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         wanted = [normalise(target_text(p)) for p in prompts]
-        pixels = (middle_frame(samples) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pixels = self._pixels(samples)
         values = np.zeros(len(prompts))
         for i, text in enumerate(wanted):
             if text:
-                values[i] = equality(text, normalise(self.read(255 - pixels[i] if self.light else pixels[i])))
+                values[i] = equality(text, normalise(self.read(pixels[i])))
         return Scores(values, np.array([bool(text) for text in wanted]), {"strict": (values == 1).astype(float)})
+
+    def _pixels(self, samples: Tensor) -> np.ndarray:
+        """uint8 [N, H, W, 3], dark letters on a light ground."""
+        pixels = (middle_frame(samples) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return 255 - pixels if self.light else pixels
 
     def read(self, pixels: np.ndarray) -> str:
         """The text of a picture [H, W, 3] uint8. Raises RuntimeError with tesseract's own words where it fails."""

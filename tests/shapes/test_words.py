@@ -1,5 +1,6 @@
 """The world of words: its prompts and their split, its pictures, and the judges that read them."""
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -130,3 +131,28 @@ def test_a_render_is_what_the_pool_encodes():
     assert pictures.shape == (2, 3, 32, 64)
     assert 0 <= pictures.min() < pictures.max() <= 1
     assert Image.fromarray(render_batch(split()[0][:1], np.random.default_rng(0))[0]).size == (64, 32)
+
+
+def test_an_evaluation_says_what_a_judge_read(tmp_path):
+    from fastgrpo.commands.report.pictures import Column, _seen
+    from fastgrpo.evaluation.heldout import Evaluation, record
+    from fastgrpo.rewards.failures import FailureLog
+    from fastgrpo.rewards.scoring import described
+
+    class Mute:
+        def describe(self, samples, prompts):
+            raise RuntimeError("no voice")
+
+    prompts, pictures = truth(3)
+    said = []
+    rewards = {"ocr": load_reward(RewardSpec(name="ocr", options={"detect": False})), "mute": Mute()}
+    seen = described(rewards, pictures, prompts, FailureLog(said.append))
+    assert list(seen) == ["ocr"]
+    assert [text.strip("“”") in p.text for text, p in zip(seen["ocr"], prompts, strict=True)] == [True] * 3
+    assert any("mute" in line and "no voice" in line for line in said)
+    record(Evaluation(prompts, {"ocr": np.ones(3)}, pictures, seen), tmp_path, 0, 2)
+    evaluation = json.loads((tmp_path / "eval" / "000000.json").read_text())
+    assert evaluation["seen"] == {"ocr": seen["ocr"][:2]}
+    column = Column("after", evaluation)
+    assert _seen(column, 0) == f"<p>ocr: {seen['ocr'][0]}</p>"
+    assert _seen(column, 2) == ""
