@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup compiler demo train-all lint test test-full bench bench-gpu gpu-check gpu-wheels check clean
+.PHONY: help setup compiler demo train-all lint test test-full bench bench-gpu gpu-check gpu-wheels real-run-check check clean
 
 help:
 	@echo "make setup      .venv with everything the demo and the tests need"
@@ -25,6 +25,7 @@ help:
 	@echo "make gpu-check  numbers, hazards and times on this machine's GPU in five minutes, offline (STAGES='host device')"
 	@echo "make gpu-wheels what gpu-check needs on a machine without a registry, into .wheels"
 	@echo "make bench-gpu  every stage of gpu-check, then the benchmarks (90 minutes at most)"
+	@echo "make real-run-check  Stable Diffusion on all GPUs here: scores, seconds by phase, a row to contribute"
 	@echo "make check      linters, types, tests: what CI runs"
 
 setup: $(STAMP)
@@ -87,6 +88,10 @@ bench-gpu: setup compiler
 	timeout 600 $(BIN)/fastgrpo bench kernels $(ARGS)
 	timeout 900 $(BIN)/fastgrpo bench train --compare sequential
 	timeout 3600 $(BIN)/fastgrpo bench train --size real
+
+# On GPUs with the weights: docs/first-real-run.md. ARGS='CONFIG key=value … --gpus N --iterations N --images N --run DIR'
+real-run-check: setup
+	@$(BIN)/python bench/real_run.py $(ARGS)
 
 check: lint
 	@$(MAKE) test

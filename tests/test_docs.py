@@ -4,18 +4,26 @@ A comment above a block changes how it is run:
 
     <!-- test: args="train.iterations=2" -->            appended to each fastgrpo, torchrun or make command of the block
     <!-- test: full -->                                 only in make test-full
+    <!-- test: standins -->                             with tiny stand-ins of what is published (support/standins.py)
+    <!-- test: background -->                           while the blocks below it run
+    <!-- test: exit=2 -->                               ends with this code
     <!-- test: skip reason="needs a GPU" -->            not run; only for a reason of SKIPS
 """
 
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+from support.standins import stand_ins
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").glob("*.md")])
@@ -36,12 +44,20 @@ class Block:
     args: str = ""
     full: bool = False
     skip: str | None = None
+    standins: bool = False
+    background: bool = False
+    exit: int = 0
 
     def commands(self) -> list[str]:
         """The commands of a bash block, each with the block's extra arguments."""
         lines = self.code.replace("\\\n", " ").splitlines()
-        commands = [shlex.join(shlex.split(line, comments=True)) if "|" not in line else line for line in lines]
-        return [f"{c} {self.args}".strip() if re.match(r"fastgrpo|torchrun|make", c) else c for c in commands if c]
+        plain = [not re.search(r"[|$]", line) for line in lines]
+        commands = [
+            shlex.join(shlex.split(line, comments=True)) if p else line for line, p in zip(lines, plain, strict=True)
+        ]
+        return [
+            f"{c} {self.args}".strip() if re.match(r"fastgrpo|torchrun|sbatch|make", c) else c for c in commands if c
+        ]
 
 
 def blocks_of(text: str) -> list[Block]:
@@ -76,8 +92,8 @@ def _marks(text: str):
         return
     for word in words:
         name, _, value = word.partition("=")
-        assert name in ("full", "args"), f"unknown marker {name!r}"
-        yield name, value if name == "args" else True
+        assert name in ("full", "args", "standins", "background", "exit"), f"unknown marker {name!r}"
+        yield name, value if name == "args" else int(value) if name == "exit" else True
 
 
 def documents(full: bool) -> list:
@@ -95,25 +111,62 @@ def run_document(path: Path, folder: Path, full: bool) -> None:
         if (ROOT / name).exists():
             (folder / name).symlink_to(ROOT / name)
     namespace: dict = {"__name__": "__main__"}
-    for block in blocks_of(path.read_text(encoding="utf-8")):
-        if block.skip or (block.full and not full):
-            continue
+    blocks = [b for b in blocks_of(path.read_text(encoding="utf-8")) if not b.skip and (full or not b.full)]
+    with ExitStack() as after:
+        if any(block.standins for block in blocks):
+            patch = after.enter_context(pytest.MonkeyPatch.context())
+            after.enter_context(stand_ins(folder / "stand-ins", patch))
+        run_blocks(blocks, path, folder, namespace, after)
+
+
+def run_blocks(blocks: list[Block], path: Path, folder: Path, namespace: dict, after: ExitStack) -> None:
+    for block in blocks:
         where = f"{path.relative_to(ROOT)}:{block.line}"
         if block.language == "python":
             exec(compile("\n" * (block.line - 1) + block.code, str(path), "exec"), namespace)
             continue
         for command in block.commands():
-            run_command(command, folder, where)
+            if block.standins:
+                # Two processes stand for eight GPUs.
+                command = re.sub(r"--nproc-per-node \d+", "--nproc-per-node 2", command)
+            if block.background:
+                after.enter_context(in_background(command, folder))
+            else:
+                run_command(command, folder, where, block.exit)
 
 
-def run_command(command: str, folder: Path, where: str) -> None:
-    """A shell command. `fastgrpo` itself runs in this process, which has imported what takes seconds."""
+@contextmanager
+def in_background(command: str, folder: Path, port: int = 8917):
+    """A server's command, once it listens at its port, until the context ends."""
+    program = f"exec {sys.executable} -m {command}"
+    with subprocess.Popen(["bash", "-c", program], cwd=folder, env=environment_of()) as server:
+        try:
+            limit = time.monotonic() + 120
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                assert server.poll() is None, f"{command} ended"
+                assert time.monotonic() < limit, f"{command} never listens"
+                time.sleep(0.2)
+            yield
+        finally:
+            server.terminate()
+
+
+def environment_of() -> dict[str, str]:
+    return dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+def run_command(command: str, folder: Path, where: str, code: int = 0) -> None:
+    """A shell command that ends with `code`. `fastgrpo` itself runs in this process, which has imported what takes
+    seconds, and asks the hub for nothing unless it is told to download."""
     if re.match(r"fastgrpo\b[^|&;<>$`]*$", command):
         from fastgrpo.commands.main import main
 
-        assert main(shlex.split(command)[1:]) == 0, f"{where}: {command}"
+        with pytest.MonkeyPatch.context() as patch:
+            if "--download" in command:
+                patch.setattr(constants, "HF_HUB_OFFLINE", False)
+            assert main(shlex.split(command)[1:]) == code, f"{where}: {command}"
         return
-    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    environment = environment_of()
     if command.startswith("make "):
         # This environment, as it is: its set-up would be that of another folder.
         venv = Path(sys.executable).parents[1]
@@ -121,7 +174,7 @@ def run_command(command: str, folder: Path, where: str) -> None:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, f"{where}: {command}\n{done.stdout}{done.stderr}"
+    assert done.returncode == code, f"{where}: {command}\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("path", documents(full=False))

@@ -32,12 +32,12 @@ python {folder}/draw.py
 import os
 from pathlib import Path
 
-from fastgrpo.commands.export import export_run
+import fastgrpo
 
 here = Path(__file__).resolve().parent
 exported = here / "exported"
 if not exported.exists():
-    export_run(here / "run", exported)
+    fastgrpo.export(here / "run", exported)
 card = (exported / "README.md").read_text()
 os.chdir(exported)
 exec(card.split("```python\\n")[1].split("```")[0])

@@ -1,19 +1,22 @@
-"""Ready-made prompt sets for evaluation: `set:geneval`, `set:hps`, `set:videoalign`.
+"""Ready-made prompt sets for evaluation: `set:geneval`, `set:hps`, `set:videoalign`, and VBench's own as `set:vbench`.
 
-Those to train on are in grammar.py.
-
-The prompts are drawn by us, seeded, from the public structure of the benchmarks' prompts: they are not the benchmarks'
-own files, and scores on them compare runs with each other, not with published tables.
+Those to train on are in grammar.py. But for VBench's, which its package carries, the prompts are drawn by us, seeded, from the public structure of the
+benchmarks' prompts: they are not the benchmarks' own files, and scores on them compare runs with each other, not with
+published tables.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastgrpo.data import grammar
+from fastgrpo.errors import UserError
 
 # The eighty classes of COCO, which GenEval's detector knows, with their plurals where an s is not enough.
 OBJECTS = tuple(
@@ -247,6 +250,23 @@ def videoalign(per_category: int = 50) -> list[Entry]:
     return entries
 
 
+def vbench() -> list[Entry]:
+    """VBench's prompts (arXiv 2311.17982), from the list in the package of that name, which is read and not imported;
+    what a prompt is judged for is its `dimension`, and joined, its `category`.
+
+    Raises:
+        UserError: Without the package.
+    """
+    found = importlib.util.find_spec("vbench")
+    if found is None or found.origin is None:
+        raise UserError("set:vbench: its prompts are in the package 'vbench'; pip install --no-deps vbench")
+    listed = json.loads((Path(found.origin).parent / "VBench_full_info.json").read_text(encoding="utf-8"))
+    return [
+        {"prompt": e["prompt_en"], "category": "+".join(e["dimension"]), "dimension": e["dimension"]} for e in listed
+    ]
+
+
 SETS: dict[str, Callable[[], list[Entry]]] = {
-    "geneval": geneval, "hps": hps, "videoalign": videoalign, **grammar.SETS
+    "geneval": geneval, "hps": hps, "videoalign": videoalign, "vbench": vbench,
+    **grammar.SETS,
 }  # fmt: skip

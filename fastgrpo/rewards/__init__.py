@@ -27,6 +27,8 @@ REGISTERED = {
     "videoalign_ta": "fastgrpo.rewards.videoalign:TextAlignmentReward",
     "videoalign_vq": "fastgrpo.rewards.videoalign:VisualQualityReward",
     "vlm_judge": "fastgrpo.rewards.vlm_judge:VlmJudgeReward",
+    "unified_reward": "fastgrpo.rewards.unified_reward:UnifiedRewardReward",
+    "edit_reward": "fastgrpo.rewards.edit_reward:EditRewardReward",
     "edit_judge": "fastgrpo.rewards.vlm_judge:EditJudgeReward",
     "composite": "fastgrpo.rewards.composite:CompositeReward",
     "moving_aesthetics": "fastgrpo.rewards.moving:MovingAestheticsReward",

@@ -281,6 +281,23 @@ def test_the_spread_follows_what_is_observed_and_a_group_without_scores_changes_
     assert np.isnan(sampler.spread[4])
 
 
+def test_vbenchs_prompts_are_those_of_its_package(tmp_path, monkeypatch):
+    """Two of the list, in its form. The package itself is never imported."""
+    with pytest.raises(UserError, match=r"^set:vbench: its prompts are in the package 'vbench'; pip install --no-deps"):
+        load_prompts("set:vbench")
+    (tmp_path / "vbench").mkdir()
+    (tmp_path / "vbench/__init__.py").write_text("raise SystemExit")
+    listed = [
+        {"prompt_en": "a person clapping", "dimension": ["human_action"]},
+        {"prompt_en": "a red car", "dimension": ["color", "object_class"], "auxiliary_info": {"color": "red"}},
+    ]
+    (tmp_path / "vbench/VBench_full_info.json").write_text(json.dumps(listed))
+    monkeypatch.syspath_prepend(tmp_path)
+    clapping, car = load_prompts("set:vbench")
+    assert (clapping.text, clapping.metadata["category"]) == ("a person clapping", "human_action")
+    assert (car.metadata["category"], car.metadata["dimension"]) == ("color+object_class", ["color", "object_class"])
+
+
 def test_the_ready_made_sets_have_their_categories_and_are_fixed():
     geneval = load_prompts("set:geneval")
     counts = Counter(p.metadata["category"] for p in geneval)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.neural import SIZES, samples
+from support.standins import open_clip_shapes
 
 from fastgrpo.config import RewardSpec
 from fastgrpo.data.prompts import Prompt
@@ -35,26 +36,6 @@ def hps_path(tmp_path_factory):
     shapes = open_clip_shapes(160, 128, (2, 2), 8, 2, 24, 37, 10)
     save_file({k: torch.randn(v, generator=generator) * 0.1 for k, v in shapes.items()}, path)
     return path
-
-
-def open_clip_shapes(vision, text, depth, patch, side, embedding, vocabulary, length):
-    """The tensors of an open_clip checkpoint; depth: layers of the vision and of the text tower."""
-    shapes = {
-        "positional_embedding": (length, text), "text_projection": (text, embedding), "logit_scale": (),
-        "visual.class_embedding": (vision,), "visual.positional_embedding": (side * side + 1, vision),
-        "visual.proj": (vision, embedding), "visual.conv1.weight": (vision, 3, patch, patch),
-        "token_embedding.weight": (vocabulary, text),
-    }  # fmt: skip
-    norms = {"visual.ln_pre": vision, "visual.ln_post": vision, "ln_final": text}
-    linear = {"attn.in_proj_": (3, 1), "attn.out_proj.": (1, 1), "mlp.c_fc.": (4, 1), "mlp.c_proj.": (1, 4)}
-    for prefix, width, layers in (("visual.transformer", vision, depth[0]), ("transformer", text, depth[1])):
-        for block in (f"{prefix}.resblocks.{i}" for i in range(layers)):
-            norms |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
-            for name, (out, into) in linear.items():
-                shapes |= {f"{block}.{name}weight": (out * width, into * width), f"{block}.{name}bias": (out * width,)}
-    for name, width in norms.items():
-        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    return shapes
 
 
 @pytest.mark.parametrize("height, width", [(48, 40), (224, 224), (333, 501), (20, 24)])

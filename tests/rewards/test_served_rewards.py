@@ -17,6 +17,8 @@ from fastgrpo.config import RewardSpec
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import load_reward
+from fastgrpo.rewards.edit_reward import read_lower
+from fastgrpo.rewards.unified_reward import SCALES, read_scores
 
 IMAGES = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 8, 8).contiguous()
 PROMPTS = [Prompt(f"number {i}") for i in range(5)]
@@ -137,6 +139,100 @@ def test_a_busy_judge_is_asked_again_and_one_that_is_not_there_gives_no_score(ju
     assert not load_reward(RewardSpec(name="vlm_judge", options=nobody)).score(IMAGES, PROMPTS, None).valid.any()
     with pytest.raises(ConfigError, match="token_env: the environment has no NOT_SET"):
         load_reward(RewardSpec(name="vlm_judge", options={**nobody, "token_env": "NOT_SET"}))
+
+
+# As served models have answered; what is read of each.
+UNIFIED = {
+    "Alignment Score (1-5): 4.5\nCoherence Score (1-5): 3.0\nStyle Score (1-5): 2": (0.875, 0.5, 0.25),
+    "**Alignment Score (1-5):** 5\n**Coherence Score (1-5):** 4.2\n**Style Score (1-5):** 1": (1.0, 0.8, 0.0),
+    "The dog is missing.\nAlignment Score: 1.0, Coherence Score: 2.0, Style Score: 3.0": (0.0, 0.25, 0.5),
+}
+REFUSED = [
+    "", "I cannot judge this picture.", "Alignment Score (1-5): 4.5\nStyle Score (1-5): 2", "Final Score: 7",
+    "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 0",
+    "Alignment Score: 4\nCoherence Score: 3\nStyle Score: 2\nStyle Score: 3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", UNIFIED)
+def test_a_recorded_answer_of_unified_reward_is_read(answer):
+    assert read_scores(answer) == pytest.approx(dict(zip(SCALES, UNIFIED[answer], strict=True)))
+
+
+def test_an_answer_that_reasons_ends_in_one_score_and_others_are_refused():
+    assert read_scores("<think>It is blurred.</think>\nFinal Score: 3") == {"final": 0.5}
+    for answer in REFUSED:
+        with pytest.raises(ValueError, match="core"):
+            read_scores(answer)
+
+
+def test_the_lower_of_two_scores_of_an_edit_is_read_from_recorded_answers():
+    assert read_lower('{"reasoning": "The circle is blue now.", "score": [8, 6.5]}', 10) == 0.65
+    assert read_lower('```json\n{"reasoning": "Both {sic} are kept.",\n "score": [25, 20]}\n```', 25) == 0.8
+    refused = ['{"score": 8}', '{"score": [8]}', '{"score": [8, 11]}', '{"score": [true, 8]}', "8 and 6", '{"score": [']
+    for answer in [*refused, '{"score": ["8", "6"]}', '{"score": [-1, 3]}']:
+        with pytest.raises(ValueError):
+            read_lower(answer, 10)
+
+
+@pytest.fixture
+def answering():
+    """A server that gives recorded answers by the words of the question, and keeps what it was asked."""
+
+    def start(answers):
+        class Recorded(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                *pictures, text = body["messages"][0]["content"]
+                asked.append((len(pictures), text["text"]))
+                answer = next(given for words, given in answers.items() if words in text["text"])
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": answer}}]}).encode())
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Recorded)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "attempts": 1, "parallel": 1}, asked
+
+    servers, asked = [], []
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+def test_unified_reward_asks_and_a_refusal_is_a_failed_sample(answering):
+    options, asked = answering({"number 0": next(iter(UNIFIED)), "number 1": REFUSED[1]})
+    scores = load_reward(RewardSpec(name="unified_reward", options=options)).score(IMAGES[:2], PROMPTS[:2], None)
+    assert scores.valid.tolist() == [True, False]
+    assert scores.values[0] == pytest.approx((0.875 + 0.5 + 0.25) / 3)
+    assert scores.components["coherence"][0] == 0.5
+    assert np.isnan(scores.components["coherence"][1])
+    assert [count for count, _ in asked] == [1, 1]
+    videos = IMAGES[:1, :, None].expand(1, 3, 9, 8, 8)
+    load_reward(RewardSpec(name="unified_reward", options=options)).score(videos, PROMPTS[:1], 8.0)
+    assert asked[-1][0] == 4
+
+
+def test_edit_reward_shows_the_source_and_the_edit_then_the_edit_alone(answering, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "source.png")
+    prompts = [Prompt(text, image=str(tmp_path / "source.png")) for text in ("make it blue", "make it green")]
+    options, asked = answering({
+        "make it blue": '{"reasoning": "", "score": [9, 4]}', "make it green": "no", "was edited": '{"score": [10, 9]}',
+    })  # fmt: skip
+    reward = load_reward(RewardSpec(name="edit_reward", options=options))
+    scores = reward.score(IMAGES[:2], prompts, None)
+    assert scores.valid.tolist() == [True, False]
+    assert scores.values[0] == pytest.approx((0.4 * 0.9) ** 0.5)
+    assert (scores.components["consistency"][0], scores.components["quality"][0]) == pytest.approx((0.4, 0.9))
+    assert sorted(count for count, _ in asked) == [1, 1, 2, 2]
+    with pytest.raises(ConfigError, match="edit_reward: judges edited images, not videos"):
+        reward.score(IMAGES[:1, :, None].expand(1, 3, 9, 8, 8), prompts[:1], 8.0)
+    with pytest.raises(ConfigError, match=r"rewards\.edit_reward: high: 0 is not above 0"):
+        load_reward(RewardSpec(name="edit_reward", options={**options, "high": 0}))
 
 
 class Evil:
