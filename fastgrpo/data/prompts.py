@@ -73,8 +73,8 @@ def load_prompts(source: str) -> list[Prompt]:
             `words:train`, `words:heldout`: signs with short words and numbers.
             `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
             `set:images`, `set:videos`, and either with `-heldout`: ours, to train on (fastgrpo/data/grammar.py);
-            `set:geneval`, `set:hps`, `set:videoalign`, `set:vbench`: to evaluate on (fastgrpo/data/sets.py). `<name>:…`:
-            a source that a package offers by the entry point group `fastgrpo.prompts`.
+            `set:geneval`, `set:hps`, `set:videoalign`, `set:vbench`: to evaluate on (fastgrpo/data/sets.py).
+            `<name>:…`: a source that a package offers by the entry point group `fastgrpo.prompts`.
 
     Raises:
         ConfigError: Naming file and line where there is one.

@@ -1,8 +1,8 @@
 """Ready-made prompt sets for evaluation: `set:geneval`, `set:hps`, `set:videoalign`, and VBench's own as `set:vbench`.
 
-Those to train on are in grammar.py. But for VBench's, which its package carries, the prompts are drawn by us, seeded, from the public structure of the
-benchmarks' prompts: they are not the benchmarks' own files, and scores on them compare runs with each other, not with
-published tables.
+Those to train on are in grammar.py. VBench's are in its own package. The others are drawn by us, seeded, from the
+public structure of the benchmarks' prompts: they are not the benchmarks' own files, and scores on them compare runs
+with each other, not with published tables.
 """
 
 from __future__ import annotations
