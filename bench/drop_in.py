@@ -1,8 +1,9 @@
 """A training step's loss in other trainers before and after the lines of docs/drop-in.md: gradient, operations, time.
 
-python bench/drop_in.py FOLDER    FOLDER holds clones of DanceGRPO, flow_grpo and Flow-Factory (their commits: COMMITS)
+python bench/drop_in.py FOLDER [NAME …]    FOLDER holds clones of the projects (their commits: COMMITS), all or NAMEs
 
-Their step functions are run as they stand in those clones, on this CPU, beside those of fastgrpo_kernels.compat.
+Their step functions, and the lines of their training loops that are a loss, are run as they stand in those clones, on
+this CPU, beside those of fastgrpo_kernels.compat.
 """
 
 from __future__ import annotations
@@ -24,14 +25,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo_kernels import transitions
-from fastgrpo_kernels.compat import dance_grpo, ddpo, flow_factory, flow_grpo
+from fastgrpo_kernels.clipped_loss.reference import awm_log_prob_reference, nft_loss_reference
+from fastgrpo_kernels.compat import awm, dance_grpo, ddpo, diffusion_nft, flow_factory, flow_grpo
 from fastgrpo_kernels.log_prob.reference import log_prob_reference
 
-COMMITS = {"DanceGRPO": "15cc71d", "flow_grpo": "ac4c86e", "Flow-Factory": "a0b2bc5"}
+COMMITS = {
+    "DanceGRPO": "15cc71d",
+    "flow_grpo": "ac4c86e",
+    "Flow-Factory": "a0b2bc5",
+    "DiffusionNFT": "24af555",
+    "advantage_weighted_matching": "be51372",
+}
 CLIP, REPEATS = 1e-4, 15
 
 # A step function of (model output, latents before, latents after), and its log-probability in float64.
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
+# A loss of (model output, old output, clean latents, noise, the two mixed at TIMES).
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+TIMES = torch.tensor([0.95, 0.7, 0.4, 0.1]).view(-1, 1, 1, 1)
 
 
 def functions_of(file: Path, *names: str, **known: Any) -> dict[str, Any]:
@@ -43,6 +54,83 @@ def functions_of(file: Path, *names: str, **known: Any) -> dict[str, Any]:
     space = {"torch": torch, "math": math, "logger": logging.getLogger("drop-in"), **known}
     exec(compile(ast.fix_missing_locations(module), str(file), "exec"), space)
     return space
+
+
+def statements_of(file: Path, first: str, last: str) -> list[ast.stmt]:
+    """The statements of a block of a source file from the one that assigns `first` to the one that assigns `last`."""
+
+    def assigns(node: ast.stmt, name: str) -> bool:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for block in (getattr(node, "body", None), getattr(node, "orelse", None)):
+            if not isinstance(block, list):
+                continue
+            begin = next((i for i, statement in enumerate(block) if assigns(statement, first)), None)
+            if begin is None:
+                continue
+            end = next((i for i, statement in enumerate(block) if i >= begin and assigns(statement, last)), None)
+            if end is not None:
+                return block[begin : end + 1]
+    raise ValueError(f"{file}: has no block that assigns {first}, then {last}")
+
+
+def loss_cases(folder: Path) -> dict[str, tuple[tuple[int, ...], Loss, Loss, Loss]]:
+    """Of each project with a loss of its own: latents' shape, its lines, ours in their place, and in float64."""
+    t, advantages = TIMES.flatten(), torch.tensor([1.0, -0.6, 7.0, -0.2])
+    clip, beta = 5.0, 1.0
+
+    nft_file = folder / "DiffusionNFT/scripts/train_nft_sd3.py"
+    lines = ast.Module(statements_of(nft_file, "advantages_clip", "policy_loss"), [])
+    nft_code = compile(ast.fix_missing_locations(lines), str(nft_file), "exec")
+    nft_config = SimpleNamespace(beta=beta, train=SimpleNamespace(adv_clip_max=clip))
+
+    def nft(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, mixed: Tensor) -> Tensor:
+        # As its training loop has them.
+        space: dict[str, Any] = {"torch": torch, "config": nft_config, "loss_terms": {}, "j_idx": 0}
+        space |= {"train_sample_batch": {"advantages": advantages[:, None]}, "t_expanded": TIMES, "x0": x0}
+        space |= {"xt": mixed, "forward_prediction": v, "old_prediction": v_old}
+        exec(nft_code, space)
+        return space["policy_loss"]
+
+    def nft_exact(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, mixed: Tensor) -> Tensor:
+        outputs = (tensor.flatten(1) for tensor in (v, v_old, noise - x0))
+        r = advantages.double().clamp(-clip, clip) / clip / 2 + 0.5
+        return nft_loss_reference(*outputs, t, r, torch.full((4,), 0.25).double(), beta=beta, clip=clip)
+
+    awm_file = folder / "advantage_weighted_matching/advantage_weighted_matching/scripts/train_sd3_awm.py"
+    their_log_prob = functions_of(awm_file, "compute_log_prob_awm")["compute_log_prob_awm"]
+    awm_config = SimpleNamespace(train=SimpleNamespace(cfg=False))
+
+    def awm_theirs(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, mixed: Tensor) -> Tensor:
+        def log_prob(output: Tensor) -> Tensor:
+            more = None, None, awm_config, mixed, x0, noise, "huber"
+            return their_log_prob(lambda **inputs: (output,), None, None, TIMES, *more)[0]
+
+        with torch.no_grad():
+            old = log_prob(v_old)
+        return loss(log_prob(v), old, advantages)
+
+    def awm_exact(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, mixed: Tensor) -> Tensor:
+        target = (noise - x0).flatten(1)
+        new, old = (awm_log_prob_reference(o.flatten(1), target, t.double(), "huber") for o in (v, v_old))
+        return loss(new, old, advantages.double())
+
+    return {
+        "DiffusionNFT, SD 3.5 at 512²": (
+            (4, 16, 64, 64),
+            nft,
+            lambda v, *rest: diffusion_nft.policy_loss(v, *rest[:3], t, advantages, beta=beta, adv_clip_max=clip),
+            nft_exact,
+        ),
+        "AWM, SD 3.5 at 512², huber": (
+            (4, 16, 64, 64),
+            awm_theirs,
+            lambda v, *rest: awm.policy_loss(v, *rest[:3], t, advantages, weighting="huber", clip_range=CLIP),
+            awm_exact,
+        ),
+    }
 
 
 def cases(folder: Path) -> dict[str, tuple[tuple[int, ...], LogProb, LogProb, LogProb]]:
@@ -117,9 +205,10 @@ def cases(folder: Path) -> dict[str, tuple[tuple[int, ...], LogProb, LogProb, Lo
     }
 
 
-def loss(log_prob: Tensor, old: Tensor) -> Tensor:
-    """The clipped loss as these trainers write it, for advantages that fall from 1."""
-    advantages = torch.linspace(1.0, -1.0, len(old) + 1, dtype=old.dtype)[:-1]
+def loss(log_prob: Tensor, old: Tensor, advantages: Tensor | None = None) -> Tensor:
+    """The clipped loss as these trainers write it, for advantages that fall from 1 if none are given."""
+    if advantages is None:
+        advantages = torch.linspace(1.0, -1.0, len(old) + 1, dtype=old.dtype)[:-1]
     ratio = torch.exp(log_prob - old)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
 
@@ -167,9 +256,39 @@ def measure(shape: tuple[int, ...], before: LogProb, after: LogProb, exact: LogP
     return row | {name: 1e3 * median(seconds) for name, seconds in zip(("before", "after"), times, strict=True)}
 
 
-def main(folder: Path) -> None:
+def measure_loss(shape: tuple[int, ...], before: Loss, after: Loss, exact: Loss) -> dict[str, float]:
+    """As `measure`, of whole losses; operations are those of forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    v, x0, noise, delta = (torch.randn(shape, generator=generator) for _ in range(4))
+    moved, mixed = v + 1e-2 * delta, (1 - TIMES) * x0 + TIMES * noise
+
+    def gradient(function: Loss, dtype: torch.dtype) -> Tensor:
+        leaf = moved.to(dtype).requires_grad_()
+        return torch.autograd.grad(function(leaf, *(x.to(dtype) for x in (v, x0, noise, mixed))), leaf)[0].double()
+
+    exact_grad = gradient(exact, torch.float64)
+    grads = [gradient(function, torch.float32) for function in (before, after)]
+    row = {"between": float((grads[0] - grads[1]).norm() / exact_grad.norm())}
+    for name, grad in zip(("before", "after"), grads, strict=True):
+        row[f"{name}_to_float64"] = float((grad - exact_grad).norm() / exact_grad.norm())
+    v, moved = v.bfloat16(), moved.bfloat16().requires_grad_()
+    with _Operations() as operations:
+        torch.autograd.grad(before(moved, v, x0, noise, mixed), moved)
+    row["operations"] = operations.count
+    times: list[list[float]] = [[], []]
+    for _ in range(REPEATS):
+        for function, seconds in zip((before, after), times, strict=True):
+            begin = time.process_time()
+            torch.autograd.grad(function(moved, v, x0, noise, mixed), moved)
+            seconds.append(time.process_time() - begin)
+    return row | {name: 1e3 * median(seconds) for name, seconds in zip(("before", "after"), times, strict=True)}
+
+
+def main(folder: Path, *names: str) -> None:
     torch.set_num_threads(1)
-    for name, commit in COMMITS.items():
+    wanted = names or tuple(COMMITS)
+    for name in wanted:
+        commit = COMMITS[name]
         found = subprocess.run(
             ["git", "-C", str(folder / name), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout
@@ -185,11 +304,15 @@ def main(folder: Path) -> None:
         "after ms",
     )
     print(" | ".join(head))
-    for name, case in cases(folder).items():
-        row = measure(*case)
+    rows: dict[str, dict[str, float]] = {}
+    if {"DanceGRPO", "flow_grpo", "Flow-Factory"} <= {*wanted}:
+        rows |= {name: measure(*case) for name, case in cases(folder).items()}
+    if {"DiffusionNFT", "advantage_weighted_matching"} <= {*wanted}:
+        rows |= {name: measure_loss(*case) for name, case in loss_cases(folder).items()}
+    for name, row in rows.items():
         errors = (f"{row[key]:.1e}" for key in ("between", "before_to_float64", "after_to_float64"))
         print(" | ".join([name, *errors, str(row["operations"]), f"{row['before']:.2f}", f"{row['after']:.2f}"]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

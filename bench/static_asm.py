@@ -27,6 +27,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
+    torch.uint8: "u8",
 }
 _TYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i32": 4, "i64": 8, "i16": 2, "i8": 1, "i1": 1}
 
@@ -192,7 +193,8 @@ def _amd(compiled: Any) -> dict[str, Any]:
 
 
 def _amd_widths(opcodes: list[str], direction: str) -> Counter[int]:
-    widths = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "short": 16, "byte": 8, "ushort": 16}
+    widths = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    widths |= {"short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
     found: Counter[int] = Counter()
     for opcode in opcodes:
         if match := re.match(rf"(?:global|buffer)_{direction}_(dwordx\d|[a-z]+)", opcode):

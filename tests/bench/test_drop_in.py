@@ -36,6 +36,32 @@ def test_distances_and_operations_are_those_of_the_functions(monkeypatch):
     assert row["after"] > 0
 
 
+def test_lines_of_a_training_loop_are_taken_as_they_stand(tmp_path):
+    file = tmp_path / "theirs.py"
+    file.write_text(
+        "def main():\n    for x in data:\n        before = 1\n        a = 2 * x\n        b = a + 1\n        c = 0\n"
+    )
+    lines = drop_in.ast.Module(drop_in.statements_of(file, "a", "b"), [])
+    space = {"x": 3}
+    exec(compile(drop_in.ast.fix_missing_locations(lines), "theirs", "exec"), space)
+    assert space["b"] == 7
+    assert not {"before", "c"} & set(space)
+    with pytest.raises(ValueError, match="has no block that assigns a, then nothing"):
+        drop_in.statements_of(file, "a", "nothing")
+
+
+def test_distances_of_whole_losses(monkeypatch):
+    monkeypatch.setattr(drop_in, "REPEATS", 3)
+
+    def loss(scale):
+        return lambda v, old, x0, noise, mixed: (scale * (v - old) ** 2).mean()
+
+    row = drop_in.measure_loss((4, 2, 3, 3), loss(1.001), loss(1.0), loss(1.0))
+    assert row["before_to_float64"] == pytest.approx(1e-3, rel=0.1)
+    assert row["after_to_float64"] < 1e-5
+    assert row["operations"] > 3
+
+
 def test_the_loss_is_clipped_as_these_trainers_write_it():
     old = torch.zeros(2)
     # Advantages are 1 and 0.

@@ -208,7 +208,7 @@ def kernel_arguments(shift: Shift) -> tuple[list[object], dict[str, object], int
     blocks = -(-elements // BLOCK)
     constants: dict[str, object] = {**coefficient_steps("absgnc", coefficients)}
     constants |= {"BLOCK": BLOCK, "num_warps": _warps(shift)}
-    if shift.x is not None:
+    if shift.x is not None or (shift.x0 is not None and shift.words is None):
         constants["maxnreg"] = READ_REGISTERS
     arguments = [*flat, mask, words, *split_seed(shift.seed), *coefficients, shift.residuals]
     arguments += [*row_strides(flat, elements), *layout, elements, blocks]
@@ -219,11 +219,12 @@ def _warps(shift: Shift) -> int:
     """Warps to a block: fewer elements a thread where more latents are in flight, so that registers stay few."""
     from ..noise_kernel import NUM_WARPS, READ_WARPS
 
-    if shift.words is not None:
-        few = shift.v_uncond is None and shift.v_reference is None and shift.x0 is None
-        return NUM_WARPS if few else READ_WARPS
+    besides = [shift.v_uncond, shift.v_reference, shift.x0]
+    extra = sum(t is not None for t in besides)
+    if shift.words is not None and extra == 0 and shift.mask is None:
+        return NUM_WARPS
+    many = shift.x is not None or (extra > 1 and (shift.words is None or shift.x0 is not None))
     # Four elements are a 128-bit load of float32.
-    many = shift.x is not None or (shift.v_uncond is not None and shift.v_reference is not None)
     return 2 * READ_WARPS if many and shift.v.dtype == torch.float32 else READ_WARPS
 
 
