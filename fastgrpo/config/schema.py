@@ -134,7 +134,7 @@ class Prompts(Section):
 
     train: PathText = Field(
         description="A .txt, .jsonl or .csv file; set:images or set:videos (shipped), shapes:train, moving:train, "
-        "editing:train; "
+        "editing:train, words:train; "
         "hf:<dataset>[:split[:column]] on the hub, or a source of an installed package."
     )
     select: Literal["epochs", "spread"] = Field(
