@@ -156,8 +156,11 @@ def test_rewards_within_rewards_and_files_of_ones_own_are_listed(nowhere, tmp_pa
     (tmp_path / "mine.py").write_text("def score(samples, prompts, fps): ...")
     rewards = [
         {"name": "binary", "options": {"of": {"name": "pickscore"}, "threshold": 1.0}},
-        {"name": "mine.py:score"}, {"name": "gone.py:score"}, {"name": "remote", "options": {"url": "http://a:1"}},
-    ]  # fmt: skip
+        {"name": "binary", "label": "broken", "options": {"of": {"nome": 3}}},
+        {"name": "mine.py:score"},
+        {"name": "gone.py:score"},
+        {"name": "remote", "options": {"url": "http://a:1"}},
+    ]
     found = {a.source: a for a in find_assets(tiny_config(weights_path("flux"), rewards=rewards))}
     assert found["yuvalkirstain/PickScore_v1"].setting == "rewards.binary.pickscore"
     assert (found["mine.py"].state, found["gone.py"].state, found["http://a:1"].state) == (

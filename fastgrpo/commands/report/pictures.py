@@ -52,7 +52,7 @@ def images(runs: list[RunData]) -> str:
         caption = html.escape(prompts[place])
         pictures = "".join(
             f'<div><img alt="{html.escape(c.label)}: {caption}" src="{tiles[i][place]}" loading="lazy">'
-            f"<p>{html.escape(c.label)} {_mark(c, place)}</p></div>"
+            f"<p>{html.escape(c.label)} {_mark(c, place)}</p>{_seen(c, place)}</div>"
             for i, c in enumerate(columns)
         )
         cards.append(f'<figure><figcaption>{caption}</figcaption><div class="pair">{pictures}</div></figure>')
@@ -97,6 +97,13 @@ def _mark(column: Column, place: int) -> str:
         else:
             parts.append(f"{html.escape(name)} {value:.2f}")
     return " ".join(parts)
+
+
+def _seen(column: Column, place: int) -> str:
+    """What each reward that says so sees in a picture."""
+    seen = column.evaluation.get("seen", {})
+    said = [f"{html.escape(name)}: {html.escape(texts[place])}" for name, texts in seen.items() if place < len(texts)]
+    return f"<p>{'<br>'.join(said)}</p>" if said else ""
 
 
 def _count(columns: Sequence[Column], count: int) -> str:
