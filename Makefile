@@ -117,20 +117,20 @@ check: lint
 
 # A page for every command and the Python interface are made from the code: docs/_site/pages.py.
 docs: setup
-	$(PIP_INSTALL) -e '.[docs]'
+	$(PIP_INSTALL) -e ./kernels -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Debian's Chromium where it is installed, else the one that playwright downloads.
 browser-check: setup
-	$(PIP_INSTALL) -e '.[browser]'
+	$(PIP_INSTALL) -e ./kernels -e '.[browser]'
 	@command -v chromium >/dev/null || $(BIN)/python -m playwright install --with-deps chromium-headless-shell
 	$(BIN)/python -m pytest tests/commands/test_browser.py
 
 # It needs no set-up beyond its own.
 dist:
 	rm -rf dist
-	$(PYTHON) -m venv build/release && build/release/bin/pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt build twine
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
 	build/release/bin/python -m build --outdir dist kernels
 	build/release/bin/python -m build --outdir dist .
 	build/release/bin/python -m twine check --strict dist/*
