@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -34,6 +35,8 @@ class Prompt:
 
 # What begins the name of a picture that is drawn here, not read: a world of fastgrpo/shapes.
 DRAWN = ("editing:", "moving:")
+# What begins a picture that is given whole.
+PNG_DATA = "data:image/png;base64,"
 # Of files of every system, the oldest too; other characters that Python would split at are text.
 LINE_END = re.compile(r"\r\n|\n|\r")
 
@@ -159,7 +162,8 @@ def _ready_made(name: str) -> list[Prompt]:
 
 def open_image(image: str) -> Image.Image:
     """The RGB picture of a prompt, turned as its EXIF orientation says (as diffusers' `load_image` does): a file, or a
-    picture of an embedded world, `moving:<seed>:<caption>` (a first frame) or `editing:<seed>:<objects>:<edit>`.
+    picture of an embedded world, `moving:<seed>:<caption>` (a first frame) or `editing:<seed>:<objects>:<edit>`, or the
+    bytes of a PNG that came with a request, `data:image/png;base64,…`.
 
     Raises ConfigError where it cannot be read.
     """
@@ -174,8 +178,11 @@ def open_image(image: str) -> Image.Image:
         from fastgrpo.shapes.editing_render import source_image
 
         return Image.fromarray(source_image(image))
+    file: Any = image
+    if image.startswith(PNG_DATA):
+        file, image = io.BytesIO(base64.b64decode(image.removeprefix(PNG_DATA))), "the picture of a request"
     try:
-        with Image.open(image) as picture:
+        with Image.open(file) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgrpo.commands.pretrain.empty_channels import with_empty_channels
 from fastgrpo.commands.pretrain.recipe import PretrainConfig, as_prompts
 from fastgrpo.data.prompts import Prompt, world_prompts
 from fastgrpo.distributed.world import World
@@ -109,7 +110,7 @@ def start_from(parts: Mapping[str, nn.Module], path: str) -> None:
             mine = state.get(key)
             if mine is None or mine.shape[1:] != value.shape[1:] or len(mine) < len(value):
                 raise ConfigError(f"denoiser.init: {path} does not fit at {name}.{key}; give both the same sizes")
-            mine[: len(value)].copy_(value)
+            mine[: len(value)] = value
 
 
 def train(pipeline: Any, config: PretrainConfig) -> None:
@@ -178,12 +179,13 @@ def checkpoint(pipeline: Any, config: PretrainConfig, step: int, n: int) -> None
     """Writes the pipeline to `out`/step-N (the last one to `out`/final), evaluates what was written, logs the rates."""
     out = Path(config.out)
     path = out / ("final" if step == config.denoiser.steps else f"step-{step:06d}")
-    save_bfloat16(pipeline, path)
+    save_bfloat16(with_empty_channels(pipeline, config) if config.empty_channels else pipeline, path)
     found = measure(path, config, n)
     (out / "grids").mkdir(exist_ok=True)
-    shown = beside_sources(found.prompts[:96], found.images[:96])
-    write = write_frames if shown.ndim == 5 else write_grid
-    write(shown, out / "grids" / f"{path.name}.png")
+    if found.images.ndim == 5:
+        write_frames(found.images[:96], out / "grids" / f"{path.name}.png")
+    else:
+        write_grid(beside_sources(found.prompts[:96], found.images[:96]), out / "grids" / f"{path.name}.png")
     strict = found.values[f"{config.world.reward}.strict"]
     categories = np.array([str(p.metadata["category"]) for p in found.prompts])
     rates = {"strict": float(strict.mean()), "score": float(found.values[config.world.reward].mean())}

@@ -186,6 +186,7 @@ class PretrainConfig(Section):
     out: str
     init: str | None = None  # a pipeline directory of an earlier run, whose autoencoder is taken as it is
     sizes: dict[str, Any] = Field(default_factory=dict)
+    empty_channels: int = Field(default=0, ge=0)  # more latent channels of what is written, see empty_channels.py
     categories: list[str] = Field(default_factory=list)  # of the world's captions; all of them where none is given
     autoencoder: AutoencoderConfig | None = None
     denoiser: DenoiserConfig
@@ -209,6 +210,8 @@ class PretrainConfig(Section):
         TINY[self.family].sizes_of(self.sizes)
         if self.autoencoder and self.autoencoder.inflate and self.world.module is not moving_world:
             raise ConfigError(f"autoencoder.inflate: {self.family} draws no videos; leave it out")
+        if self.empty_channels and TINY[self.family].module != TINY["flux"].module:
+            raise ConfigError(f"empty_channels: only a FLUX is written with them, not {self.family}; leave it out")
         if (self.init is None) == (self.autoencoder is None):
             raise ConfigError("autoencoder: give its recipe, or in `init` the pipeline to take it from; one of the two")
         return self
