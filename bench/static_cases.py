@@ -150,7 +150,6 @@ CASES = {
     "grpo_loss/all step": Case(_grpo_all("step"), f"{_ALL} x y", f"{_ALL} x y grad grad"),
     "grpo_loss/masked": Case(_grpo_as_trainers_lack, "v v_old mask", "v v_old mask grad", makes_noise=True),
     "grpo_loss/matching": Case(_matching("matching"), "v v_old x", "v v_old x grad", makes_noise=True),
-    "grpo_loss/huber": Case(_matching("huber"), "v v_old x", "v v_old x grad", makes_noise=True),
     "nft_loss/key": Case(_nft("target"), "v v_old x", "v v_old x grad", makes_noise=True),
     "nft_loss/all": Case(
         _nft("target", reference=True), "v v_old v_reference x", "v v_old v_reference x grad", makes_noise=True

@@ -141,9 +141,7 @@ def curves(iterations: Annotated[int, typer.Option(min=1, help="Timed iterations
 
 @app.command()
 def objectives(
-    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The recipe that every setting starts from.")] = (
-        FOLDER.parent / "configs" / "shapes-flux.yaml"
-    ),
+    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="The recipe of all; else the demo's.")] = "",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE…")] = None,
     setting: Annotated[list[str] | None, typer.Option(help="Of bench/objectives.py, such as grpo or nft.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Each runs every setting in turn; else 0.")] = None,
@@ -154,7 +152,11 @@ def objectives(
     write: Annotated[bool, typer.Option(help="Put rows into bench/data, picture and table into docs.")] = True,
 ) -> None:
     """Held-out score of each objective, and of reusing samples, against processor seconds, samples and forwards."""
-    load("objectives").run(config, setting, seed or [0], seconds, every, images, overrides or [], label, write)
+    given = overrides or []
+    if "=" in config:
+        given, config = [config, *given], ""
+    path = Path(config) if config else FOLDER.parent / "configs" / "shapes-flux.yaml"
+    load("objectives").run(path, setting, seed or [0], seconds, every, images, given, label, write)
 
 
 @app.command()

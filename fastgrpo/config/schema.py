@@ -669,7 +669,18 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a YAML file and `key.sub=value` overrides. Raises ConfigError."""
+    """Reads a config.
+
+    Args:
+        path: A YAML file, or a run directory's config.yaml.
+        overrides: `key.sub=value` each; of two for one key the last counts.
+
+    Returns:
+        The config, every setting resolved that needs no plan.
+
+    Raises:
+        ConfigError: For a file that cannot be read, an unknown key, or a value that does not fit; it names the setting.
+    """
     return load_settings(Config, path, overrides)
 
 

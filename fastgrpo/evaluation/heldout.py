@@ -111,9 +111,18 @@ def evaluate(
     world: World,
     failures: FailureLog,
 ) -> Evaluation:
-    """Draws and scores `prompts`; every rank gets the whole result, the images of its own share only.
+    """Draws and scores one sample of each prompt.
 
-    A reward that fails leaves NaN.
+    Args:
+        family: The model; its weights are used as they are.
+        rewards: The rewards by their names.
+        prompts: The prompts, the same on every rank.
+        config: The run's config, whose `eval` section has steps, seed, size and guidance.
+        world: The ranks that share the work.
+        failures: Where a reward that fails is reported; its scores are NaN.
+
+    Returns:
+        The scores of all prompts on every rank, and the images of the rank's own share.
     """
     images = draw(family, prompts, config, world)
     share, last = len(images), len(prompts) - 1
@@ -140,15 +149,18 @@ def _reward_of(column: str, rewards: Mapping[str, Reward]) -> str:
 
 
 def record(
-    evaluation: Evaluation, run_dir: Path, iteration: int, grid: int, fps: float = 8.0, mp4: bool = False
-) -> Path:
+    evaluation: Evaluation, run_dir: Path, iteration: int, grid: int | Sequence[int], fps: float = 8.0,
+    mp4: bool = False,
+) -> Path:  # fmt: skip
     """Writes `eval/<iteration>.json` and its sheet, PNG; gives the sheet's path.
 
+    grid: how many pictures the sheet shows, or which, by their places; the JSON file has them under `shown`.
     Of videos the sheet shows frames in rows; beside it stands an animated grid, WebP, and with `mp4` the same as MP4.
     """
     directory = run_dir / "eval"
     directory.mkdir(parents=True, exist_ok=True)
-    images = evaluation.images[: min(grid, len(evaluation.images))]
+    shown = list(range(min(grid, len(evaluation.images)))) if isinstance(grid, int) else list(grid)
+    images = evaluation.images[shown]
     path = directory / f"{iteration:06d}.png"
     pictures = {"grid": path.name}
     if images.ndim == 5:
@@ -159,10 +171,12 @@ def record(
         if mp4:
             write_mp4(frames, path.with_suffix(".mp4"), fps)
     else:
-        pictures_of = beside_sources(evaluation.prompts[: len(images)], images)
+        chosen = [evaluation.prompts[place] for place in shown]
+        pictures_of = beside_sources(chosen, images)
         write_grid(pictures_of, path, smallest=96 * pictures_of.shape[-1] // images.shape[-1])
-    captions = [p.text for p in evaluation.prompts[: len(images)]]
+    captions = [evaluation.prompts[place].text for place in shown]
     values = {name: [None if np.isnan(v) else float(v) for v in column] for name, column in evaluation.values.items()}
-    data = {"iteration": iteration, **evaluation.summary(), "prompts": captions, **pictures, "values": values}
+    data = {"iteration": iteration, **evaluation.summary(), "prompts": captions, "shown": shown, **pictures}
+    data["values"] = values
     (directory / f"{iteration:06d}.json").write_text(json.dumps(data, indent=1))
     return path

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from PIL import Image
 from support.tiny import tiny_config
 
 from fastgrpo.commands.train import train
@@ -171,6 +172,21 @@ def test_wandb_gets_the_config_metrics_and_images_and_goes_on_under_one_id(tmp_p
     assert first == second
     assert (first["project"], first["resume"]) == ("demo", "allow")
     assert first["config"]["rollout"]["group_size"] == 3
+
+
+def test_wandb_itself_takes_a_run_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs fastgrpo[logging]: wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
+    telemetry = RunLog(tmp_path, make_config(wandb_project="demo"))
+    telemetry.log(0, {"reward/mean": 0.5})
+    telemetry.images(1, "heldout", tmp_path / "grid.png", ["a", "b"])
+    telemetry.close()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith((tmp_path / "wandb_id").read_text())
+    (written,) = folder.glob("*.wandb")
+    assert b"reward/mean" in written.read_bytes()
 
 
 @pytest.mark.parametrize(
