@@ -13,7 +13,8 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup compiler demo train-all lint test test-full test-range bench bench-gpu gpu-check gpu-wheels real-run-check check clean
+.PHONY: help setup compiler demo train-all lint test test-full test-range bench bench-gpu gpu-check gpu-wheels real-run-check \
+  check docs browser-check dist clean
 
 help:
 	@echo "make setup      .venv with everything the demo and the tests need"
@@ -28,6 +29,9 @@ help:
 	@echo "make bench-gpu  every stage of gpu-check, then the benchmarks (90 minutes at most)"
 	@echo "make real-run-check  Stable Diffusion on all GPUs here: scores, seconds by phase, a row to contribute"
 	@echo "make check      linters, types, tests: what CI runs"
+	@echo "make docs       the documents as a site, strictly, in site/"
+	@echo "make browser-check  the report and the live page in headless Chromium"
+	@echo "make dist       both packages, built and checked, in dist/"
 
 setup: $(STAMP)
 
@@ -111,5 +115,25 @@ real-run-check: setup
 check: lint
 	@$(MAKE) test
 
+# A page for every command and the Python interface are made from the code: docs/_site/pages.py.
+docs: setup
+	$(PIP_INSTALL) -e ./kernels -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Debian's Chromium where it is installed, else the one that playwright downloads.
+browser-check: setup
+	$(PIP_INSTALL) -e ./kernels -e '.[browser]'
+	@command -v chromium >/dev/null || $(BIN)/python -m playwright install --with-deps chromium-headless-shell
+	$(BIN)/python -m pytest tests/commands/test_browser.py
+
+# It needs no set-up beyond its own.
+dist:
+	rm -rf dist
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	build/release/bin/python -m build --outdir dist kernels
+	build/release/bin/python -m build --outdir dist .
+	build/release/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis

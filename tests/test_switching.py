@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from fastgrpo import rewards
-from fastgrpo.config import Config, SubsetSteps, WindowSteps
+from fastgrpo.config import Config, OldPolicyDecay, SubsetSteps, TrainingTimes, WindowSteps
 from fastgrpo.config.sections import Section
 
 PAGE = (Path(__file__).parents[1] / "docs/switching.md").read_text(encoding="utf-8")
@@ -42,10 +42,9 @@ def test_every_setting_exists():
     assert [key for key in sorted(named) if not is_setting(key)] == []
     assert not is_setting("rollout.setps")
     given = " ".join(part for _, _, ours in rows() for part in re.findall(r"\{(.*?)\}", ours))
-    assert set(re.findall(r"[a-z]+", given)) - {"window", "subset", "random"} <= {
-        *WindowSteps.model_fields,
-        *SubsetSteps.model_fields,
-    }
+    sections = (WindowSteps, SubsetSteps, TrainingTimes, OldPolicyDecay)
+    known = {name for section in sections for name in section.model_fields}
+    assert set(re.findall(r"[a-z]+", given)) - {"window", "subset", "random", "levels"} <= known
 
 
 def test_every_flag_has_one_row_and_an_answer():

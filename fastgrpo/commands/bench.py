@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
 from functools import cache
@@ -141,9 +142,7 @@ def curves(iterations: Annotated[int, typer.Option(min=1, help="Timed iterations
 
 @app.command()
 def objectives(
-    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The recipe that every setting starts from.")] = (
-        FOLDER.parent / "configs" / "shapes-flux.yaml"
-    ),
+    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="The recipe of all; else the demo's.")] = "",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE…")] = None,
     setting: Annotated[list[str] | None, typer.Option(help="Of bench/objectives.py, such as grpo or nft.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Each runs every setting in turn; else 0.")] = None,
@@ -154,19 +153,26 @@ def objectives(
     write: Annotated[bool, typer.Option(help="Put rows into bench/data, picture and table into docs.")] = True,
 ) -> None:
     """Held-out score of each objective, and of reusing samples, against processor seconds, samples and forwards."""
-    load("objectives").run(config, setting, seed or [0], seconds, every, images, overrides or [], label, write)
+    given = overrides or []
+    if "=" in config:
+        given, config = [config, *given], ""
+    path = Path(config) if config else FOLDER.parent / "configs" / "shapes-flux.yaml"
+    load("objectives").run(path, setting, seed or [0], seconds, every, images, given, label, write)
 
 
 @app.command()
 def stay(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="kills, signals, pairs, inputs, ranks, corruptions …")],
     count: Annotated[int | None, typer.Option(min=1, help="Trials; for ranks, iterations; for soak, seconds.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the trials; for inputs, the first one's number.")] = None,
 ) -> None:
     """Measure what a run survives (kills, signals, corruption, other world sizes), and what staying up costs."""
     measures = load("stay").MEASURES
     if what not in measures:
         raise UserError(f"bench stay: unknown measure '{what}'; (one of: {', '.join(measures)})")
-    result = measures[what](*([] if count is None else [count]))
+    if seed is not None and "seed" not in inspect.signature(measures[what]).parameters:
+        raise UserError(f"--seed: nothing of `bench stay {what}` is random; leave it out")
+    result = measures[what](*([] if count is None else [count]), **({} if seed is None else {"seed": seed}))
     typer.echo(json.dumps(result, indent=1))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.algorithms.arithmetic import trained_samples
 from fastgrpo.algorithms.forward import ForwardLevels, LevelSource
 from fastgrpo.algorithms.layout import epoch_samples
 from fastgrpo.algorithms.objectives import ForwardObjective, RowInputs, RowSums, forward_objective
@@ -309,10 +310,8 @@ def matching_sums(
 
 def planned_rows(config: Config, objective: ForwardObjective) -> int:
     """How many rows an epoch of an iteration trains, where every group has a spread."""
-    roll, draws = config.rollout, config.objective.times.count
-    if objective.paired:
-        return roll.prompts_per_iteration * config.objective.pairs * 2 * draws
-    return roll.prompts_per_iteration * min(config.advantage.keep or roll.group_size, roll.group_size) * draws
+    pairs = config.rollout.prompts_per_iteration * config.objective.pairs
+    return (2 * pairs if objective.paired else trained_samples(config)) * config.objective.times.count
 
 
 def epoch_shares(config: Config, world: int, rank: int, iteration: int, epoch: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.algorithms.arithmetic import trained_samples
 from fastgrpo.algorithms.objectives.grpo import clipped_loss_settings
 from fastgrpo.algorithms.schedule import kl_factors, loss_scale
 from fastgrpo.config import Config
@@ -131,11 +132,10 @@ class Updater:
     def _transition_steps(self, batch: Batch, advantages: Advantages, kl_weight: float) -> Iterator[OptimizerStep]:
         """The optimizer steps of an iteration that trains steps of trajectories, in order."""
         config, schedule, layout = self.config, batch.schedule, batch.trajectory.layout
-        steps, samples = config.update.optimizer_steps, len(advantages.terms)
+        steps = config.update.optimizer_steps
         worth = advantages.valid & ((advantages.terms != 0).any(axis=1) | (kl_weight > 0))
         # Of the planned pairs: with the best of N, those of the samples that are kept.
-        group = min(config.advantage.keep or config.rollout.group_size, config.rollout.group_size)
-        planned = samples // config.rollout.candidates * group * schedule.pairs_per_sample
+        planned = trained_samples(config) * schedule.pairs_per_sample
         scale = loss_scale(config.objective, schedule) * self.world.ranks * steps / planned
         for epoch in range(config.update.epochs):
             draw = epoch_draw(config, batch.iteration, epoch)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.algorithms.schedule import trained_steps
 from fastgrpo.config import SubsetSteps, WindowSteps, load_config
 from fastgrpo.models import check_family
@@ -31,7 +32,12 @@ IMAGES = (
     "flux-lora-1x24gb",
     "sd-1x24gb",
     "flux-fast-8xh100",
+    "flux-kontext-parity-8xh100",
+    "flux-kontext-fast-8xh100",
+    "flux-kontext-lora-1x24gb",
     "sd3.5-large-fast-8xh100",
+    "sd3.5-medium-nft-8xh100",
+    "sd3.5-medium-awm-8xh100",
     "qwen-image-parity-8xh100",
     "qwen-image-fast-8xh100",
     "z-image-turbo-parity-8xh100",
@@ -160,5 +166,29 @@ def test_the_fast_recipes_do_what_makes_them_fast(name):
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*xh100.yaml")), ids=lambda p: p.stem)
 def test_a_recipes_model_is_checked_without_it(path):
     """By the configs of the real models that this package has, their classes' defaults with them."""
-    problems = preflight(load_config(path), 8).problems
-    assert [p for p in problems if not p.startswith(("rewards", "prompts", "parallel"))] == []
+    config = load_config(path)
+    problems = preflight(config, 8).problems
+    assert [p for p in problems if not p.startswith(("rewards", "prompts", "parallel", config.prompts.train))] == []
+
+
+@pytest.mark.parametrize(
+    "name, prompts, steps, times, most, kl, clip",
+    [("nft", 48, 10, ("levels", 9), 0.5, 1e-4, 1.0), ("awm", 72, 14, ("strata", 6), 0.3, 5e-3, 5.0)],
+)
+def test_the_forward_recipes_hold_their_projects_numbers(name, prompts, steps, times, most, kl, clip):
+    """DiffusionNFT's sd3_pickscore and AWM's geneval_sd3_no_cfg_1node."""
+    config = load_config(f"configs/sd3.5-medium-{name}-8xh100.yaml")
+    objective, roll, update = config.objective, config.rollout, config.update
+    assert forward_objective(config) is not None
+    assert (objective.kind, objective.kl, objective.kl_weight) == (name, "v", kl)
+    assert (roll.prompts_per_iteration, roll.group_size, roll.steps, roll.shared_noise) == (prompts, 24, steps, False)
+    assert (objective.times.draw, objective.times.count) == times
+    assert (objective.old_decay.rate, objective.old_decay.most, config.model.guidance) == (0.001, most, 1.0)
+    assert (update.optimizer.lr, update.max_grad_norm, update.optimizer_steps) == (3e-4, clip, 1)
+    assert (config.advantage.normalize, config.model.lora.rank, config.model.lora.alpha) == ("global", 32, 64)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*xh100.yaml")), ids=lambda p: p.stem)
+def test_no_rank_of_several_loads_all_of_what_is_trained(path):
+    config = load_config(path)
+    assert (config.model.lora is not None) != (config.parallel.load == "sharded")
