@@ -19,7 +19,7 @@ from fastgrpo.evaluation.statistics import _jackknife, by_unit, distance_by_unit
 STRICT = ".strict"
 
 # Values by column and picture.
-Columns = Mapping[str, Sequence[Any]]
+Columns = Mapping[str, Sequence[Any] | np.ndarray]
 
 
 def compared(base: Evaluation, tuned: Evaluation, unit: np.ndarray) -> dict[str, Any]:
