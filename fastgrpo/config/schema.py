@@ -119,8 +119,8 @@ class Model(Section):
     )
     compile: Literal["none", "blocks"] = Field(
         default="none",
-        description="blocks: torch.compile of each repeated block of the trained components. Rollout and update are "
-        "compiled apart, so the first ratio is 1 to rounding, not to the bit.",
+        description="blocks: torch.compile of each repeated block of the trained components. The rollout runs the code "
+        "of the update's forward, so that the first ratio is exactly 1: it takes that much memory, too.",
     )
     attention_backend: NonEmpty | None = Field(
         default=None,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -289,26 +287,3 @@ class PretrainConfig(Section):
 def as_prompts(drawn: Sequence[Any]) -> list[Prompt]:
     """Captions of a world as the trainer's prompts, without images."""
     return [Prompt(p.text, metadata={"category": p.category}) for p in drawn]
-
-
-def cosine_lr(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up to `peak`, then a cosine to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-class Progress:
-    """Prints a line at most every 30 seconds."""
-
-    def __init__(self, stage: str, steps: int) -> None:
-        self.stage, self.steps = stage, steps
-        self.start = self.last = time.perf_counter()
-
-    def __call__(self, step: int, **values: Tensor | float) -> None:
-        now = time.perf_counter()
-        if now - self.last < 30 and step < self.steps:
-            return
-        self.last = now
-        text = "  ".join(f"{k} {float(v):.4g}" for k, v in values.items())
-        print(f"{self.stage} {step}/{self.steps}  {now - self.start:.0f} s  {text}", flush=True)
