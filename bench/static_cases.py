@@ -40,7 +40,6 @@ class Inputs:
             "stored": self.eps,
             "step": fk.StoredStep(self.x, self.y, self.a),
             "target": fk.MatchingTarget(self.x, self.key),
-            "target stored": fk.MatchingTarget(self.x, self.eps),
         }
 
     def bytes_of(self, names: str) -> int:
@@ -106,21 +105,10 @@ def _clipped_as_trainers_lack(i: Inputs) -> Tensor:
     return fk.clipped_loss(i.p, i.q, i.s, i.advantages, i.weight, **more)[0]
 
 
-def _matching(ratio: Any) -> Callable[[Inputs], Tensor]:
-    def call(i: Inputs) -> Tensor:
-        rows = i.noise["target"], i.advantage, i.weight
-        return fk.grpo_loss(i.v, i.v_old, i.s, i.s, *rows, clip_low=1e-4, clip_high=1e-4, ratio=ratio)[0]
-
-    return call
-
-
-def _nft(noise: str, *, reference: bool = False) -> Callable[[Inputs], Tensor]:
-    def call(i: Inputs) -> Tensor:
-        more = {"v_reference": i.v_reference, "kl_weight": 0.1} if reference else {}
-        rows = i.s, i.noise[noise], i.advantage, i.weight
-        return fk.nft_loss(i.v, i.v_old, *rows, beta=1.0, advantage_clip=5.0, **more)[0]
-
-    return call
+def _nft(i: Inputs) -> Tensor:
+    """What holds outputs against a target has the same backward, and no more in the forward."""
+    rows = i.s, i.noise["target"], i.advantage, i.weight
+    return fk.nft_loss(i.v, i.v_old, *rows, beta=1.0, advantage_clip=5.0)[0]
 
 
 def _on_policy(noise: str) -> Callable[[Inputs], Tensor]:
@@ -149,13 +137,7 @@ CASES = {
     "grpo_loss/all stored": Case(_grpo_all("stored"), f"{_ALL} eps", f"{_ALL} eps grad grad"),
     "grpo_loss/all step": Case(_grpo_all("step"), f"{_ALL} x y", f"{_ALL} x y grad grad"),
     "grpo_loss/masked": Case(_grpo_as_trainers_lack, "v v_old mask", "v v_old mask grad", makes_noise=True),
-    "grpo_loss/matching": Case(_matching("matching"), "v v_old x", "v v_old x grad", makes_noise=True),
-    "grpo_loss/huber": Case(_matching("huber"), "v v_old x", "v v_old x grad", makes_noise=True),
-    "nft_loss/key": Case(_nft("target"), "v v_old x", "v v_old x grad", makes_noise=True),
-    "nft_loss/all": Case(
-        _nft("target", reference=True), "v v_old v_reference x", "v v_old v_reference x grad", makes_noise=True
-    ),
-    "nft_loss/stored": Case(_nft("target stored"), "v v_old x eps", "v v_old x eps grad"),
+    "nft_loss/key": Case(_nft, "v v_old x", "v v_old x grad", makes_noise=True),
     "log_prob": Case(lambda i: fk.log_prob(i.x, i.v, i.y, i.a, i.b, i.s), "x v y", "x v y grad"),
     "on_policy_gradient/key": Case(_on_policy("key"), "grad", makes_noise=True),
     "on_policy_gradient/stored": Case(_on_policy("stored"), "eps grad"),

@@ -31,7 +31,9 @@ LANGUAGES = {"bash", "python"}
 # Fenced text that nobody is meant to run.
 SHOWN = {"", "text", "yaml", "json"}
 # Why a block may be skipped. What installs packages is tested in test_packaging; the suite itself is running now.
-SKIPS = {"needs a GPU", "needs the hub", "installs packages", "runs this suite"}
+SKIPS = {
+    "needs a GPU", "needs the hub", "needs an account", "installs packages", "runs this suite", "serves until Ctrl-C",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -236,3 +238,8 @@ def test_files_and_folders_that_a_document_names_are_there(path):
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for named in re.findall(r"`((?:fastgrpo|kernels|tests|bench|configs|examples)/[\w./-]+)`", text):
         assert (ROOT / named).exists(), f"{path.name} names {named}, which is not there"
+
+
+def test_the_first_screen_is_forty_lines():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert next(number for number, line in enumerate(lines) if line.startswith("## ")) <= 40

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import torch
 
 from fastgrpo import __version__
 from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, open_run
-from fastgrpo.config import Config, RewardSpec, load_config
+from fastgrpo.config import RewardSpec, load_config
 from fastgrpo.distributed.world import World
-from fastgrpo.evaluation.compare import compared, diversity, table
+from fastgrpo.evaluation.compare import STRICT, compared, diversity, fair_sample, marks, table
 from fastgrpo.evaluation.heldout import Evaluation, evaluate, heldout_prompts, record
 from fastgrpo.evaluation.statistics import by_unit, mean_interval
 from fastgrpo.models import load_family
-from fastgrpo.observe.media import beside_sources, write_frames, write_grid
+from fastgrpo.observe.media import beside_sources
+from fastgrpo.observe.side_by_side import Labels, write_side_by_side
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.clip import ClipReward
 from fastgrpo.rewards.failures import FailureLog
+from fastgrpo.rewards.scoring import describe_samples
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,22 @@ def evaluate_target(target: str | Path, request: Request | None = None, note: Ca
 
     family = load_family(config.model, world.device)
     failures = FailureLog(note)
+    describe = partial(describe_samples, rewards, failures)
     base = evaluate(family, rewards, prompts, config, world, failures)
-    record(base, out / "final", 0, config.eval.grid, config.model.fps, config.eval.mp4)
+    shown: int | list[int] = config.eval.grid
     features = {"base": embedder.embed(base.images).double().numpy()}
     summary: dict[str, Any] = {"base": described(base, unit)}
     if store is not None:
         state = store.state(iteration)
         apply_checkpoint(family, config, store, iteration)
         tuned = evaluate(family, rewards, prompts, config, world, failures)
-        record(tuned, out / "final", iteration, config.eval.grid, config.model.fps, config.eval.mp4)
+        shown = fair_sample(base.values, tuned.values, config.eval.grid)
+        record(tuned, out / "final", iteration, shown, config.model.fps, config.eval.mp4, describe)
         features["tuned"] = embedder.embed(tuned.images).double().numpy()
-        _side_by_side(base, tuned, config, out / "final")
+        _side_by_side(base, tuned, shown, out / "final" / "side-by-side.png")
         summary |= {"tuned": described(tuned, unit), **compared(base, tuned, unit)}
         summary |= {"iteration": iteration, "train_seconds": state["train_seconds"]}
+    record(base, out / "final", 0, shown, config.model.fps, config.eval.mp4, describe)
     summary["diversity"] = diversity(features, unit)
     summary |= {
         "prompts": request.prompts or config.prompts.heldout,
@@ -119,15 +125,24 @@ def _directory(target: Path, run: bool, request: Request) -> Path:
     return (target if run else Path("runs") / target.stem) / "evaluations" / name
 
 
-def _side_by_side(base: Evaluation, tuned: Evaluation, config: Config, folder: Path) -> None:
-    """`side-by-side.png`: base and tuned of each prompt next to each other, after the source of an edit."""
-    count = min(config.eval.grid, len(base.images))
-    triples = beside_sources(base.prompts[:count], base.images[:count], tuned.images[:count])
-    if triples.shape[-1] == 3 * base.images.shape[-1]:
-        write_grid(triples, folder / "side-by-side.png", columns=4, smallest=3 * 96)
-        return
-    pairs = torch.stack([base.images[:count], tuned.images[:count]], dim=1).flatten(0, 1)
-    (write_frames if pairs.ndim == 5 else write_grid)(pairs, folder / "side-by-side.png")
+def _side_by_side(base: Evaluation, tuned: Evaluation, shown: list[int], path: Path) -> None:
+    """base and tuned of each prompt next to each other, after the source of an edit, with the prompt and marks."""
+    prompts = [base.prompts[i] for i in shown]
+    pictures, none = {"before": base.images[shown], "after": tuned.images[shown]}, []
+    wide = beside_sources(prompts, pictures["before"])
+    if wide.shape[-1] > pictures["before"].shape[-1]:
+        pictures, none = {"source": wide[..., : pictures["before"].shape[-1]], **pictures}, [("", None)]
+    labels = [Labels(p.text, [*none, _mark(base, i), _mark(tuned, i)]) for p, i in zip(prompts, shown, strict=True)]
+    write_side_by_side(pictures, labels, path)
+
+
+def _mark(evaluation: Evaluation, place: int) -> tuple[str, bool | None]:
+    """What is said under a picture, and whether it is right where that is known."""
+    said = marks(evaluation.values, place)
+    if said and said[0][0].endswith(STRICT):
+        right = all(value >= 0.5 for _, value in said)
+        return "✓" if right else "✗", right
+    return ", ".join(f"{value:.2f}" for _, value in said), None
 
 
 def _write(summary: dict[str, Any], specs: Sequence[RewardSpec], out: Path) -> None:

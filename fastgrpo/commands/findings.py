@@ -19,8 +19,10 @@ from fastgrpo.config import Config, validate
 from fastgrpo.evaluation.statistics import mean_interval
 from fastgrpo.models import family_class
 
-# Iterations before which the policy has hardly moved: what they measure is the base model's.
-FIRST = 5
+# Iterations whose rollouts are the base model's own.
+FIRST = 1
+# An update of fewer prompts follows them alone, and their mean says little of all.
+FEW = 4
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ def _judges(e: Evidence) -> Iterator[Finding]:
 
 
 def _reward_noise(e: Evidence) -> Iterator[Finding]:
-    if e.retest < 0.2:
+    # A policy that falls apart changes all scores, too.
+    if e.retest < 0.2 and not e.interval[1] < 0:
         yield Finding(
             "reward_noise",
             f"the scores of the same held-out prompts and noise correlate by {e.retest:.2f} from one evaluation to the "
@@ -194,11 +197,11 @@ def _reward_noise(e: Evidence) -> Iterator[Finding]:
 
 def _few_prompts(e: Evidence) -> Iterator[Finding]:
     groups = e.config.rollout.prompts_per_iteration * (1 - _known(e.mean("groups/zero_spread")))
-    if e.config.rollout.prompts_per_iteration < 4:
+    if e.config.rollout.prompts_per_iteration < FEW:
         yield Finding(
             "few_prompts",
             f"an update learns from {groups:.1f} prompts' groups",
-            "at least 4",
+            f"at least {FEW}",
             "raise rollout.prompts_per_iteration: what one prompt teaches, the next one's update undoes",
         )
 
@@ -216,18 +219,23 @@ def _flat_groups(e: Evidence) -> Iterator[Finding]:
 
 
 def _eta_high(e: Evidence) -> Iterator[Finding]:
-    below = (float(np.nanmean(e.base)) - e.mean("reward/mean", FIRST)) / e.spread if e.spread else math.nan
+    if not e.spread > 0 or e.config.rollout.prompts_per_iteration < FEW:
+        return
+    below = (float(np.nanmean(e.base)) - e.mean("reward/mean", FIRST)) / e.spread
     if below > 0.5:
         yield Finding(
             "eta_high",
-            f"the first rollouts score {below:.2f} standard deviations less than samples without noise",
+            f"the base's rollouts score {below:.2f} standard deviations less than samples without noise",
             "at most 0.5",
             f"the noise breaks the samples: lower rollout.eta ({e.config.rollout.eta:g}), or give rollout.steps more",
         )
 
 
 def _eta_low(e: Evidence) -> Iterator[Finding]:
-    share = e.mean("reward/std", FIRST) / e.spread if e.spread else math.nan
+    # Of all iterations: a random window has some whose spread is small. A policy that falls apart has none either.
+    if not e.spread > 0 or e.interval[1] < 0:
+        return
+    share = e.mean("reward/std") / e.spread
     if share < 0.1:
         yield Finding(
             "eta_low",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastgrpo import __version__
 from fastgrpo.errors import EXTRAS, REQUEUE, ConfigError, PreemptedError, UserError, missing, require_extra
 from fastgrpo.observe.quiet import quiet_libraries
 from fastgrpo.training.signals import stop_listening
@@ -18,10 +19,25 @@ from fastgrpo.training.signals import stop_listening
 app = typer.Typer(
     help="GRPO for visual generators: diffusion models and rectified flows, images and video.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastgrpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everything(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What all commands share; the help is the application's."""
+
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as those of configs/.")]
 
@@ -186,6 +202,10 @@ def plan(
     world: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
     node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node; else 8, or all where fewer.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    scaling: Annotated[
+        str | None, typer.Option(help="Plan the same samples on several numbers of GPUs, such as 8,16,…,512.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Of --scaling, a PNG.")] = None,
 ) -> None:
     """Say whether a config fits, and what an iteration costs, by running the trainer on fake tensors: no GPU, no
     weights."""
@@ -197,6 +217,14 @@ def plan(
     from fastgrpo.planning.gpus import gpu_named
 
     resolved, device = load_config(config, overrides or ()), gpu_named(gpu)
+    if scaling is not None:
+        from fastgrpo.planning import scaling as planned
+
+        curve = planned.scaling(resolved, device, planned.sizes_of(scaling), node or 8, _note)
+        typer.echo(json.dumps(planned.as_json(curve), indent=1) if as_json else planned.as_markdown(curve))
+        if picture is not None:
+            planned.draw(curve, picture)
+        return
     found = planning.plan(resolved, device, world, node)
     fit = None if found.fits else planning.nearest_fit(found, lambda text: typer.echo(text, err=True))
     typer.echo(json.dumps(planning.as_json(found, fit), indent=1) if as_json else planning.as_text(found, fit))

@@ -119,8 +119,8 @@ class Model(Section):
     )
     compile: Literal["none", "blocks"] = Field(
         default="none",
-        description="blocks: torch.compile of each repeated block of the trained components. Rollout and update are "
-        "compiled apart, so the first ratio is 1 to rounding, not to the bit.",
+        description="blocks: torch.compile of each repeated block of the trained components. The rollout runs the code "
+        "of the update's forward, so that the first ratio is exactly 1: it takes that much memory, too.",
     )
     attention_backend: NonEmpty | None = Field(
         default=None,
@@ -134,7 +134,7 @@ class Prompts(Section):
 
     train: PathText = Field(
         description="A .txt, .jsonl or .csv file; set:images or set:videos (shipped), shapes:train, moving:train, "
-        "editing:train; "
+        "editing:train, words:train; "
         "hf:<dataset>[:split[:column]] on the hub, or a source of an installed package."
     )
     select: Literal["epochs", "spread"] = Field(
@@ -674,7 +674,18 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a YAML file and `key.sub=value` overrides. Raises ConfigError."""
+    """Reads a config.
+
+    Args:
+        path: A YAML file, or a run directory's config.yaml.
+        overrides: `key.sub=value` each; of two for one key the last counts.
+
+    Returns:
+        The config, every setting resolved that needs no plan.
+
+    Raises:
+        ConfigError: For a file that cannot be read, an unknown key, or a value that does not fit; it names the setting.
+    """
     return load_settings(Config, path, overrides)
 
 

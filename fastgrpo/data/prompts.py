@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -34,6 +35,8 @@ class Prompt:
 
 # What begins the name of a picture that is drawn here, not read: a world of fastgrpo/shapes.
 DRAWN = ("editing:", "moving:")
+# What begins a picture that is given whole.
+PNG_DATA = "data:image/png;base64,"
 # Of files of every system, the oldest too; other characters that Python would split at are text.
 LINE_END = re.compile(r"\r\n|\n|\r")
 
@@ -47,6 +50,7 @@ SOURCES = Registry(
         ".jsonl": "fastgrpo.data.prompts:_jsonl",
         ".txt": "fastgrpo.data.prompts:_txt",
         "editing": "fastgrpo.data.prompts:_editing",
+        "words": "fastgrpo.data.prompts:_words",
         "hf": "fastgrpo.data.prompts:_hub",
         "moving": "fastgrpo.data.prompts:_moving",
         "set": "fastgrpo.data.prompts:_ready_made",
@@ -69,6 +73,7 @@ def load_prompts(source: str) -> list[Prompt]:
             `shapes:train`, `shapes:heldout`: the embedded world (`shapes:train:position,counting`: of these categories
             alone); `moving:train`, `moving:heldout`: its videos, likewise, each prompt with a first frame of its own;
             `editing:train`, `editing:heldout`: edits of its images, each with a source image of its own.
+            `words:train`, `words:heldout`: signs with short words and numbers.
             `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
             `set:images`, `set:videos`, and either with `-heldout`: ours, to train on (fastgrpo/data/grammar.py);
             `set:geneval`, `set:hps`, `set:videoalign`, `set:vbench`: to evaluate on (fastgrpo/data/sets.py).
@@ -107,6 +112,12 @@ def _moving(spec: str) -> list[Prompt]:
     from fastgrpo.shapes import moving_world
 
     return _embedded("moving", spec, moving_world)
+
+
+def _words(spec: str) -> list[Prompt]:
+    from fastgrpo.shapes import word_world
+
+    return _embedded("words", spec, word_world)
 
 
 def _editing(spec: str) -> list[Prompt]:
@@ -159,7 +170,8 @@ def _ready_made(name: str) -> list[Prompt]:
 
 def open_image(image: str) -> Image.Image:
     """The RGB picture of a prompt, turned as its EXIF orientation says (as diffusers' `load_image` does): a file, or a
-    picture of an embedded world, `moving:<seed>:<caption>` (a first frame) or `editing:<seed>:<objects>:<edit>`.
+    picture of an embedded world, `moving:<seed>:<caption>` (a first frame) or `editing:<seed>:<objects>:<edit>`, or the
+    bytes of a PNG that came with a request, `data:image/png;base64,…`.
 
     Raises ConfigError where it cannot be read.
     """
@@ -174,8 +186,11 @@ def open_image(image: str) -> Image.Image:
         from fastgrpo.shapes.editing_render import source_image
 
         return Image.fromarray(source_image(image))
+    file: Any = image
+    if image.startswith(PNG_DATA):
+        file, image = io.BytesIO(base64.b64decode(image.removeprefix(PNG_DATA))), "the picture of a request"
     try:
-        with Image.open(image) as picture:
+        with Image.open(file) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)

@@ -6,13 +6,20 @@ over prompts; diversity is the mean pairwise cosine distance of the images in a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastgrpo.evaluation.heldout import Evaluation, known_mean
 from fastgrpo.evaluation.statistics import _jackknife, by_unit, distance_by_unit, mean_interval, overall_distance
+
+# A column of a reward that is 1 for a picture that is right and 0 for one that is not.
+STRICT = ".strict"
+
+# Values by column and picture.
+Columns = Mapping[str, Sequence[Any]]
 
 
 def compared(base: Evaluation, tuned: Evaluation, unit: np.ndarray) -> dict[str, Any]:
@@ -26,6 +33,66 @@ def compared(base: Evaluation, tuned: Evaluation, unit: np.ndarray) -> dict[str,
         differences[name] = _mean_of(by_unit(gain, unit))
         rates[name] = _mean_of(by_unit(wins, unit))
     return {"difference": differences, "win_rate": rates}
+
+
+def most_changed(base: Columns, others: Sequence[Columns], places: Iterable[int]) -> list[int]:
+    """The order in which pictures are shown: what changed most first.
+
+    A picture that became right or wrong (a column `….strict`) comes before one whose reward moved, and a gain before an
+    equal loss.
+
+    Args:
+        base: Of the base model, the values of each column by picture; None or NaN where there is none.
+        others: The same of each model that is shown beside it.
+        places: Of the pictures.
+
+    Returns:
+        The places in that order.
+    """
+
+    def change(place: int) -> tuple[float, float]:
+        most = [0.0, 0.0]
+        for other in others:
+            for name in shown_columns(base):
+                old, new = (of[name][place] if place < len(of.get(name, ())) else None for of in (base, other))
+                if old is not None and new is not None and not math.isnan(new - old):
+                    soft = not name.endswith(STRICT)
+                    most[soft] = max(most[soft], abs(new - old) + (1e-6 if new > old else 0.0))
+        return most[0], most[1]
+
+    return sorted(places, key=change, reverse=True)
+
+
+def fair_sample(base: Columns, tuned: Columns, count: int) -> list[int]:
+    """Places of `count` pictures to show: as large a share of gains, of losses and of the rest as among all of them.
+
+    A gain is a picture that became right, or where nothing says what is right, one whose first reward rose. Of each
+    kind the first pictures are taken, so that nothing is chosen by its looks; most changed first.
+    """
+    names = shown_columns(base)
+    name = next((name for name in names if name.endswith(STRICT)), names[0])
+    change = np.nan_to_num(np.asarray(tuned[name], dtype=float) - np.asarray(base[name], dtype=float))
+    count = min(count, len(change))
+    kinds = [np.flatnonzero(np.sign(change) == sign) for sign in (1, -1, 0)]
+    shares = [len(kind) * count / len(change) for kind in kinds]
+    counts = [int(share) for share in shares]
+    for i in sorted(range(3), key=lambda i: counts[i] - shares[i])[: count - sum(counts)]:
+        counts[i] += 1
+    places = [int(place) for kind, most in zip(kinds, counts, strict=True) for place in kind[:most]]
+    return most_changed(base, [tuned], places)
+
+
+def shown_columns(columns: Iterable[str]) -> list[str]:
+    """The rewards themselves and their strict pass rates, without other components."""
+    return [name for name in columns if "." not in name or name.endswith(STRICT)]
+
+
+def marks(values: Columns, place: int) -> list[tuple[str, float]]:
+    """What is said under a picture: the columns that tell right from wrong, else its rewards; only what is known."""
+    shown = shown_columns(values)
+    names = [name for name in shown if name.endswith(STRICT)] or shown
+    found = [(name, values[name][place]) for name in names if place < len(values[name])]
+    return [(name, float(value)) for name, value in found if value is not None and not math.isnan(value)]
 
 
 def _mean_of(units: np.ndarray) -> dict[str, Any]:

@@ -144,6 +144,40 @@ def scaling_chart(path: Path, sizes: Sequence[int], curves: Mapping[str, Any], s
         figure.savefig(path)
 
 
+def strong_scaling_chart(path: Path, curves: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
+    """A PNG of the same work on more and more GPUs: seconds beside the ideal, efficiency, and bytes by link.
+
+    curves: of each mesh the columns world, seconds, efficiency, node and network (bytes of a GPU and of an adapter).
+    """
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(12.6, 3.4), dpi=150, layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        figure.suptitle(title, fontsize=10, color=SOFT)
+        for color, (name, of) in zip(_colors(len(curves)), curves.items(), strict=True):
+            world = np.asarray(of["world"], dtype=float)
+            style = {"color": color, "linewidth": 1.7, "marker": "o", "markersize": 3}
+            left.plot(world, of["seconds"], label=name, **style)
+            middle.plot(world, of["efficiency"], label=name, **style)
+            right.plot(world, np.asarray(of["node"]) / 1e9, label=f"{name}, node", **style)
+            right.plot(world, np.asarray(of["network"]) / 1e9, label=f"{name}, network", linestyle="--", **style)
+        first = next(iter(curves.values()))
+        world = np.asarray(first["world"], dtype=float)
+        ideal = first["seconds"][0] * world[0] / world
+        left.plot(world, ideal, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)), label="ideal")
+        left.set_yscale("log")
+        middle.set_ylim(0, 1.05)
+        middle.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        for axes, label in ((left, "seconds an iteration"), (middle, "efficiency"), (right, "GB a GPU or adapter")):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(world, [f"{n:.0f}" for n in world])
+            axes.minorticks_off()
+            axes.grid(axis="y", color=LINE, linewidth=0.7)
+            axes.set_xlabel("GPUs")
+            axes.set_ylabel(label)
+            axes.legend(frameon=False, fontsize=8, labelcolor=SOFT)
+        figure.savefig(path)
+
+
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The mean of the last `window` values at each place, of fewer at the start."""
     if window == 1:

@@ -33,7 +33,9 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def machine(device: torch.device) -> str:
     """The GPU's name, or the processor's kind, and how many cores this process may use."""
-    cores = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    used = f"{threads} thread" + "s" * (threads != 1)
+    cores = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {used}"
     return f"{torch.cuda.get_device_name(device)}, {cores}" if device.type == "cuda" else f"CPU ({cores})"
 
 

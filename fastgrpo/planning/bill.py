@@ -15,7 +15,7 @@ from fastgrpo.distributed.world import sharded
 from fastgrpo.errors import UserError
 from fastgrpo.planning.dry_run import DryRun
 from fastgrpo.planning.gpus import COMPUTE_EFFICIENCY, GIB, Gpu
-from fastgrpo.rewards.published import Cost, cost
+from fastgrpo.rewards.published import SERVED, Cost, cost
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def reward_bill(specs: Sequence[RewardSpec], elsewhere: bool = True) -> RewardBi
     counted: set[tuple] = set()
     for spec in specs:
         found = cost(spec)
-        if found is None or (elsewhere and spec.name in ("remote", "vlm_judge")):
+        if found is None or (elsewhere and spec.name in SERVED):
             unknown.append(spec.key)
             continue
         key = ("videoalign", spec.path) if spec.name.startswith("videoalign") else (spec.key,)

@@ -29,7 +29,7 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.models import Conditioning, ModelFamily
 from fastgrpo.models.architectures import build_family
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
-from fastgrpo.models.placement import OffloadedModule
+from fastgrpo.models.placement import Memory
 from fastgrpo.models.trainable import Reference, reference_of
 from fastgrpo.planning.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
 from fastgrpo.planning.meter import Cost, Meter, Peaks
@@ -182,12 +182,11 @@ class _Iteration:
         config, family, world, meter, copies = self.config, self.family, self.world, self.meter, self.copies
         for layer in quantized_layers(family.policy):
             layer.dequantize = _unpacked
-        offloaded = set(family.offloaded)
-        family.offloaded = {name: _PlannedOffload(m.module, m.device, meter) for name, m in family.offloaded.items()}
+        family.memory = _PlannedMemory(meter)
         with meter.counting("parameters"):
             for name, part in family.pipeline.components.items():
                 # Text encoders stay on the device, as they do in a run that keeps them.
-                if isinstance(part, nn.Module) and name not in family.modules and name not in offloaded:
+                if isinstance(part, nn.Module) and name not in family.modules and name not in family.offloaded:
                     materialize(part)
         if config.model.text_encoders == "drop":
             # Before weights are sharded, and there is an optimizer.
@@ -220,7 +219,6 @@ class _Iteration:
             with self.phase("encode", "activations"), family.encoding():
                 pass
         predict, decoding = Repeated(*counted, family.predict), Repeated(*counted, family.decode, runs=1, last=decoded)
-        family.host_empty = self._host_empty
         whole = unsharded(family.modules.values(), kept.rollout_unsharded)
         with self.phase("rollout", "trajectories"), whole:
             trajectory = rollout(family, schedule, layout, conditioning, roll, config.run.seed, 0, predict)
@@ -277,10 +275,6 @@ class _Iteration:
             replay.earlier.append(replace(old, batch=batch))
         return replay
 
-    def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        with self.meter.counting("host"):
-            return torch.empty(shape, dtype=dtype)
-
     @contextmanager
     def phase(self, name: str, category: str) -> Iterator[None]:
         self.meter.new_peaks()
@@ -291,17 +285,19 @@ class _Iteration:
         self.phases.append(Phase(name, self.meter.cost - before, self.meter.at_peak, dict(self.meter.peaks)))
 
 
-class _PlannedOffload(OffloadedModule):
-    """Makes the weights of a module on the meta device, and takes them away again."""
+class _PlannedMemory(Memory):
+    """Makes tensors without values where a run has them, and counts them."""
 
-    def __init__(self, module: nn.Module, device: torch.device, meter: Meter) -> None:
-        super().__init__(module, device)
+    def __init__(self, meter: Meter) -> None:
         self.meter = meter
 
-    def _copy_to_device(self) -> None:
-        self.host = {number: holder[name] for number, holder, name in self._tensors()}
+    def host_empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        with self.meter.counting("host"):
+            return torch.empty(shape, dtype=dtype)
+
+    def on_device(self, tensor: Tensor, device: torch.device) -> Tensor:
         with self.meter.counting("parameters"):
-            materialize(self.module)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU)
 
 
 class _PlannedAdamW8bit(AdamW8bit):

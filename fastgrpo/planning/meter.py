@@ -46,10 +46,11 @@ SILENT = {"c10d.barrier", "_c10d_functional.wait_tensor", "_c10d_functional._wra
 
 @dataclass(frozen=True)
 class Collective:
-    """Of one kind, over groups of one size."""
+    """Of one kind, over groups of one size. apart: how far one rank of a group is from the next."""
 
     kind: str
     group: int
+    apart: int = 1
 
 
 @dataclass
@@ -95,6 +96,12 @@ def _attention_flops(query: Any, key: Any, value: Any) -> int:
 
 
 _register_cpu_attention()
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, output: Any) -> int:
+    """FLOPs of an operation that was dispatched: of matrix products, convolutions and attention; 0 of all others."""
+    formula = flop_registry.get(func._overloadpacket)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=output)
 
 
 # The most bytes by category of each stretch of a program, by its name.
@@ -232,8 +239,7 @@ class Meter(TorchDispatchMode):
         if self._paused:
             return output
         packet = func._overloadpacket
-        if packet in flop_registry:
-            self.cost.flops += flop_registry[packet](*args, **kwargs, out_val=output)
+        self.cost.flops += flops_of(func, args, kwargs, output)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._track(tensor)
@@ -252,7 +258,7 @@ class Meter(TorchDispatchMode):
         if all(t.device.type == "cpu" and t.dtype == torch.float64 and t.ndim <= 1 for t in full):
             # What the host tells other hosts.
             return
-        key = Collective(kind, _group_size(args))
+        key = Collective(kind, *_group_of(args))
         self.cost.count[key] += 1
         self.cost.bytes[key] += sum(t.numel() * t.element_size() for t in full)
         if name.startswith("c10d._"):
@@ -308,16 +314,19 @@ def _difference(more: Counter[str], less: Counter[str]) -> Counter[str]:
     return result
 
 
-def _group_size(args: Any) -> int:
-    """Ranks of the group among a collective's arguments: a process group, its size, or its name."""
-    from torch.distributed import ProcessGroup
+def _group_of(args: Any) -> tuple[int, int]:
+    """Of the group among a collective's arguments (a process group, or its name) its size and how far apart its ranks
+    are."""
+    from torch.distributed import ProcessGroup, get_process_group_ranks
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     for argument in args:
-        if isinstance(argument, ProcessGroup):
-            return argument.size()
+        group = argument
         if isinstance(argument, torch.ScriptObject):
-            return ProcessGroup.unbox(argument).size()
-        if isinstance(argument, str) and argument not in ("sum", "avg", "max", "min", "mean"):
-            return _resolve_process_group(cast(Any, argument)).size()
-    return 0
+            group = ProcessGroup.unbox(argument)
+        elif isinstance(argument, str) and argument not in ("sum", "avg", "max", "min", "mean"):
+            group = _resolve_process_group(cast(Any, argument))
+        if isinstance(group, ProcessGroup):
+            ranks = get_process_group_ranks(group)
+            return len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    return 0, 1

@@ -36,8 +36,9 @@ class Plan:
     def peak(self, phase: Phase) -> int:
         """Bytes at most in a phase, with the rewards that are there then; those with `offload` come after decoding."""
         rewards = reward_bill(self.config.scored)
-        # Rewards load when they first score, after the prompts are encoded.
-        kept = 0 if phase.name == "encode" else rewards.kept
+        # They load when they first score, after the prompts are encoded where the encoders are dropped.
+        early = phase.name == "encode" and self.config.model.text_encoders == "drop"
+        kept = 0 if early else rewards.kept
         return phase.peak + kept + (rewards.visiting if phase.name == "decode" else 0)
 
     @property
@@ -205,8 +206,8 @@ def total_seconds(found: Plan, gpu: Gpu) -> float:
 
 
 TABLE_HEAD = (
-    "| recipe | fits | GiB a GPU | peak in | forward-equivalents | PFLOP | links, TB | seconds | hours | disk, GB |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| recipe | fits | GiB a GPU | peak in | forward-equivalents | PFLOP | TB of collectives | seconds |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 
 # <model>-<recipe>-<n>x<gpu>
@@ -234,7 +235,7 @@ def table_row(path: Path) -> str:
     cells = (
         path.stem, "yes" if found.fits else "no", f"{found.need / 2**30:.1f}", found.worst.name,
         f"{forward_equivalents(found):,.0f}", f"{flops / 1e15:,.1f}", f"{found.collective_bytes / 1e12:.2f}",
-        f"{total_seconds(found, gpu):,.0f}", f"{found.bill.hours:,.1f}", f"{found.bill.checkpoint / 1e9:,.1f}",
+        f"{total_seconds(found, gpu):,.0f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -247,7 +248,7 @@ def _phase(phase: Phase, found: Plan) -> dict[str, Any]:
         "at_peak": {name: size for name, size in phase.at_peak.items() if size},
         "flops": phase.cost.flops,
         "collectives": [
-            {"kind": key.kind, "group": key.group, "count": count, "bytes": phase.cost.bytes[key]}
+            {"kind": key.kind, "group": key.group, "apart": key.apart, "count": count, "bytes": phase.cost.bytes[key]}
             for key, count in phase.cost.count.items()
         ],
         "seconds": {"compute": compute, "communication": communication},
@@ -280,7 +281,8 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
         lines.append(f"  {'rewards':<13} {size / gib:8.2f} GiB")
     for key, size in sum((phase.cost.bytes for phase in run.phases[1:]), run.phases[0].cost.bytes.copy()).items():
         count = sum(phase.cost.count[key] for phase in run.phases)
-        lines.append(f"{key.kind} over {key.group} ranks: {count:,} of {size / 1e9:,.1f} GB in all")
+        apart = f", {key.apart} apart" if key.apart > 1 else ""
+        lines.append(f"{key.kind} over {key.group} ranks{apart}: {count:,} of {size / 1e9:,.1f} GB in all")
     lines.append(
         f"forward-equivalents: {forward_equivalents(found):,.0f} ({run.forwards:,} rows rolled out, {run.trained:,} "
         f"rows trained{f', {run.compared:,} evaluated by other policies' * bool(run.compared)})"

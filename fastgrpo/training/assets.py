@@ -19,9 +19,8 @@ from fastgrpo.config import Config, RewardSpec
 from fastgrpo.config.paths import expand_user
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.models.architectures import architecture, known
-from fastgrpo.models.damage import damaged_files
-from fastgrpo.models.weight_files import WEIGHTS, check_files, check_whole
-from fastgrpo.rewards.published import CONVERTED, HUB_BYTES, inner, places
+from fastgrpo.models.weight_files import WEIGHTS, check_files, check_whole, damaged_files
+from fastgrpo.rewards.published import CONVERTED, HUB_BYTES, SERVED, inner, places
 from fastgrpo.rewards.weights import HUB_ID, PICKLED
 
 HERE, ABSENT, PARTIAL, ELSEWHERE = "here", "absent", "partial", "elsewhere"
@@ -115,7 +114,7 @@ def pipeline_problems(folder: Path, variant: str | None) -> list[str]:
 
 def _reward(spec: RewardSpec) -> list[Asset]:
     setting = f"rewards.{spec.key}"
-    if spec.name in ("remote", "vlm_judge"):
+    if spec.name in SERVED:
         urls = spec.options.get("url", "")
         url = ", ".join(urls) if isinstance(urls, list) else str(urls)
         return [Asset(setting, url, ELSEWHERE, note=f"a server of {spec.options.get('reward', 'a model')}")]

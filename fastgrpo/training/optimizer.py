@@ -88,12 +88,9 @@ class OptimizerState:
     def learning_rate(self, step: int) -> float:
         """At a 0-based optimizer step: linear warm-up, then constant or a half cosine to zero."""
         opt = self.config.optimizer
-        if step < opt.warmup:
-            return opt.lr * (step + 1) / opt.warmup
-        if opt.schedule == "constant":
+        if opt.schedule == "constant" and step >= opt.warmup:
             return opt.lr
-        progress = (step - opt.warmup) / max(self.total_steps - opt.warmup, 1)
-        return opt.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return cosine_rate(step, self.total_steps, opt.lr, opt.warmup)
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor]:
@@ -166,21 +163,12 @@ class OptimizerState:
         if self.ema is None or not use:
             yield
             return
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        """Exchanges weights and EMA, shard by shard."""
-        assert self.ema is not None
         _reshard([self.policy])
-        for weight, average in zip(locals_of(self.parameters), locals_of(self.ema), strict=True):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
+        with exchanged(locals_of(self.parameters), locals_of(self.ema)):
+            try:
+                yield
+            finally:
+                _reshard([self.policy])
 
 
 def _reshard(roots: Iterable[nn.Module]) -> None:
@@ -189,3 +177,28 @@ def _reshard(roots: Iterable[nn.Module]) -> None:
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def cosine_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Returns the learning rate at a 0-based step: linear warm-up to `peak`, then a half cosine to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
+
+
+@contextmanager
+def exchanged(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> Iterator[None]:
+    """Within it weights and averages have each other's values."""
+    _exchange(weights, averages)
+    try:
+        yield
+    finally:
+        _exchange(weights, averages)
+
+
+@torch.no_grad()
+def _exchange(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> None:
+    for weight, average in zip(weights, averages, strict=True):
+        kept = weight.clone()
+        weight.copy_(average)
+        average.copy_(kept)

@@ -109,12 +109,23 @@ class Trainer:
     def from_config(cls, config: Config, load: Callable[..., ModelFamily] = load_family) -> Trainer:
         """Validates everything, then claims the run directory, loads the weights and opens the log.
 
-        Raises UserError for what the user can mend, before weights load where that is possible.
+        Args:
+            config: The resolved config; its `auto` settings that need a plan are resolved (`fastgrpo.train` does it).
+            load: What loads the family, called as `fastgrpo.load_family` is.
+
+        Returns:
+            A trainer at the iteration of the newest good checkpoint, or at iteration 0.
+
+        Raises:
+            UserError: For what the user can mend, before weights load where that is possible.
         """
         return open_trainer(cls, config, load)
 
     def run(self) -> TrainResult:
         """Trains to train.iterations, from where the trainer is.
+
+        Returns:
+            The run's directory, the metrics of its last iteration, its best checkpoint and its evaluations.
 
         Raises:
             PreemptedError: After SIGTERM or SIGUSR1, with a checkpoint.
@@ -163,17 +174,32 @@ class Trainer:
         return result_of(self.callbacks, self.log.directory, self.iteration, self.flush())
 
     def callback(self, kind: type[CallbackType]) -> CallbackType:
-        """Returns the trainer's callback of a class. Raises ValueError where it has none."""
+        """Returns the trainer's callback of a class.
+
+        Args:
+            kind: The class.
+
+        Raises:
+            ValueError: The trainer has no such callback.
+        """
         found, *_ = [c for c in self.callbacks if isinstance(c, kind)]
         return found
 
     def note(self, text: str) -> None:
-        """Says a line: into the log, and to the callbacks."""
+        """Says a line: into the log, and to the callbacks.
+
+        Args:
+            text: The line, without its end.
+        """
         self._each("on_note", text)
         self.log.event("note", self.iteration, text=text)
 
     def outside_iteration(self, name: str) -> AbstractContextManager[None]:
-        """Times a block that is not part of an iteration; logged with the next one, outside its total."""
+        """Returns a context that times a block which is not part of an iteration.
+
+        Args:
+            name: The seconds are logged as `time/<name>` with the next iteration, outside its total.
+        """
         return self.iterations.outside(name, self.iteration)
 
     def _iterate(self) -> bool:

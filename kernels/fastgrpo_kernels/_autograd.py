@@ -9,13 +9,18 @@ from torch import Tensor
 
 def save_arguments(ctx: Any, arguments: Sequence[object]) -> None:
     """Keep tensors where autograd can see them, the rest beside them."""
-    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in arguments))
-    ctx.rest = [None if isinstance(a, Tensor) else a for a in arguments]
+    tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, Tensor)]
+    ctx.save_for_backward(*(arguments[i] for i in tensors))  # pyright: ignore[reportArgumentType]
+    ctx.rest = tensors, [None if isinstance(argument, Tensor) else argument for argument in arguments]
 
 
 def saved_arguments(ctx: Any) -> list[Any]:
     """What `save_arguments` kept, in order."""
-    return [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.rest, strict=True)]
+    tensors, rest = ctx.rest
+    arguments = list(rest)
+    for index, tensor in zip(tensors, ctx.saved_tensors, strict=True):
+        arguments[index] = tensor
+    return arguments
 
 
 def refuse_double_backward(operation: str) -> None:

@@ -10,7 +10,8 @@ from support.tiny import tiny_config
 
 from fastgrpo.commands.main import main
 from fastgrpo.config import dump, load_config
-from fastgrpo.rewards.published import COSTS, cost
+from fastgrpo.rewards import REGISTERED
+from fastgrpo.rewards.published import COSTS, FREE, cost
 from fastgrpo.shapes import weights_path
 from fastgrpo.training.assets import find_assets, snapshot, wanted_files
 
@@ -53,6 +54,7 @@ def test_a_recipe_says_offline_in_one_list_what_is_missing(nowhere, said, path):
         assert not missing
     else:
         assert missing
+        assert not [line for line in missing if line.startswith("prompts")], "prompts are shipped"
         assert all("; " in line for line in missing), "each says how it is got"
     checked, lines, _ = said("train", path, "--check")
     for line in missing:
@@ -154,8 +156,11 @@ def test_rewards_within_rewards_and_files_of_ones_own_are_listed(nowhere, tmp_pa
     (tmp_path / "mine.py").write_text("def score(samples, prompts, fps): ...")
     rewards = [
         {"name": "binary", "options": {"of": {"name": "pickscore"}, "threshold": 1.0}},
-        {"name": "mine.py:score"}, {"name": "gone.py:score"}, {"name": "remote", "options": {"url": "http://a:1"}},
-    ]  # fmt: skip
+        {"name": "binary", "label": "broken", "options": {"of": {"nome": 3}}},
+        {"name": "mine.py:score"},
+        {"name": "gone.py:score"},
+        {"name": "remote", "options": {"url": "http://a:1"}},
+    ]
     found = {a.source: a for a in find_assets(tiny_config(weights_path("flux"), rewards=rewards))}
     assert found["yuvalkirstain/PickScore_v1"].setting == "rewards.binary.pickscore"
     assert (found["mine.py"].state, found["gone.py"].state, found["http://a:1"].state) == (
@@ -179,6 +184,7 @@ def test_costs_are_those_of_the_architectures():
             model.get_image_features(pixel_values=torch.empty(1, 3, 224, 224))
     assert COSTS["clip"].parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.02)
     assert COSTS["clip"].flops == pytest.approx(counted.get_total_flops(), rel=0.03)
+    assert {*COSTS, *FREE} == set(REGISTERED), "a reward's cost is known, or none of this GPU's"
     specs = load_config(ROOT / "configs" / "flux-fast-8xh100.yaml").scored
     assert [cost(spec) for spec in specs] == [COSTS["hps"], COSTS["pickscore"], COSTS["clip"]]
     assert cost(specs[0].model_copy(update={"name": "mine.py:Reward"})) is None

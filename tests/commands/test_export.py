@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 # A family each, in the dtype and the way that it is exported in; alpha is not the rank.
 CASES = {
     "flux": ("bfloat16", "lora"),
+    "flux_kontext": ("bfloat16", "lora"),
     "sd_v": ("float32", "lora"),
     "sd3": ("bfloat16", "full"),
     "qwen_image": ("float32", "lora"),
@@ -43,7 +44,8 @@ def snippet_of(out: Path) -> str:
 
 def outputs(family: ModelFamily, module: str) -> torch.Tensor:
     """What a component answers for a prompt of its training set, at random latents."""
-    source = "moving:train" if family.config.frames > 1 else "shapes:train"
+    edits = family.image_encoding == "source"
+    source = "moving:train" if family.config.frames > 1 else "editing:train" if edits else "shapes:train"
     condition = family.encode(load_prompts(source)[:1])
     x = torch.randn(1, *family.latent_shape, generator=torch.Generator().manual_seed(1))
     time = torch.tensor([0.6 if family.paradigm == "flow" else 600.0])
@@ -59,7 +61,8 @@ def test_the_cards_snippet_runs_and_has_what_was_trained(tmp_path, monkeypatch, 
     config, trained = written_run(tmp_path, kind, dtype, how)
     out = export_run(tmp_path / "run", tmp_path / "out", merge=how == "merge")
     monkeypatch.chdir(out)
-    Image.new("RGB", (32, 32), "red").save("first_frame.png")
+    for name in ("first_frame.png", "source.png"):
+        Image.new("RGB", (32, 32), "red").save(name)
     namespace: dict[str, Any] = {}
     exec(snippet_of(out), namespace)
     with Image.open("sample.gif" if config.model.frames > 1 else "sample.png") as drawn:

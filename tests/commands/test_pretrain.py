@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastgrpo.commands.pretrain import autoencoder, denoiser, main
-from fastgrpo.commands.pretrain.recipe import MOVING, STILL, TINY, PretrainConfig, as_prompts, cosine_lr
+from fastgrpo.commands.pretrain.empty_channels import with_empty_channels
+from fastgrpo.commands.pretrain.recipe import MOVING, STILL, TINY, PretrainConfig, as_prompts
 from fastgrpo.config import RewardSpec
 from fastgrpo.config.sections import load_settings
 from fastgrpo.data.prompts import Prompt
@@ -20,6 +21,7 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.models import load_family
 from fastgrpo.rewards import load_reward
 from fastgrpo.shapes import moving_verifier
+from fastgrpo.training.optimizer import cosine_rate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FLUX = CONFIGS / "pretrain-shapes-flux.yaml"
@@ -34,8 +36,8 @@ def recipe_of(family: str, **changes: Any) -> PretrainConfig:
 
 
 def chosen(family: str) -> list[str]:
-    """The overrides that make the FLUX recipe another family's; the moving world has other categories."""
-    return [f"family={family}", *(["denoiser.shares={}"] if TINY[family].world is MOVING else [])]
+    """The overrides that make the FLUX recipe another family's; other worlds have other categories."""
+    return [f"family={family}", *(["denoiser.shares={}"] if TINY[family].world is not STILL else [])]
 
 
 # The others differ by their pipelines alone.
@@ -174,6 +176,71 @@ def test_a_first_frame_is_that_of_its_video_and_what_the_family_encodes():
     torch.testing.assert_close(texts["text"], encoded["text"])
 
 
+def test_a_source_image_is_that_of_its_edit_and_what_the_family_encodes():
+    config = recipe_of("flux_kontext", **{"denoiser.pool": 6})
+    family: Any = denoiser.open_family(TINY["flux_kontext"].build(config), config)
+    pool, prompts = denoiser.latent_pool(family, config)
+    assert pool["x0"].shape == pool["source"].shape == (6, *family.latent_shape)
+    world, sizes, rng = config.world, config.checked_sizes, np.random.default_rng(0)
+    source, result = world.render_pairs(world.prompts[0][:6], rng, sizes)
+    assert source is not None
+    # One object differs, and no more.
+    assert 0.01 < ((source - result).abs().amax(1) > 0.05).float().mean() < 0.4
+    truth, asked = world.truth(world.prompts[1][:8], rng, sizes)
+    encoded = family.encode_prompts(asked[:1])
+    assert encoded["source"].shape[1:] == pool["source"].shape[1:]
+    texts = family.encode_texts(prompts)
+    assert "source" not in texts
+    scores = load_reward(RewardSpec(name="editing")).score(truth, asked, None)
+    assert scores.components["strict"].mean() == 1
+
+
+def test_empty_channels_change_nothing():
+    config = recipe_of("flux_kontext", **{"empty_channels": 1})
+    few = TINY["flux_kontext"].build(config)
+    few.vae.register_to_config(scaling_factor=1.5, shift_factor=0.25)
+    wide: Any = with_empty_channels(few, config)
+    assert (wide.vae.config.latent_channels, wide.vae.config.scaling_factor) == (4, 1.5)
+    generator = torch.Generator().manual_seed(0)
+    pixels, z = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1, torch.randn(2, 4, 8, 8, generator=generator)
+    x, text = torch.randn(2, 32, 16, generator=generator), torch.randn(2, 10, 64, generator=generator)
+    with torch.no_grad():
+        theirs, ours = (vae.encode(pixels).latent_dist for vae in (few.vae, wide.vae))
+        torch.testing.assert_close(ours.mean[:, :3], theirs.mean)
+        torch.testing.assert_close(ours.std[:, :3], theirs.std)
+        assert ours.mean[:, 3].abs().max() == 0
+        assert ours.std[:, 3].max() < 1e-4
+        torch.testing.assert_close(wide.vae.decode(z).sample, few.vae.decode(z[:, :3]).sample)
+        told: Any = {
+            "encoder_hidden_states": text, "pooled_projections": text[:, 0], "timestep": torch.tensor([0.2, 0.7]),
+            "guidance": torch.tensor([2.5, 2.5]), "txt_ids": torch.zeros(10, 3), "img_ids": torch.zeros(32, 3),
+        }  # fmt: skip
+        seen = wide.transformer(hidden_states=x, **told).sample
+        torch.testing.assert_close(seen[..., :12], few.transformer(hidden_states=x[..., :12], **told).sample)
+        assert seen[..., 12:].abs().max() == 0
+    # Channels of a packed token, in the order of the pipeline: a latent's four pixels beside each other.
+    packed = wide._pack_latents(z, *z.shape)
+    torch.testing.assert_close(packed[..., :12], few._pack_latents(z[:, :3], 2, 3, 8, 8))
+
+
+def test_a_denoiser_starts_from_the_weights_that_there_are(tmp_path):
+    few = TINY["flux"].build(recipe_of("flux"))
+    few.save_pretrained(tmp_path)
+    config = recipe_of("flux_kontext")
+    pipeline: Any = TINY["flux_kontext"].build(config)
+    words = pipeline.text_encoder.get_input_embeddings().weight.detach().clone()
+    denoiser.start_from(denoiser.learned(denoiser.open_family(pipeline, config)), str(tmp_path))
+    assert torch.equal(pipeline.transformer.x_embedder.weight, few.transformer.x_embedder.weight)
+    known = few.text_encoder.get_input_embeddings().weight
+    learned = pipeline.text_encoder.get_input_embeddings().weight
+    assert torch.equal(learned[: len(known)], known)
+    assert torch.equal(learned[len(known) :], words[len(known) :])
+    assert len(words) > len(known)
+    smaller: Any = TINY["flux"].build(recipe_of("flux", **{"sizes.single_layers": 1}))
+    with pytest.raises(ConfigError, match=r"denoiser\.init: .* does not fit at transformer\.single_transformer_blocks"):
+        denoiser.start_from({"transformer": smaller.transformer}, str(tmp_path))
+
+
 @pytest.mark.parametrize("family", ["flux", "stable_diffusion", "hunyuan_video"])
 def test_normalised_latents_have_deviation_one(family):
     config = recipe_of(family)
@@ -209,7 +276,7 @@ def test_worlds_draw_pictures_that_their_verifiers_pass():
 
 
 def test_learning_rate_warms_up_and_decays():
-    rates = [cosine_lr(step, 100, 2.0, 10) for step in range(101)]
+    rates = [cosine_rate(step, 100, 2.0, 10) for step in range(101)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == 2.0
     assert rates[55] == pytest.approx(1 + math.cos(math.pi / 2))
@@ -225,6 +292,7 @@ def test_learning_rate_warms_up_and_decays():
         ("sizes.text_widht=32", r"sizes\.text_widht"),
         ("init=shapes:flux", "one of the two"),
         ("categories=[colours]", r"categories\.colours: unknown category; did you mean 'colors'"),
+        ("empty_channels=-1", r"empty_channels"),
         ("autoencoder.inflate=shapes:flux", r"autoencoder\.inflate: flux draws no videos"),
     ],
 )

@@ -27,17 +27,22 @@ from fastgrpo.models.attention import set_backend
 from fastgrpo.models.context import split_lengths
 from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.sampler import rollout
+from fastgrpo.shapes.editing_world import all_prompts, image_name
 
 CPU = torch.device("cpu")
-KINDS = ("flux", "flux2", "wan", "hunyuan_video", "hunyuan_15", "skyreels")
+KINDS = ("flux", "flux_kontext", "flux2", "wan", "hunyuan_video", "hunyuan_15", "skyreels")
 
 
 def family_of(kind: str) -> tuple[Config, ModelFamily]:
-    if kind == "flux":
+    if kind in ("flux", "flux_kontext"):
         from fastgrpo.shapes import world
         from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
 
-        config, pipeline = tiny_config(Path("unused")), build_pipeline(world.vocabulary(), TinyFluxSizes(), 0)
+        sizes = TinyFluxSizes(task="text" if kind == "flux" else "edit")
+        config, pipeline = (
+            tiny_config(Path("unused"), model={"family": kind}),
+            build_pipeline(world.vocabulary(), sizes, 0),
+        )
         torch.nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.3)
     elif kind in tiny_images.MODELS:
         config, pipeline = image_config("unused", kind), tiny_images.build(kind)
@@ -49,7 +54,8 @@ def family_of(kind: str) -> tuple[Config, ModelFamily]:
 def conditioning_of(kind: str, family: ModelFamily) -> Conditioning:
     texts = ("red circle left", "blue square moves right")
     if kind != "skyreels":
-        return family.encode([Prompt(text) for text in texts])
+        edits = all_prompts()[:2]
+        return family.encode([Prompt(text, image=image_name(edit, 0)) for text, edit in zip(texts, edits, strict=True)])
     with torch.random.fork_rng():
         torch.manual_seed(3)
         encoded = super(type(family), family).encode_prompts([Prompt(text) for text in texts])  # pyright: ignore

@@ -1,5 +1,6 @@
 """Evaluation and export: what was trained is what others load, and what is reported is what was scored."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,13 +16,14 @@ from fastgrpo.commands.export import export_run
 from fastgrpo.commands.runs import apply_checkpoint, open_run
 from fastgrpo.commands.train import train
 from fastgrpo.config import dump
+from fastgrpo.data.prompts import Prompt, load_prompts, open_image
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.evaluation.compare import diversity
-from fastgrpo.evaluation.heldout import draw, heldout_prompts
+from fastgrpo.evaluation.heldout import Evaluation, draw, heldout_prompts, record
 from fastgrpo.evaluation.statistics import distance_by_unit, mean_interval, overall_distance
 from fastgrpo.models import load_family
-from fastgrpo.observe.media import write_grid
+from fastgrpo.observe.media import beside_sources, read_tiles, write_grid
 from fastgrpo.rewards import Scores
 from fastgrpo.shapes.world import CATEGORIES
 
@@ -183,6 +185,26 @@ def test_an_interval_covers_the_mean():
     assert 0.1 < low < 0.3 < high < 0.5
     assert mean_interval(np.full(10, 0.25)) == (0.25, 0.25)
     assert mean_interval(np.array([0.25, np.nan])) == (0.25, 0.25)
+
+
+def test_a_sheet_shows_the_source_beside_the_result(tmp_path):
+    prompts = load_prompts("editing:heldout")[:3]
+    results = torch.linspace(0, 1, 3).view(3, 1, 1, 1).expand(3, 3, 32, 32)
+    record(Evaluation(prompts, {"editing": np.zeros(3)}, results), tmp_path, 0, grid=3)
+    with Image.open(tmp_path / "eval" / "000000.png") as sheet:
+        pixels = np.asarray(sheet)
+    # Three pairs in a row, enlarged three times, with margins of 4.
+    assert pixels.shape == (96 + 8, 3 * (192 + 4) + 4, 3)
+    for place, prompt in enumerate(prompts):
+        left = 4 + place * 196
+        shown = pixels[4:100:3, left : left + 192 : 3]
+        np.testing.assert_array_equal(shown[:, :32], np.asarray(open_image(prompt.image or "")))
+        assert set(shown[:, 32:].ravel().tolist()) == {round(255 * place / 2)}
+    tiles = read_tiles(tmp_path / "eval" / "000000.png", 3, 256)
+    assert all(Image.open(io.BytesIO(tile)).size == (192, 96) for tile in tiles)
+    plain = [Prompt("a circle")] * 3
+    assert beside_sources(plain, results).shape == (3, 3, 32, 32)
+    assert beside_sources(prompts, results, results).shape == (3, 3, 32, 96)
 
 
 def test_grid_shows_every_image_at_its_place(tmp_path):

@@ -53,6 +53,14 @@ REAL: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, dict[str, tuple[
         {"text": (512, 4096), "pooled": (768,)},
         11.9,
     ),
+    "flux_kontext": (
+        "flux_kontext",
+        {"num_layers": 19, "num_single_layers": 38},
+        {"num_layers": 1, "num_single_layers": 1},
+        720,
+        {"text": (512, 4096), "pooled": (768,), "source": (2025, 64)},
+        11.9,
+    ),
     "sd35_large": (
         "sd3", {"num_layers": 38}, {"num_layers": 2}, 1024, {"text": (77 + 256, 4096), "pooled": (2048,)}, 8.06
     ),
@@ -81,7 +89,7 @@ def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
                 "unet": diffusers.UNet2DConditionModel(**settings),
                 "vae": diffusers.AutoencoderKL(**vae),
             }
-        elif kind == "flux":
+        elif kind in ("flux", "flux_kontext"):
             settings, vae = {**FLUX, **depth}, {**VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
             parts = {"transformer": diffusers.FluxTransformer2DModel(**settings), "vae": diffusers.AutoencoderKL(**vae)}
         elif kind == "sd35_large":
@@ -119,8 +127,9 @@ def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
         if kind == "sd15":
             return diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
         return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    if kind == "flux":
-        return diffusers.FluxPipeline(**parts, scheduler=flow(shift=3.0, use_dynamic_shifting=True))
+    if kind in ("flux", "flux_kontext"):
+        pipeline = diffusers.FluxPipeline if kind == "flux" else diffusers.FluxKontextPipeline
+        return pipeline(**parts, scheduler=flow(shift=3.0, use_dynamic_shifting=True))
     if kind == "sd35_large":
         return diffusers.StableDiffusion3Pipeline(**parts, scheduler=flow(shift=3.0))
     if kind == "z_image":
@@ -146,12 +155,16 @@ def config_of(kind: str, lora: dict[str, Any] | None) -> Config:
 def encoded_of(kind: str) -> dict[str, tuple[int, ...]]:
     """Of a prompt, and where guidance has two branches, of its negative."""
     encoded = REAL[kind][4]
-    return encoded if kind == "flux" else encoded | {f"negative_{name}": shape for name, shape in encoded.items()}
+    return (
+        encoded
+        if kind in ("flux", "flux_kontext")
+        else encoded | {f"negative_{name}": shape for name, shape in encoded.items()}
+    )
 
 
 LATENTS = {
-    "sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (2025, 64), "sd35_large": (16, 128, 128),
-    "qwen_image": (2025, 64), "z_image": (16, 90, 90), "flux2": (128, 45, 45),
+    "sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (2025, 64), "flux_kontext": (2025, 64),
+    "sd35_large": (16, 128, 128), "qwen_image": (2025, 64), "z_image": (16, 90, 90), "flux2": (128, 45, 45),
 }  # fmt: skip
 
 

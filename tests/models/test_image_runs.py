@@ -16,7 +16,7 @@ from fastgrpo.models import load_family
 from fastgrpo.training.trainer import Trainer
 
 LORA = {"rank": 2, "alpha": 4.0}
-SHORT = [("sd_v", None), ("sd3", LORA), ("qwen_image", None), ("z_image", LORA), ("flux2", LORA)]
+SHORT = [("sd_v", None), ("qwen_image", None), *((kind, LORA) for kind in ("sd3", "z_image", "flux2", "flux_kontext"))]
 LONG = [
     (kind, lora) for kind in ("sd_v", "sdxl", "sd3", "qwen_image", "flux", "z_image", "flux2") for lora in (None, LORA)
 ]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.tiny_images import MODELS, PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
+from support.tiny_images import MODELS, PROMPTS, SOURCES, build, by_pipeline, drawn, image_config, use_ddim
 from support.updates import advantages, prepare, run_update, textbook_loss
 
 from fastgrpo.commands.export import save_lora
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.world import World
-from fastgrpo.models import Conditioning, ModelFamily, family_class, load_family
+from fastgrpo.errors import ConfigError
+from fastgrpo.models import Conditioning, ModelFamily, check_family, family_class, load_family
 from fastgrpo.models.trainable import make_trainable
 from fastgrpo.shapes import world
 from fastgrpo.training.optimizer import OptimizerState
@@ -23,7 +25,9 @@ from fastgrpo.training.update import Updater
 CPU = torch.device("cpu")
 KINDS = list(MODELS)
 # Guided by an embedded scale, or not at all.
-ONE_BRANCH = ("flux", "flux_plain", "flux2_distilled")
+ONE_BRANCH = ("flux", "flux_plain", "flux_kontext", "flux2_distilled")
+# Those that encode prompts as no other does.
+WORDED = [k for k in KINDS if k not in ("flux_plain", "flux_true_cfg", "flux_kontext_true_cfg", "flux2_distilled")]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def families(saved):
 def test_a_rollout_is_the_pipelines_image(saved, families, kind, guidance):
     path, pipeline = saved(kind)
     plain = family_class(MODELS[kind]["family"]).unguided_scale
-    model = MODELS[kind] if guidance else {**MODELS[kind], "guidance": plain}
+    model = MODELS[kind] if guidance else {**MODELS[kind], "guidance": plain, "true_cfg": 1.0}
     config = image_config(path, kind, model=model)
     family = families(kind) if guidance else load_family(config.model, CPU)
     assert family.guided is (guidance and kind not in ONE_BRANCH)
@@ -87,37 +91,64 @@ def test_a_prompts_own_negative_and_the_configs_are_the_pipelines(saved, kind):
     path, pipeline = saved(kind)
     config = image_config(path, kind, model={"negative_prompt": "a blue square"})
     family = load_family(config.model, CPU)
-    theirs = by_pipeline(pipeline, family, [Prompt(p.text, negative="a blue square") for p in PROMPTS[:1]])
+    theirs = by_pipeline(pipeline, family, [replace(p, negative="a blue square") for p in PROMPTS[:1]])
     assert (drawn(family, config, PROMPTS[:1]) - theirs).abs().max() <= 1e-4
     plain = load_family(image_config(path, kind).model, CPU)
     assert (drawn(plain, config, PROMPTS[:1]) - theirs).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("flux_plain", "flux2_distilled")])
+@pytest.mark.parametrize("kind", ["flux_kontext", "flux_kontext_true_cfg"])
+def test_an_edit_at_another_size_is_the_pipelines_image(saved, kind):
+    """Its source is resized as the pipeline's image processor does, and changes the image."""
+    path, pipeline = saved(kind)
+    config = image_config(path, kind, model={"height": 48, "width": 32})
+    family = load_family(config.model, CPU)
+    ours = drawn(family, config, PROMPTS)
+    assert ours.shape == (4, 3, 48, 32)
+    assert (ours - by_pipeline(pipeline, family, PROMPTS)).abs().max() <= 1e-4
+    other = drawn(family, config, [replace(PROMPTS[0], image=SOURCES[5]), *PROMPTS[1:]])
+    assert (other[0] - ours[0]).abs().max() > 1e-3
+    assert torch.equal(other[1:], ours[1:])
+
+
+def test_an_edit_without_a_source_is_refused_in_one_line(families):
+    with pytest.raises(ConfigError, match="'a red circle' has no image; flux_kontext starts from a picture"):
+        families("flux_kontext").encode([Prompt("a red circle")])
+
+
+def test_a_second_guidance_is_for_families_that_have_one(saved):
+    config = image_config(saved("sd3")[0], "sd3", model={"true_cfg": 2.0})
+    with pytest.raises(ConfigError, match=r"model\.true_cfg: 2, but sd3 has no second guidance"):
+        check_family(config)
+    check_family(image_config(saved("flux")[0], "flux", model={"true_cfg": 2.0}))
+
+
+@pytest.mark.parametrize("kind", WORDED)
 def test_every_word_changes_every_embedding(families, kind):
     family, rng, words = families(kind), np.random.default_rng(0), world.vocabulary()
     for text in rng.choice([p.text for p in world.all_prompts()], 5, replace=False):
         parts = str(text).split()
         changed = [[*parts[:i], str(rng.choice([w for w in words if w != part])), *parts[i + 1 :]]
                    for i, part in enumerate(parts)]  # fmt: skip
-        encoded = family.encode([Prompt(" ".join(p)) for p in (parts, *changed)])
-        for name in (n for n, t in encoded.items() if t.is_floating_point() and not n.startswith("negative")):
+        encoded = family.encode([Prompt(" ".join(p), image=SOURCES[0]) for p in (parts, *changed)])
+        texts = [n for n, t in encoded.items() if t.is_floating_point() and not n.startswith("negative")]
+        for name in (n for n in texts if n != family.image_encoding):
             for row in range(1, len(changed) + 1):
                 apart = (encoded[name][row] - encoded[name][0]).abs().max()
                 assert apart > 1e-6, (text, changed[row - 1], name)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("flux_plain", "flux2_distilled")])
+@pytest.mark.parametrize("kind", WORDED)
 def test_an_embedding_is_the_same_whatever_was_encoded_with_it(saved, families, kind):
     texts = [p.text for p in world.all_prompts()[:13]]
-    together = families(kind).encode([Prompt(t) for t in texts])
+    together = families(kind).encode([Prompt(t, image=SOURCES[i % 4]) for i, t in enumerate(texts)])
     alone = load_family(image_config(saved(kind)[0], kind).model, CPU)
     for row in (0, 7, 12):
-        one = alone.encode([Prompt(texts[row])])
+        one = alone.encode([Prompt(texts[row], image=SOURCES[row % 4])])
         assert all(torch.equal(one[name][0], together[name][row]) for name in one)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("flux_plain", "flux2_distilled", "sd3_without_t5")])
+@pytest.mark.parametrize("kind", [k for k in WORDED if k != "sd3_without_t5"])
 def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind):
     """Autograd through rollout rows and kernels, against differences of the textbook loss in float64."""
     wide = {"clip_low": 0.05, "clip_high": 0.05}

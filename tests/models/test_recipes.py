@@ -32,6 +32,9 @@ IMAGES = (
     "flux-lora-1x24gb",
     "sd-1x24gb",
     "flux-fast-8xh100",
+    "flux-kontext-parity-8xh100",
+    "flux-kontext-fast-8xh100",
+    "flux-kontext-lora-1x24gb",
     "sd3.5-large-fast-8xh100",
     "sd3.5-medium-nft-8xh100",
     "sd3.5-medium-awm-8xh100",
@@ -163,8 +166,9 @@ def test_the_fast_recipes_do_what_makes_them_fast(name):
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*xh100.yaml")), ids=lambda p: p.stem)
 def test_a_recipes_model_is_checked_without_it(path):
     """By the configs of the real models that this package has, their classes' defaults with them."""
-    problems = preflight(load_config(path), 8).problems
-    assert [p for p in problems if not p.startswith(("rewards", "prompts", "parallel"))] == []
+    config = load_config(path)
+    problems = preflight(config, 8).problems
+    assert [p for p in problems if not p.startswith(("rewards", "prompts", "parallel", config.prompts.train))] == []
 
 
 @pytest.mark.parametrize(
@@ -182,3 +186,9 @@ def test_the_forward_recipes_hold_their_projects_numbers(name, prompts, steps, t
     assert (objective.old_decay.rate, objective.old_decay.most, config.model.guidance) == (0.001, most, 1.0)
     assert (update.optimizer.lr, update.max_grad_norm, update.optimizer_steps) == (3e-4, clip, 1)
     assert (config.advantage.normalize, config.model.lora.rank, config.model.lora.alpha) == ("global", 32, 64)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*xh100.yaml")), ids=lambda p: p.stem)
+def test_no_rank_of_several_loads_all_of_what_is_trained(path):
+    config = load_config(path)
+    assert (config.model.lora is not None) != (config.parallel.load == "sharded")

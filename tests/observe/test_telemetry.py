@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from PIL import Image
 from support.tiny import tiny_config
 
 from fastgrpo.commands.train import train
@@ -173,6 +174,21 @@ def test_wandb_gets_the_config_metrics_and_images_and_goes_on_under_one_id(tmp_p
     assert first["config"]["rollout"]["group_size"] == 3
 
 
+def test_wandb_itself_takes_a_run_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs fastgrpo[logging]: wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
+    telemetry = RunLog(tmp_path, make_config(wandb_project="demo"))
+    telemetry.log(0, {"reward/mean": 0.5})
+    telemetry.images(1, "heldout", tmp_path / "grid.png", ["a", "b"])
+    telemetry.close()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith((tmp_path / "wandb_id").read_text())
+    (written,) = folder.glob("*.wandb")
+    assert b"reward/mean" in written.read_bytes()
+
+
 @pytest.mark.parametrize(
     "setting, package", [({"tensorboard": True}, "tensorboard"), ({"wandb_project": "demo"}, "wandb")]
 )
@@ -283,6 +299,12 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch)
     assert [line.split(" · ")[0] for line in lines[:-1]] == ["iteration 5/10", "iteration 8/10", "iteration 10/10"]
     assert "reward 0.500 · 4.00 s/iteration · 00:00:20 left" in lines[0]
     assert lines[-1] == "stopped"
+
+
+def test_progress_of_a_pretraining_stage_shows_what_it_is_given(capsys):
+    with Progress(total=1, unit="denoiser step") as progress:
+        progress.update(1, {"loss": 0.25, "lr": 1e-4})
+    assert capsys.readouterr().err.startswith("denoiser step 1/1 · loss 0.25 · lr 0.0001 · ")
 
 
 def test_progress_can_be_silent(capsys):

@@ -124,7 +124,8 @@ def test_one_line_each(tiny_flux):
 
 # Published sizes, in billions.
 SIZES = {
-    "black-forest-labs/FLUX.1-dev": ("flux", 11.9), "hunyuanvideo-community/HunyuanVideo": ("hunyuan_video", 12.8),
+    "black-forest-labs/FLUX.1-dev": ("flux", 11.9), "black-forest-labs/FLUX.1-Kontext-dev": ("flux_kontext", 11.9),
+    "hunyuanvideo-community/HunyuanVideo": ("hunyuan_video", 12.8),
     "skyreels-v1-i2v": ("skyreels", 12.8), "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("wan", 1.42),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("wan", 14.3), "CompVis/stable-diffusion-v1-4": ("stable_diffusion", 0.86),
     "Qwen/Qwen-Image": ("qwen_image", 20.4), "stabilityai/stable-diffusion-3.5-large": ("sd3", 8.06),

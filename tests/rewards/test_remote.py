@@ -1,6 +1,7 @@
 """Remote rewards: the same scores as in process, batches across clients, failures that stay failures, refusals."""
 
 import asyncio
+import json
 import random
 import threading
 import time
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from fastapi import FastAPI, Request, Response
+from PIL import Image
+from safetensors.torch import load, save
 from support.serving import TOKEN, Unreliable, malformed, serving
 
 from fastgrpo.commands.main import main
@@ -20,8 +23,10 @@ from fastgrpo.config.sections import validate_settings
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import Scores, load_reward
+from fastgrpo.rewards.images import source_images
 from fastgrpo.rewards.served.service import ServiceConfig, create_app
 from fastgrpo.rewards.served.wire import WireError, decode_request, decode_scores, encode_request, encode_scores
+from fastgrpo.shapes.editing_world import all_prompts, image_name
 
 LIMIT = 200_000
 SAMPLES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -104,6 +109,43 @@ def test_scores_survive_the_wire_to_the_bit():
 def test_an_answer_that_is_none_of_ours_is_refused(body):
     with pytest.raises(WireError):
         decode_scores(body, 1)
+
+
+def test_the_pictures_of_prompts_travel_once_and_no_path_does(tmp_path):
+    files = []
+    for number, color in enumerate(("red", "blue")):
+        files.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (24, 8), color).save(files[-1])
+    drawn = image_name(all_prompts()[0], 3)
+    images = [files[0], files[1], files[0], drawn, None]
+    prompts = [Prompt("make it blue", image=image) for image in images]
+    samples = torch.rand(5, 3, 8, 12)
+    body = encode_request(samples, prompts, None, "raw")
+    assert str(tmp_path).encode() not in body
+    assert load(body)["sources"].shape == (2, 8, 12, 3)
+    got = decode_request(body, LIMIT).prompts
+    assert got[0].image == got[2].image != got[1].image
+    assert (got[3].image, got[4].image) == (drawn, None)
+    torch.testing.assert_close(source_images(got[:4], samples), source_images(prompts[:4], samples))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sources": torch.zeros(1, 8, 8, 3)}, "not uint8 pictures"),
+        ({"sources": torch.zeros(1, 4, 8, 3, dtype=torch.uint8)}, "not uint8 pictures"),
+        ({"sources": torch.zeros(9, 8, 8, 3, dtype=torch.uint8)}, "9 sources of 1 prompts"),
+        ({"sources": torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "entry": {"source": 1}}, "has source 1, and 1 came"),
+        ({"entry": {"drawn": "/etc/passwd"}}, "an embedded world"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(change, message):
+    tensors = load(encode_request(torch.zeros(1, 3, 8, 8), [Prompt("a circle")], None, "raw"))
+    head = json.loads(tensors["request"].numpy().tobytes())
+    head["prompts"][0].update(change.pop("entry", {}))
+    tensors["request"] = torch.frombuffer(bytearray(json.dumps(head).encode()), dtype=torch.uint8)
+    with pytest.raises(WireError, match=message):
+        decode_request(save({**tensors, **change}), LIMIT)
 
 
 def test_an_image_of_another_size_than_it_says_is_refused_before_it_is_decoded():

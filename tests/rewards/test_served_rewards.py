@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from fastgrpo.commands.main import main
 from fastgrpo.config import RewardSpec
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.data.prompts import Prompt, open_image
 from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.edit_reward import read_lower
 from fastgrpo.rewards.unified_reward import SCALES, read_scores
+from fastgrpo.shapes.editing_world import all_prompts, image_name
 
 IMAGES = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 8, 8).contiguous()
 PROMPTS = [Prompt(f"number {i}") for i in range(5)]
@@ -75,7 +76,7 @@ def test_ocr_reads_real_pictures():
     ]
     scores = load_reward(RewardSpec(name="ocr")).score(images, prompts, None)
     assert scores.valid.tolist() == [True, True, False, True]
-    assert scores.values[0] == scores.components["exact"][0] == 1
+    assert scores.values[0] == scores.components["strict"][0] == 1
     assert 0.6 < scores.values[1] < 1
     assert scores.values[3] == 0
 
@@ -129,6 +130,27 @@ def test_a_judge_is_asked_with_the_picture_and_its_answer_checked(judge, monkeyp
     videos = IMAGES[:1, :, None].expand(1, 3, 9, 8, 8)
     reward.score(videos, PROMPTS[:1], 8.0)
     assert len(judge.bodies[-1][1]["messages"][0]["content"]) == 4 + 1
+
+
+def test_a_judge_of_edits_sees_the_source_and_then_the_result(judge):
+    url = f"http://127.0.0.1:{judge.server_port}/v1"
+    reward = load_reward(RewardSpec(name="edit_judge", options={"url": url, "model": "judge", "parallel": 1}))
+    edits = [Prompt(edit.text, image=image_name(edit, 1)) for edit in all_prompts()[:2]]
+    samples = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert reward.score(samples, edits, None).valid.all()
+    for (_, body), edit, sample in zip(judge.bodies, edits, samples, strict=True):
+        *pictures, text = body["messages"][0]["content"]
+        files = [io.BytesIO(base64.b64decode(p["image_url"]["url"].split(",")[1])) for p in pictures]
+        shown = [np.array(Image.open(file)) for file in files]
+        assert len(shown) == 2
+        np.testing.assert_array_equal(shown[0], np.asarray(open_image(edit.image)))
+        np.testing.assert_array_equal(shown[1], (sample * 255).round().byte().permute(1, 2, 0).numpy())
+        assert edit.text in text["text"]
+        assert "kept that it does not speak of" in text["text"]
+    with pytest.raises(ConfigError, match="'a circle' has no image"):
+        reward.score(samples[:1], [Prompt("a circle")], None)
+    with pytest.raises(ConfigError, match="judges edited images, not videos"):
+        reward.score(samples[:1, :, None], edits[:1], None)
 
 
 def test_a_busy_judge_is_asked_again_and_one_that_is_not_there_gives_no_score(judge):

@@ -39,7 +39,7 @@ def tiny_rollout_inputs(
 ) -> tuple[ModelFamily, StepSchedule, Layout, Conditioning, list[Prompt]]:
     """What a rollout of one rank takes, and its prompts."""
     family = load_family(config.model, torch.device("cpu"))
-    prompts = load_prompts("shapes:train")[::40][: config.rollout.prompts_per_iteration]
+    prompts = load_prompts(config.prompts.train)[::40][: config.rollout.prompts_per_iteration]
     count = len(prompts) * config.rollout.group_size
     levels = family.noise_levels(config.rollout.steps, config.rollout.shift)
     plan = schedule_steps(config.rollout, levels, count, iteration, config.run.seed)

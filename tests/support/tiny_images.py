@@ -12,11 +12,11 @@ import torch
 from fastgrpo.algorithms.layout import lay_out
 from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.data.prompts import Prompt, open_image
 from fastgrpo.models import ModelFamily, family_class
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import rollout
-from fastgrpo.shapes import world
+from fastgrpo.shapes import editing_world, world
 from fastgrpo_kernels import noise
 from support.tiny import tiny_config
 
@@ -45,22 +45,32 @@ CLASSES = {
     "sd3_without_t5": "StableDiffusion3Pipeline", "qwen_image": "QwenImagePipeline", "z_image": "ZImagePipeline",
     "flux2": "Flux2KleinPipeline", "flux2_distilled": "Flux2KleinPipeline",
 }  # fmt: skip
+# What the families of edits start from; the others do not look at it.
+SOURCES = [editing_world.image_name(edit, seed) for seed, edit in enumerate(editing_world.all_prompts()[::900])]
 # Texts of several lengths, the last longer than any pipeline here takes; two with negative prompts of their own.
 PROMPTS = [
-    Prompt("circle"),
-    Prompt("a red circle", negative="a blue square"),
-    Prompt("a red circle left of a green square"),
-    Prompt("a red circle left of a green square left of a blue triangle", negative="a red circle left of a square"),
+    Prompt("circle", image=SOURCES[0]),
+    Prompt("a red circle", negative="a blue square", image=SOURCES[1]),
+    Prompt("a red circle left of a green square", image=SOURCES[2]),
+    Prompt(
+        "a red circle left of a green square left of a blue triangle",
+        negative="a red circle left of a square",
+        image=SOURCES[3],
+    ),
 ]
 
 
 def build(kind: str, seed: int = 0) -> Any:
     """A random pipeline that knows the words of the shapes world."""
     words = world.vocabulary()
-    if kind in ("flux", "flux_plain"):
+    if kind.startswith("flux") and not kind.startswith("flux2"):
         from fastgrpo.shapes.tiny_flux import TinyFluxSizes, build_pipeline
 
-        pipeline = build_pipeline(words, TinyFluxSizes(single_layers=1), seed)
+        task = "edit" if "kontext" in kind else "text"
+        words = editing_world.vocabulary() if task == "edit" else words
+        # Kontext's pipeline takes an image of as many channels as its latents have for latents.
+        sizes = TinyFluxSizes(single_layers=1, task=task, latent_channels=4 if task == "edit" else 3)
+        pipeline = build_pipeline(words, sizes, seed)
         if kind == "flux_plain":
             settings = {**pipeline.transformer.config, "guidance_embeds": False}
             pipeline.transformer = type(pipeline.transformer).from_config(settings).eval()
@@ -141,6 +151,8 @@ def image_config(path: Path | str, kind: str, run_dir: Path | str = "runs/none",
     rollout_section = {"shift": "pipeline", **sections.pop("rollout", {})}
     if family_class(model["family"]).paradigm == "diffusion":
         rollout_section["sampler"] = "ddim"
+    if "kontext" in kind:
+        sections = {"prompts": {"train": "editing:train", "heldout": "editing:heldout"}, **sections}
     return tiny_config(Path(path), run_dir, model=model, rollout=rollout_section, **sections)
 
 
@@ -161,18 +173,25 @@ def drawn(family: ModelFamily, config: Config, prompts: list[Prompt], steps: int
 
 def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps: int = 3) -> torch.Tensor:
     """The same images by the diffusers pipeline, one prompt at a time."""
-    images, name = [], type(pipeline).__name__
+    images, name, model = [], type(pipeline).__name__, family.config
     for i, prompt in enumerate(prompts):
         settings: dict[str, Any] = {
-            "prompt": prompt.text, "height": family.config.height, "width": family.config.width,
-            "num_inference_steps": steps, "output_type": "pt", "latents": initial(family, [i]),
+            "prompt": prompt.text, "height": model.height, "width": model.width, "num_inference_steps": steps,
+            "output_type": "pt", "latents": initial(family, [i]),
         }  # fmt: skip
-        settings["true_cfg_scale" if "Qwen" in name else "guidance_scale"] = family.config.guidance
+        settings["true_cfg_scale" if "Qwen" in name else "guidance_scale"] = model.guidance
+        flux = name in ("FluxPipeline", "FluxKontextPipeline")
         if "Flux2" in name and family.guided:
-            negative = prompt.negative if prompt.negative is not None else family.config.negative_prompt
+            negative = prompt.negative if prompt.negative is not None else model.negative_prompt
             settings["negative_prompt_embeds"] = family.encode_prompts([Prompt(negative)])["text"]
+        elif flux and model.true_cfg > 1:
+            settings |= {"negative_prompt": prompt.negative or "", "true_cfg_scale": model.true_cfg}
         elif "Flux" not in name:
             settings["negative_prompt"] = (prompt.negative or "") if "Qwen" in name else prompt.negative
+        if "Kontext" in name:
+            assert prompt.image is not None
+            settings["image"] = open_image(prompt.image).resize((model.width, model.height), 1)
+            settings |= {"max_area": model.height * model.width, "_auto_resize": False}
         if not name.startswith(("StableDiffusionP", "StableDiffusionX")):
             settings["max_sequence_length"] = family.config.max_sequence_length
         images.append(pipeline(**settings).images)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastgrpo.commands.report.markup import section
-from fastgrpo.commands.report.run_data import STRICT, RunData, shown_columns
+from fastgrpo.commands.report.run_data import RunData
+from fastgrpo.evaluation.compare import STRICT, marks, most_changed
 from fastgrpo.observe.media import read_tiles
 
 # Bytes of all pictures of a page, as base64: with its charts the page stays under 1 MB.
@@ -32,10 +32,11 @@ class Column:
     def sheet(self) -> Path:
         return self.evaluation["folder"] / self.evaluation.get("video", self.evaluation["grid"])
 
-    def value(self, name: str, place: int) -> float | None:
-        """A reward of the picture at `place`; None where it failed, or the evaluation did not keep it."""
-        values = self.evaluation.get("values", {}).get(name, ())
-        return values[place] if place < len(values) else None
+    @property
+    def values(self) -> dict[str, list[float | None]]:
+        """Of each column, by picture of the sheet; None where it failed, empty where values were not kept."""
+        values, shown = self.evaluation.get("values", {}), self.evaluation.get("shown")
+        return {name: [of[i] for i in shown] if shown else of for name, of in values.items()}
 
 
 def images(runs: list[RunData]) -> str:
@@ -44,21 +45,28 @@ def images(runs: list[RunData]) -> str:
     if not columns:
         return ""
     prompts = columns[0].evaluation["prompts"]
-    order = sorted(range(len(prompts)), key=lambda place: _change(columns, place), reverse=True)
+    order = most_changed(columns[0].values, [c.values for c in columns[1:]], range(len(prompts)))
     tiles, shown = _within_budget(columns, order)
     cards = []
     for place in order[:shown]:
         caption = html.escape(prompts[place])
         pictures = "".join(
             f'<div><img alt="{html.escape(c.label)}: {caption}" src="{tiles[i][place]}" loading="lazy">'
-            f"<p>{html.escape(c.label)} {_mark(c, place)}</p></div>"
+            f"<p>{html.escape(c.label)} {_mark(c, place)}</p>{_seen(c, place)}</div>"
             for i, c in enumerate(columns)
         )
         cards.append(f'<figure><figcaption>{caption}</figcaption><div class="pair">{pictures}</div></figure>')
     noun = runs[0].noun
+    which = f"The first {len(prompts)} held-out prompts"
+    first = list(range(len(prompts)))
+    if columns[0].evaluation.get("shown", first) != first:
+        which = (
+            f"{len(prompts)} of {columns[0].evaluation['images']} held-out prompts, with as large a share of gains, "
+            "losses and unchanged ones as among all, the first of each"
+        )
     note = (
-        f"The first {len(prompts)} held-out prompts, chosen before training and not by hand; before and after from the "
-        f"same initial noise, sampled deterministically; most changed first. {_count(columns, len(prompts))}"
+        f"{which}; before and after from the same initial noise, sampled deterministically; most changed first. "
+        f"{_count(columns, len(prompts))}"
     )
     if shown < len(prompts):
         note += f" {len(prompts) - shown} {noun} that changed least are left out, to keep this page small."
@@ -80,50 +88,30 @@ def _columns(runs: list[RunData]) -> list[Column]:
     return columns
 
 
-def _names(columns: Sequence[Column]) -> list[str]:
-    """The columns that say whether a picture is right where there are such, else the rewards."""
-    found = shown_columns(columns[0].evaluation["rewards"])
-    return [name for name in found if name.endswith(STRICT)] or found
-
-
-def _change(columns: Sequence[Column], place: int) -> tuple[float, float]:
-    """How much a picture changed: in what is right, then in its rewards; a gain before an equal loss."""
-    strict, soft = 0.0, 0.0
-    for name in shown_columns(columns[0].evaluation["rewards"]):
-        before = columns[0].value(name, place)
-        for column in columns[1:]:
-            after = column.value(name, place)
-            if before is None or after is None:
-                continue
-            change = abs(after - before) + (1e-6 if after > before else 0.0)
-            if name.endswith(STRICT):
-                strict = max(strict, change)
-            else:
-                soft = max(soft, change)
-    return strict, soft
-
-
 def _mark(column: Column, place: int) -> str:
     """Whether a picture is right, else what its rewards are."""
     parts = []
-    for name in _names([column]):
-        value = column.value(name, place)
-        if value is None or math.isnan(value):
-            continue
+    for name, value in marks(column.values, place):
         if name.endswith(STRICT):
-            right = value >= 0.5
-            parts.append(f'<b class="{"right" if right else "wrong"}">{"✓ right" if right else "✗ wrong"}</b>')
+            parts.append('<b class="right">✓ right</b>' if value >= 0.5 else '<b class="wrong">✗ wrong</b>')
         else:
             parts.append(f"{html.escape(name)} {value:.2f}")
     return " ".join(parts)
 
 
+def _seen(column: Column, place: int) -> str:
+    """What each reward that says so sees in a picture."""
+    seen = column.evaluation.get("seen", {})
+    said = [f"{html.escape(name)}: {html.escape(texts[place])}" for name, texts in seen.items() if place < len(texts)]
+    return f"<p>{'<br>'.join(said)}</p>" if said else ""
+
+
 def _count(columns: Sequence[Column], count: int) -> str:
     """How many became right, and how many wrong."""
-    strict = [name for name in _names(columns) if name.endswith(STRICT)]
+    strict = next((name for name in columns[0].values if name.endswith(STRICT)), None)
     said = []
-    for column in columns[1:] if strict else ():
-        pairs = [(columns[0].value(strict[0], i), column.value(strict[0], i)) for i in range(count)]
+    for column in columns[1:] if strict is not None else ():
+        pairs = list(zip(columns[0].values[strict][:count], column.values.get(strict, ())[:count], strict=False))
         known = [(old, new) for old, new in pairs if old is not None and new is not None]
         gained, lost = sum(new > old for old, new in known), sum(new < old for old, new in known)
         name = "" if column.label == "after" else f"{html.escape(column.label)}: "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import numpy as np
 from fastgrpo.config import RewardSpec, flatten_rewards
 from fastgrpo.config.yaml import parse_yaml
 from fastgrpo.errors import UserError
+from fastgrpo.evaluation.compare import STRICT, shown_columns
 from fastgrpo.evaluation.statistics import Interval, mean_interval
 from fastgrpo.observe.run_log import read_metrics
-
-# A column of a reward that is 1 for an image that is right and 0 for one that is not.
-STRICT = ".strict"
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,6 @@ class RunData:
                 if key.startswith("time/") and key != "time/total":
                     totals[key[5:]] = totals.get(key[5:], 0.0) + value
         return dict(sorted(totals.items(), key=lambda item: (item[0] == "other", -item[1])))
-
-
-def shown_columns(rewards: Iterable[str]) -> list[str]:
-    """The rewards themselves and their strict pass rates, without other components."""
-    return [name for name in rewards if "." not in name or name.endswith(STRICT)]
 
 
 def values_of(evaluation: dict[str, Any], name: str) -> np.ndarray:

@@ -9,8 +9,9 @@ from typing import Any
 
 from fastgrpo.commands.report.markup import arrow, duration, mean, section, table
 from fastgrpo.commands.report.opening import opening, provenance, training_ends
-from fastgrpo.commands.report.run_data import RunData, shown_columns, values_of
+from fastgrpo.commands.report.run_data import RunData, values_of
 from fastgrpo.config.yaml import dump_yaml
+from fastgrpo.evaluation.compare import STRICT, shown_columns
 from fastgrpo.evaluation.statistics import mean_interval
 from fastgrpo.observe.charts import Points, curve_chart
 
@@ -58,7 +59,7 @@ def learning(runs: list[RunData]) -> str:
         )
     ]  # fmt: skip
     for name in names:
-        strict = name.endswith(".strict")
+        strict = name.endswith(STRICT)
         during = {run.name: _points(run.evaluations, name) for run in runs}
         closing = {run.name: points for run in runs if len((points := _points(run.closing, name))[0]) > 1}
         what = "The share of samples that is right in every respect." if strict else "The mean."
@@ -224,7 +225,7 @@ def categories(runs: list[RunData]) -> str:
         before, after = run.ends() or ({}, {})
         if not after.get("by_category"):
             continue
-        name = next((n for n in after["rewards"] if n.endswith(".strict")), next(iter(after["rewards"])))
+        name = next((n for n in after["rewards"] if n.endswith(STRICT)), next(iter(after["rewards"])))
         rows = []
         for category in after["by_category"]:
             old, new = (e["by_category"].get(category, {}).get(name, math.nan) for e in (before, after))

@@ -2,11 +2,13 @@
 
 A request is one safetensors file: `request` (uint8 JSON: version, encoding, shape, fps, prompts) and either `samples`
 (raw: float32; uint8: rounded to 1/255) or `images` (uint8, PNG or lossless WebP files end to end) with `ends` (int64).
-Nothing is ever unpickled, and no path that a client names is opened.
+`sources` (uint8 [K, H, W, 3], as large as the samples) are the prompts' pictures, each once; a prompt has the place of
+its own, or the name of an embedded world's. Nothing is ever unpickled, and no path that a client names is opened.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -20,11 +22,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.data.images import source_pixels
+from fastgrpo.data.prompts import DRAWN, PNG_DATA, Prompt
 from fastgrpo.rewards.base import Scores
 
 VERSION = 1
-# Of a request: bytes of safetensors' own header (three tensors), bytes of its JSON, and values in it (each of which
+# Of a request: bytes of safetensors' own header (four tensors), bytes of its JSON, and values in it (each of which
 # takes some hundred bytes once it is read).
 MAX_HEADER, MAX_HEAD, MAX_VALUES = 2**12, 2**23, 2**18
 MEDIA_TYPE = "application/x-fastgrpo"
@@ -47,6 +50,8 @@ class _Message(BaseModel):
 class _Prompt(_Message):
     text: Annotated[str, Field(min_length=1, max_length=65_536)]
     negative: str | None = None
+    source: Annotated[int, Field(ge=0)] | None = None
+    drawn: Annotated[str, Field(max_length=65_536)] | None = None
     metadata: dict[str, Any] = {}
 
 
@@ -78,10 +83,13 @@ def encode_request(samples: Tensor, prompts: Sequence[Prompt], fps: float | None
     """The body of a request. `raw` loses nothing; the others round to 1/255."""
     from safetensors.torch import save
 
-    # An image prompt's path is the client's own: the server sees what was drawn, and the text.
-    texts = [{"text": p.text, "negative": p.negative, "metadata": dict(p.metadata)} for p in prompts]
+    # A path is the client's own: the server gets the picture.
+    pictures = {p.image: p for p in prompts if p.image is not None and not p.image.startswith(DRAWN)}
+    texts = [_described(p, list(pictures)) for p in prompts]
     head = {"version": VERSION, "encoding": encoding, "shape": list(samples.shape), "fps": fps, "prompts": texts}
     tensors = {"request": torch.frombuffer(bytearray(json.dumps(head).encode()), dtype=torch.uint8)}
+    if pictures:
+        tensors["sources"] = torch.from_numpy(source_pixels(list(pictures.values()), *samples.shape[-2:]))
     if encoding == "raw":
         tensors["samples"] = samples.float().cpu().contiguous()
     else:
@@ -115,8 +123,43 @@ def decode_request(body: bytes, max_bytes: int) -> ScoreRequest:
         raise WireError(f"samples {shape} of {len(request.prompts)} prompts should be [prompts, 3, …]")
     if 4 * math.prod(shape) > max_bytes:
         raise WireError(f"samples {shape} take {4 * math.prod(shape)} bytes, and the limit is {max_bytes}", 413)
-    prompts = [Prompt(p.text, p.negative, None, p.metadata) for p in request.prompts]
+    images = _sources(tensors.pop("sources", None), request)
+    prompts = [Prompt(p.text, p.negative, image, p.metadata) for p, image in zip(request.prompts, images, strict=True)]
     return ScoreRequest(_samples(tensors, request), prompts, request.fps)
+
+
+def _described(prompt: Prompt, pictures: Sequence[str]) -> dict[str, Any]:
+    """A prompt as the head of a request has it; pictures: the names of those that are sent, in order."""
+    said: dict[str, Any] = {"text": prompt.text, "negative": prompt.negative, "metadata": dict(prompt.metadata)}
+    if prompt.image is None:
+        return said
+    return said | ({"source": pictures.index(prompt.image)} if prompt.image in pictures else {"drawn": prompt.image})
+
+
+def _sources(sources: Tensor | None, request: _Request) -> list[str | None]:
+    """The image of each prompt, as `open_image` takes it."""
+    if sources is not None and (sources.dtype != torch.uint8 or list(sources.shape[1:]) != [*request.shape[-2:], 3]):
+        raise WireError(f"'sources' is {sources.dtype} {list(sources.shape)}, not uint8 pictures like the samples")
+    count, found = 0 if sources is None else len(sources), []
+    if count > len(request.prompts):
+        raise WireError(f"{count} sources of {len(request.prompts)} prompts")
+    urls = [_png(picture) for picture in sources] if sources is not None else []
+    for prompt in request.prompts:
+        if prompt.source is not None and prompt.source >= count:
+            raise WireError(f"a prompt has source {prompt.source}, and {count} came")
+        if prompt.drawn is not None and not prompt.drawn.startswith(DRAWN):
+            raise WireError("'drawn' should name a picture of an embedded world")
+        found.append(prompt.drawn if prompt.source is None else urls[prompt.source])
+    return found
+
+
+def _png(picture: Tensor) -> str:
+    """uint8 [H, W, 3] as `open_image` takes it."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture.numpy()).save(buffer, format="PNG", compress_level=1)
+    return PNG_DATA + base64.b64encode(buffer.getvalue()).decode()
 
 
 def encode_scores(scores: Scores) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _loss_of(
         loss, statistics, _ = _grpo_loss_op(advantages, weight, *objective, per_sample, *with_rows(shift))
         statistics = statistics.detach()
     elif torch.is_grad_enabled() and (v.requires_grad or (v_uncond is not None and v_uncond.requires_grad)):
-        loss, statistics = _GrpoLoss.apply(advantages, weight, objective, per_sample, *shift)  # pyright: ignore
+        loss, statistics = _GrpoLoss.apply(v, v_uncond, (advantages, weight, objective, per_sample), shift)  # pyright: ignore
     else:
         loss, statistics, _ = _forward(advantages, weight, objective, per_sample, shift)
     return loss, LossStatistics(statistics)
@@ -220,11 +220,11 @@ def _backward(grad: Tensor, factors: Tensor, shift: Shift) -> tuple[Tensor, Tens
 
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, advantages, weight, objective, per_sample, *arguments):
-        shift = Shift(*arguments)
+    def forward(ctx, v, v_uncond, rows, shift):
+        # What is differentiated stands alone: autograd's time is that of its arguments.
         if not launches(shift.v):
             shift = with_noise(shift)
-        loss, statistics, factors = _forward(advantages, weight, objective, per_sample, shift)
+        loss, statistics, factors = _forward(*rows, shift)
         save_arguments(ctx, (factors, *shift))
         # None, not zeros, for the statistics.
         ctx.set_materialize_grads(False)
@@ -236,7 +236,8 @@ class _GrpoLoss(torch.autograd.Function):
         refuse_double_backward("grpo_loss")
         factors, *arguments = saved_arguments(ctx)
         shift = Shift(*arguments)
-        return None, None, None, None, *place(_backward(grads[0], factors, shift), shift)
+        grad, grad_uncond = _backward(grads[0], factors, shift)
+        return grad, None if shift.v_uncond is None else grad_uncond, None, None
 
 
 @torch.library.custom_op("fastgrpo_kernels::grpo_loss", mutates_args=())

@@ -14,9 +14,6 @@ from ._tables import Step
 
 Generator = torch.Generator | list[torch.Generator] | None
 
-# The standard deviation at which a Gaussian's log-density is -π·(y - μ)², without a constant.
-_UNIT = 1.0 / math.sqrt(2.0 * math.pi)
-
 
 def number(name: str, value: object) -> float:
     """A finite Python or NumPy number as a float."""
@@ -81,7 +78,7 @@ def log_prob(x: Tensor, v: Tensor, y: Tensor, step: Step) -> Tensor:
 
 def negative_squared_error(x: Tensor, v: Tensor, y: Tensor, step: Step) -> Tensor:
     """-(y - a·x - b·v)², mean over elements [B], differentiable in v."""
-    return checked_log_prob(x, v, y, step.less_one, step.b, _UNIT) / math.pi
+    return checked_log_prob(x, v, y, step.less_one, step.b, None)
 
 
 def randn_like(tensor: Tensor, generator: Generator) -> Tensor:

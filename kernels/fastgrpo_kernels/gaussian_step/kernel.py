@@ -50,11 +50,15 @@ def load_guided(v_ptr, v_uncond_ptr, scale, row, v_stride, v_uncond_stride, elem
 
 @triton.jit
 def finish_log_prob(log_prob_ptr, partials_ptr, arrivals_ptr, row, s, elements, blocks):
-    """In the last program of a row: log-probability from the partial sums of ((y - a·x - b·v)/s)²."""
+    """In the last program of a row: log-probability from the partial sums of ((y - a·x - b·v)/s)², or without s the
+    negative mean square."""
     if is_last_of_row(arrivals_ptr, row, blocks):
         square = tl.div_rn(sum_slots(partials_ptr, row, blocks), tl.cast(elements, tl.float32))
-        # ½·log 2π
-        tl.store(log_prob_ptr + row, -0.5 * square - tl.log(s) - 0.9189385332046727)
+        if s is None:
+            tl.store(log_prob_ptr + row, -square)
+        else:
+            # ½·log 2π
+            tl.store(log_prob_ptr + row, -0.5 * square - tl.log(s) - 0.9189385332046727)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "blocks"])

@@ -2,6 +2,7 @@
 
 With z = (y - a·x - b·v)/s. Forward: each program reduces one block of one row to a partial sum of z² in its own slot;
 the last program of a row adds them in fixed order. Gradient: one read of x, v, y, one write of it. One launch each.
+Where s is None the log-probability is the negative squared error, without a factor or a constant.
 """
 
 import triton
@@ -48,14 +49,17 @@ def _log_prob_fwd_kernel(
     start = (pid % blocks).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     a_less_one, b = load_scalar(a_less_one, row, a_step), load_scalar(b, row, b_step)
-    step = load_deviation(s, row, s_step)
+    step, inverse_s = None, 1.0
+    if s is not None:
+        step = load_deviation(s, row, s_step)
+        inverse_s = tl.div_rn(1.0, step)
     z = standard_residual(
         x_ptr + row * x_stride + start + offsets,
         v_ptr + row * v_stride + start + offsets,
         y_ptr + row * y_stride + start + offsets,
         a_less_one,
         b,
-        tl.div_rn(1.0, step),
+        inverse_s,
         offsets < elements - start,
     )
     tl.store(partials_ptr + pid, tl.sum(z * z))
@@ -88,8 +92,10 @@ def _log_prob_bwd_kernel(
     offsets = tl.arange(0, BLOCK)
     mask = offsets < elements - start
     a_less_one, b = load_scalar(a_less_one, row, a_step), load_scalar(b, row, b_step)
-    inverse_s = tl.div_rn(1.0, load_deviation(s, row, s_step))
-    factor = tl.load(grad_ptr + row) * tl.div_rn(b * inverse_s, tl.cast(elements, tl.float32))
+    inverse_s, scale = 1.0, 2.0
+    if s is not None:
+        inverse_s, scale = tl.div_rn(1.0, load_deviation(s, row, s_step)), 1.0
+    factor = tl.load(grad_ptr + row) * tl.div_rn(scale * b * inverse_s, tl.cast(elements, tl.float32))
     z = standard_residual(
         x_ptr + row * x_stride + start + offsets,
         v_ptr + row * v_stride + start + offsets,

@@ -24,18 +24,28 @@ def log_prob(
     *,
     a_less_one: Coefficient | None = None,
 ) -> Tensor:
-    """log N(y; a·x + b·v, s²) as the mean over each sample's elements, float32 [B].
+    """Computes log N(y; a·x + b·v, s²): mean(-(y - a·x - b·v)²/(2s²)) - log s - ½·log 2π.
 
-    mean(-(y - a·x - b·v)²/(2s²)) - log s - ½·log 2π; trainers that sum over elements have D times it. `x` (before the
-    step), `v` (the model output) and `y` (after the step, as stored) are [B, ...] of 2 to 5 dimensions in float32,
-    bfloat16 or float16 (each its own), any strides; `a`, `b` and `s` > 0 are floats or [B] float64/float32 (see
-    `transitions`). Everything is computed in float32, but for a - 1, in a's own precision.
+    Trainers that sum over elements have D times it. Everything is computed in float32, but for a - 1, in a's own
+    precision. Differentiable once, in `v` alone: b·(y - a·x - b·v)/(s²·D), in v's dtype. For the ratio of two policies
+    use `shift_moments`: a difference of two float32 log-probabilities is off by up to 1.3e-7, `P - Q/2` by 1e-12.
 
-    Differentiable once, in `v` alone: b·(y - a·x - b·v)/(s²·D), in v's dtype. For the ratio of two policies use
-    `shift_moments`: a difference of two float32 log-probabilities is off by up to 1.3e-7, `P - Q/2` by 1e-12.
-    Raises ValueError or TypeError for mismatched shapes, dtypes or devices, s <= 0 or coefficients that are not
-    finite (checked where reading them costs no device-to-host copy), a gradient asked of anything but `v`, and a
-    double backward.
+    Args:
+        x: Latents before the step, [B, ...] of 2 to 5 dimensions: float32, bfloat16 or float16, any strides.
+        v: The model output, of x's shape, in a dtype of its own.
+        y: Latents after the step, as they were stored, of x's shape, in a dtype of their own.
+        a: The coefficient of x, a float or [B] float64 or float32 (see `transitions`); None where a_less_one is given.
+        b: The coefficient of v, like a.
+        s: The step's standard deviation, > 0, like a.
+        a_less_one: a - 1, where it is known more exactly than a.
+
+    Returns:
+        The mean over each sample's elements, float32 [B].
+
+    Raises:
+        ValueError: Shapes, devices or values do not fit: s <= 0, coefficients that are not finite (checked where
+            reading them costs no device-to-host copy), a gradient asked of anything but `v`, a double backward.
+        TypeError: A dtype or a type does not fit.
     """
     check_latents("x", x)
     check_latents("v", v, like=x)
@@ -47,11 +57,12 @@ def log_prob(
 
 
 def checked_log_prob(
-    x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient
+    x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient | None
 ) -> Tensor:
-    """`log_prob` of checked arguments, with a - 1 for a."""
+    """`log_prob` of checked arguments, with a - 1 for a; without s -mean((y - a·x - b·v)²), as CPS trainers have it."""
     if not is_eager(x, v, y):
-        return _log_prob_op(x, v, y, *as_rows((a_less_one, b, s), x))
+        given = (a_less_one, b) if s is None else (a_less_one, b, s)
+        return _log_prob_op(x, v, y, *as_rows(given, x))
     if torch.is_grad_enabled() and v.requires_grad:
         return _LogProb.apply(x, v, y, a_less_one, b, s)  # pyright: ignore[reportReturnType]
     return _forward(x, v, y, a_less_one, b, s)
@@ -68,8 +79,13 @@ def _backward(grad, x, v, y, a_less_one, b, s) -> Tensor:
     return body(grad, x, v, y, a_less_one, b, s)
 
 
-def log_prob_cpu(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient) -> Tensor:
+def log_prob_cpu(
+    x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient | None
+) -> Tensor:
     """The ATen path: one buffer, float32 sums in blocks, scaled once per sample in float64."""
+    if s is None:
+        square = residual(y, x, v, a_less_one, b).flatten(1).square_()
+        return -(sum_blocks(square) / square.shape[1]).to(torch.float32)
     z = residual(y, x, v, a_less_one, b).mul_(column(quotient(1.0, s), x)).flatten(1)
     log_s = s.double().log() if isinstance(s, Tensor) else math.log(s)
     mean_square = sum_blocks(z.square_()) / z.shape[1]
@@ -77,15 +93,22 @@ def log_prob_cpu(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Co
 
 
 def log_prob_backward_cpu(
-    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient
+    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient | None
 ) -> Tensor:
     """Gradient of v in ATen: one buffer, one pass for each term."""
-    factor = grad.double() * quotient(quotient(b, s), s) / v[0].numel()
+    factor = grad.double() * (2.0 * b if s is None else quotient(quotient(b, s), s)) / v[0].numel()
     return residual(y, x, v, a_less_one, b).mul_(column(factor, x)).to(v.dtype)
 
 
 def launch_log_prob(
-    x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient, *, kept: bool = True
+    x: Tensor,
+    v: Tensor,
+    y: Tensor,
+    a_less_one: Coefficient,
+    b: Coefficient,
+    s: Coefficient | None,
+    *,
+    kept: bool = True,
 ) -> Tensor:
     """The Triton path, one launch: partial sums to their own slots, which the last program of a row adds."""
     from ..noise_kernel import BLOCK
@@ -101,7 +124,7 @@ def launch_log_prob(
 
 
 def launch_log_prob_backward(
-    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient
+    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient | None
 ) -> Tensor:
     """Gradient of v by Triton: one launch."""
     from ..noise_kernel import BLOCK
@@ -115,13 +138,13 @@ def launch_log_prob_backward(
     return grad_v
 
 
-def _kernel_arguments(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient):
+def _kernel_arguments(x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient | None):
     """(pointers, coefficients and strides), (B, D, blocks of a row), and the constants of both kernels over latents."""
     from ..noise_kernel import BLOCK, READ_WARPS
 
     x, v, y = rows(x), rows(v), rows(y)
-    a_less_one, b, s = kernel_scalar(a_less_one), kernel_scalar(b), kernel_scalar(s)
-    constants = coefficient_steps("abs", (a_less_one, b, s))
+    a_less_one, b, s = kernel_scalar(a_less_one), kernel_scalar(b), None if s is None else kernel_scalar(s)
+    constants = coefficient_steps("abs", (a_less_one, b, 0.0 if s is None else s))
     inputs = x, v, y, a_less_one, b, s, x.stride(0), v.stride(0), y.stride(0)
     return inputs, (*x.shape, -(-x.shape[1] // BLOCK)), {**constants, "num_warps": READ_WARPS}
 
@@ -139,35 +162,36 @@ class _LogProb(torch.autograd.Function):
 
 
 @torch.library.custom_op("fastgrpo_kernels::log_prob", mutates_args=())
-def _log_prob_op(x: Tensor, v: Tensor, y: Tensor, a_less_one: Tensor, b: Tensor, s: Tensor) -> Tensor:
+def _log_prob_op(x: Tensor, v: Tensor, y: Tensor, a_less_one: Tensor, b: Tensor, s: Tensor | None = None) -> Tensor:
     check_traced(a=a_less_one, b=b, s=s)
     return _forward(x, v, y, a_less_one, b, s, kept=False)
 
 
 @_log_prob_op.register_fake
-def _(x, v, y, a_less_one, b, s):
+def _(x, v, y, a_less_one, b, s=None):
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("fastgrpo_kernels::log_prob_backward", mutates_args=())
 def _log_prob_backward_op(
-    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Tensor, b: Tensor, s: Tensor
+    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Tensor, b: Tensor, s: Tensor | None = None
 ) -> Tensor:
     return _backward(grad, x, v, y, a_less_one, b, s)
 
 
 @_log_prob_backward_op.register_fake
-def _(grad, x, v, y, a_less_one, b, s):
+def _(grad, x, v, y, a_less_one, b, s=None):
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
+    ctx.rest = len(inputs) - 2
 
 
 def _op_backward(ctx, grad):
     refuse_double_backward("log_prob")
-    return None, _log_prob_backward_op(grad, *ctx.saved_tensors), *[None] * 4
+    return None, _log_prob_backward_op(grad, *ctx.saved_tensors), *[None] * ctx.rest
 
 
 _log_prob_op.register_autograd(_op_backward, setup_context=_setup_context)

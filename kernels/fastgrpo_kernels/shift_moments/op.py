@@ -131,7 +131,7 @@ def shift_moments(
         P, Q, _, rest = _shift_moments_op(*without_reference(with_rows(shift)))
         rest = rest.detach()
     elif torch.is_grad_enabled() and (v.requires_grad or (v_uncond is not None and v_uncond.requires_grad)):
-        P, Q, _, rest = _ShiftMoments.apply(*shift)  # pyright: ignore[reportGeneralTypeIssues]
+        P, Q, _, rest = _ShiftMoments.apply(v, v_uncond, shift)  # pyright: ignore[reportGeneralTypeIssues]
     else:
         P, Q, _, rest = _forward(shift)
     if residuals is None:
@@ -340,8 +340,8 @@ def place(gradients: tuple[Tensor, Tensor], shift: Shift) -> list[Tensor | None]
 
 class _ShiftMoments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        shift = Shift(*arguments)
+    def forward(ctx, v, v_uncond, shift):
+        # What is differentiated stands alone: autograd's time is that of its arguments.
         if not launches(shift.v):
             shift = with_noise(shift)
         P, Q, share, rest = _forward(shift)
@@ -354,7 +354,8 @@ class _ShiftMoments(torch.autograd.Function):
         refuse_double_backward("shift_moments")
         share, *arguments = saved_arguments(ctx)
         shift = Shift(*arguments)
-        return tuple(place(_backward(grads[0], grads[1], share, shift), shift))
+        grad, grad_uncond = _backward(grads[0], grads[1], share, shift)
+        return grad, None if shift.v_uncond is None else grad_uncond, None
 
 
 _NAMES = tuple(name for name in Shift._fields if name != "v_reference")
