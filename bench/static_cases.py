@@ -127,7 +127,7 @@ def _clipped(i: Inputs) -> Tensor:
 _ALL = "v v_uncond v_old v_reference"
 
 # Not compiled for the others yet.
-_SOME = ("sm_90", "gfx942")
+_SOME = ("sm_80", "sm_90", "gfx942")
 
 CASES = {
     "normal": Case(lambda i: fk.normal(i.key, i.shape[1:]), "eps", makes_noise=True, by_dtype=False),
