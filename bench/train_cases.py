@@ -41,6 +41,10 @@ MODELS = {
     "stable_diffusion": Case("shapes", {"guidance": 3.0}, "sd-fast-8xh100", {"rollout.forward_batch": 16}),
     "sd3": Case("shapes", {"guidance": 3.0, "max_sequence_length": 10}, "sd3.5-large-fast-8xh100"),
     "qwen_image": Case("shapes", {"guidance": 1.0, "max_sequence_length": 14}, "qwen-image-fast-8xh100"),
+    "qwen_image_2_1": Case("shapes", {"guidance": 1.0, "max_sequence_length": 32}, "qwen-image-2.1-fast-8xh100"),
+    "qwen_image_edit": Case(
+        "editing", {"guidance": 1.0, "max_sequence_length": 48}, "qwen-image-edit-plus-fast-8xh100"
+    ),
     "flux2": Case("shapes", {"guidance": 1.0, "max_sequence_length": 28}, "flux2-klein-9b-fast-8xh100"),
     "z_image": Case("shapes", {"guidance": 0.0, "max_sequence_length": 18}, "z-image-turbo-fast-8xh100"),
     "hunyuan_video": Case("moving", {"guidance": 6.0, "max_sequence_length": 8}, "hunyuan-video-fast-8xh100"),
@@ -52,11 +56,15 @@ MODELS = {
 BUILT = {
     "sd3": ("tiny_sd3", "TinySD3Sizes"),
     "qwen_image": ("tiny_qwen_image", "TinyQwenImageSizes"),
+    "qwen_image_2_1": ("tiny_qwen_image_2_1", None),
+    "qwen_image_edit": ("tiny_qwen_image_edit", None),
     "flux2": ("tiny_flux2", "TinyFlux2Sizes"),
     "z_image": ("tiny_z_image", "TinyZImageSizes"),
     "hunyuan_video_1_5": ("tiny_hunyuan_video_1_5", None),
     "wan": ("tiny_wan", None),
 }
+# Of each world.
+VERIFIERS = {"shapes": "shapes", "moving": "moving_shapes", "editing": "editing"}
 # What every real recipe has on one GPU: few samples, encoders on the host between their visits, nothing read.
 ONE_GPU = {
     "rewards": [REWARD], "rollout.prompts_per_iteration": 2, "rollout.group_size": 4, "prompts.select": "epochs",
@@ -121,7 +129,7 @@ def case_config(model: str, size: str, settings: dict[str, Any], folder: Path) -
         config = overridden(config, ONE_GPU | {"prompts.train": f"{case.world}:train", "rollout.trained": window})
         return overridden(config, case.real | settings | {"run.dir": str(folder / "run")})
     diffusion = {"sampler": "ddim", "eta": 1.0} if family_class(model).paradigm == "diffusion" else {"shift": 3.0}
-    verifier = {"name": "moving_shapes" if case.world == "moving" else "shapes", "weight": 0.0}
+    verifier = {"name": VERIFIERS[case.world], "weight": 0.0}
     data: dict[str, Any] = {
         "run": {"dir": str(folder / "run"), "seed": 0},
         "model": {"family": model, "path": f"shapes:{model}", "height": 32, "width": 32,
@@ -140,11 +148,11 @@ def case_config(model: str, size: str, settings: dict[str, Any], folder: Path) -
 
 def build_tiny(model: str) -> Any:
     """A tiny pipeline of random weights."""
-    from fastgrpo.shapes import moving_world, world
+    from fastgrpo.shapes import editing_world, moving_world, world
 
     name, sizes = BUILT[model]
     module = importlib.import_module(f"fastgrpo.shapes.{name}")
-    words = (moving_world if MODELS[model].world == "moving" else world).vocabulary()
+    words = {"shapes": world, "moving": moving_world, "editing": editing_world}[MODELS[model].world].vocabulary()
     return module.build_pipeline(words, *([getattr(module, sizes)()] if sizes else []), seed=0)
 
 

@@ -26,6 +26,8 @@ FAMILIES = Registry(
         "hunyuan_video": "fastgrpo.models.families.hunyuan_video:HunyuanVideo",
         "hunyuan_video_1_5": "fastgrpo.models.families.hunyuan_video_1_5:HunyuanVideo15",
         "qwen_image": "fastgrpo.models.families.qwen_image:QwenImage",
+        "qwen_image_2_1": "fastgrpo.models.families.qwen_image_2_1:QwenImage21",
+        "qwen_image_edit": "fastgrpo.models.families.qwen_image_edit:QwenImageEdit",
         "sd3": "fastgrpo.models.families.sd3:StableDiffusion3",
         "skyreels": "fastgrpo.models.families.skyreels:SkyReels",
         "stable_diffusion": "fastgrpo.models.families.stable_diffusion:StableDiffusion",

@@ -52,7 +52,7 @@ def from_config(cls: type[ModelFamily], config: Model, device: torch.device, sha
         settings = {"family": cls.name, "dtype": config.dtype, "max_sequence_length": config.max_sequence_length}
         cache = Path(config.embedding_cache).expanduser() / model_digest(path, cls.encoders, settings)
     # With a cache the encoders wait until a prompt is missing from it.
-    given: dict[str, Any] = dict.fromkeys(cls.encoders) if cache is not None else {}
+    given: dict[str, Any] = cls.own_parts(config) | (dict.fromkeys(cls.encoders) if cache is not None else {})
     files = {name: weight_files(path, name, config.variant) for name in cls.trained if name in parts} if sharded else {}
     with one_line(config, cls.pipeline_classes):
         given |= {name: empty_component(parts[name], torch.float32) for name in files}

@@ -168,12 +168,17 @@ class PlacedPipeline:
             if getattr(self.pipeline, name, None) is not None:
                 setattr(self.pipeline, name, None)
 
+    @classmethod
+    def own_parts(cls, config: Model) -> dict[str, Any]:
+        """Those of its encoders that diffusers does not load as the family needs them, by name."""
+        return {}
+
     @cached_property
     def encoder(self) -> Any:
         """The pipeline that encodes prompts: `pipeline`, or its encoders alone, loaded here, where it has none."""
         if all(getattr(self.pipeline, name, None) is None for name in self.encoders):
-            without = dict.fromkeys((*self.trained, "vae"))
-            loaded = load_pipeline(self.config, self.pipeline_classes, self.trained, without)
+            given = self.own_parts(self.config) | dict.fromkeys((*self.trained, "vae"))
+            loaded = load_pipeline(self.config, self.pipeline_classes, self.trained, given)
             self.place(loaded)
             return loaded
         return self.pipeline

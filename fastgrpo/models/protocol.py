@@ -48,6 +48,8 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
     encoders: ClassVar[tuple[str, ...]]
     # Those of them that a directory may go without.
     optional_encoders: ClassVar[tuple[str, ...]] = ()
+    # Whether its pipeline reads its tokenizer when it is made, so that it is never without.
+    reads_tokenizer: ClassVar[bool] = False
     # Module lists whose members are sharded and checkpointed one by one.
     block_lists: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")

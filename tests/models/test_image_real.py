@@ -12,6 +12,7 @@ from support.fake_run import run_iteration
 from support.tiny_images import image_config
 
 from fastgrpo.config import Config
+from fastgrpo.models import family_class
 
 # Stable Diffusion 1.5 and XL, FLUX.1-dev, Stable Diffusion 3.5 large, Qwen-Image, Z-Image and FLUX.2-klein 9B, as their
 # config.json files have them.
@@ -67,6 +68,13 @@ REAL: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, dict[str, tuple[
     "qwen_image": (
         "qwen_image", {"num_layers": 60}, {"num_layers": 1}, 720, {"text": (256, 3584), "mask": (256,)}, 20.4
     ),
+    "qwen_2_1": (
+        "qwen_image_2_1", {"num_layers": 32}, {"num_layers": 1}, 736, {"text": (256, 4096), "mask": (256,)}, 7.1
+    ),
+    "qwen_edit": (
+        "qwen_image_edit", {"num_layers": 60}, {"num_layers": 1}, 720,
+        {"text": (14 * 14 + 256, 3584), "mask": (14 * 14 + 256,), "source": (2025, 64)}, 20.4,
+    ),
     "z_image": (
         "z_image", {"n_layers": 30}, {"n_layers": 1, "n_refiner_layers": 1}, 720,
         {"text": (256, 2560), "mask": (256,)}, 6.15,
@@ -101,6 +109,11 @@ def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
                 "transformer": diffusers.ZImageTransformer2DModel(**depth),
                 "vae": diffusers.AutoencoderKL(**vae),
             }
+        elif kind == "qwen_2_1":
+            parts = {
+                "transformer": diffusers.QwenImage21Transformer2DModel(**depth),
+                "vae": diffusers.AutoencoderKLQwenImage21(),
+            }
         elif kind == "flux2":
             settings = {**KLEIN_9B, **depth}
             parts = {
@@ -117,6 +130,8 @@ def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
         "sd15": ("text_encoder", "tokenizer", "safety_checker", "feature_extractor"),
         "sd35_large": ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
         **dict.fromkeys(("qwen_image", "z_image", "flux2"), ("text_encoder", "tokenizer")),
+        "qwen_2_1": ("text_encoder",),
+        "qwen_edit": ("text_encoder", "tokenizer", "processor"),
     }
     parts |= dict.fromkeys(encoders.get(kind, ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")))
     if kind in ("sd15", "sdxl"):
@@ -137,6 +152,11 @@ def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
     if kind == "flux2":
         return diffusers.Flux2KleinPipeline(**parts, scheduler=flow(shift=3.0, use_dynamic_shifting=True))
     dynamic: Any = {"max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02, "use_dynamic_shifting": True}
+    if kind == "qwen_2_1":
+        parts |= family_class("qwen_image_2_1").word_tokenizers(256)
+        return diffusers.QwenImage21Pipeline(**parts, scheduler=flow(use_dynamic_shifting=True))
+    if kind == "qwen_edit":
+        return diffusers.QwenImageEditPlusPipeline(**parts, scheduler=flow(**dynamic))
     return diffusers.QwenImagePipeline(**parts, scheduler=flow(**dynamic))
 
 
@@ -144,7 +164,8 @@ def config_of(kind: str, lora: dict[str, Any] | None) -> Config:
     """One prompt's pair of images, two trained steps."""
     family, _, _, size, encoded, _ = REAL[kind]
     # SD 3's text is a CLIP's 77 tokens, and T5's.
-    tokens = encoded["text"][0] - (77 if family == "sd3" else 0)
+    # Qwen-Image-Edit's begins with the source as the encoder sees it.
+    tokens = encoded["text"][0] - {"sd3": 77, "qwen_image_edit": 14 * 14}.get(family, 0)
     model = {"family": family, "guidance": 4.0, "height": size, "width": size, "lora": lora,
              "max_sequence_length": tokens}  # fmt: skip
     roll = {"prompts_per_iteration": 1, "group_size": 2, "steps": 3, "forward_batch": 2, "decode_batch": 1,
@@ -155,16 +176,14 @@ def config_of(kind: str, lora: dict[str, Any] | None) -> Config:
 def encoded_of(kind: str) -> dict[str, tuple[int, ...]]:
     """Of a prompt, and where guidance has two branches, of its negative."""
     encoded = REAL[kind][4]
-    return (
-        encoded
-        if kind in ("flux", "flux_kontext")
-        else encoded | {f"negative_{name}": shape for name, shape in encoded.items()}
-    )
+    negative = {f"negative_{name}": shape for name, shape in encoded.items()}
+    return encoded if kind in ("flux", "flux_kontext") else encoded | negative
 
 
 LATENTS = {
     "sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (2025, 64), "flux_kontext": (2025, 64),
-    "sd35_large": (16, 128, 128), "qwen_image": (2025, 64), "z_image": (16, 90, 90), "flux2": (128, 45, 45),
+    "sd35_large": (16, 128, 128), "qwen_image": (2025, 64), "qwen_2_1": (2116, 64), "qwen_edit": (2025, 64),
+    "z_image": (16, 90, 90), "flux2": (128, 45, 45),
 }  # fmt: skip
 
 

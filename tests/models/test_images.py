@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny_images import MODELS, PROMPTS, SOURCES, build, by_pipeline, drawn, image_config, use_ddim
+from support.tiny_images import EDITS, MODELS, PROMPTS, SOURCES, build, by_pipeline, drawn, image_config, use_ddim
 from support.updates import advantages, prepare, run_update, textbook_loss
 
 from fastgrpo.commands.export import save_lora
@@ -75,13 +75,14 @@ def test_a_rollout_is_the_pipelines_image(saved, families, kind, guidance):
     assert (same_noise[0] - ours[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd3", "qwen_image", "z_image", "flux2"])
+@pytest.mark.parametrize("kind", ["flux", "sd3", "qwen_image", "qwen_2_1", "z_image", "flux2"])
 def test_another_size_is_the_pipelines_too(saved, kind):
     path, pipeline = saved(kind)
-    config = image_config(path, kind, model={"height": 24, "width": 48})
+    height, width = (32, 64) if kind == "qwen_2_1" else (24, 48)
+    config = image_config(path, kind, model={"height": height, "width": width})
     family = load_family(config.model, CPU)
     ours, theirs = drawn(family, config, PROMPTS[1:2]), by_pipeline(pipeline, family, PROMPTS[1:2])
-    assert ours.shape == theirs.shape == (1, 3, 24, 48)
+    assert ours.shape == theirs.shape == (1, 3, height, width)
     assert (ours - theirs).abs().max() <= 1e-4
 
 
@@ -170,8 +171,8 @@ def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind
     for i in known[:: len(known) // 4][:4]:
         # By its indices: a convolution's weights need not lie in order.
         place, weight = np.unravel_index(int(ours[i].abs().argmax()), ours[i].shape), parameters[i]
-        # Z-Image rounds what it rotates to float32.
-        step = 1e-3 if kind == "z_image" else 1e-4
+        # Z-Image and Qwen-Image 2.1 round what they rotate to float32.
+        step = 1e-3 if kind in ("z_image", "qwen_2_1") else 1e-4
         values = []
         for sign in (1, -1):
             weight[place] += sign * step
@@ -181,7 +182,7 @@ def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind
         assert slope == pytest.approx(float(ours[i][place]), rel=2e-3, abs=1e-5 * largest)
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd3", "qwen_image", "z_image", "flux2"])
+@pytest.mark.parametrize("kind", ["flux", "sd3", "qwen_image", "z_image", "flux2", "qwen_2_1", *EDITS])
 def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     config = image_config(saved(kind)[0], kind, model={"dtype": "bfloat16"}, rollout={"group_size": 2})
     _, plan, trajectory, conditioning, updater = prepare(config)
@@ -203,7 +204,7 @@ def test_an_update_moves_the_weights(saved, kind):
     assert sum(moved) > len(moved) / 3
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd_v", "sdxl", "sd3", "qwen_image", "z_image", "flux2"])
+@pytest.mark.parametrize("kind", ["flux", "sd_v", "sdxl", "sd3", "qwen_image", "z_image", "flux2", "qwen_2_1", *EDITS])
 def test_a_lora_loads_into_the_pipeline(saved, tmp_path, kind):
     path, pipeline = saved(kind)
     config = image_config(path, kind, model={"lora": {"rank": 2, "alpha": 4.0}})
@@ -239,7 +240,24 @@ def test_what_reaches_the_model(families, kind):
         assert not torch.allclose(v, other.predict(x, time, condition))
 
 
-@pytest.mark.parametrize("kind, kept", [("qwen_image", 8), ("z_image", 11)])
+@pytest.mark.parametrize("kind", EDITS)
+def test_the_source_reaches_the_model_by_both_its_ways(families, kind):
+    """Its latents, and what the encoder sees of it; a prompt without one is refused."""
+    family = families(kind)
+    x, time = torch.randn(1, *family.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+    red, blue = (f"moving:0:a {color} circle stands" for color in ("red", "blue"))
+    one, other = (family.encode([Prompt("a red circle", image=image)]) for image in (red, blue))
+    with torch.no_grad():
+        v = family.predict(x, time, one)
+        for name in ("text", "source"):
+            assert (one[name] - other[name]).abs().max() > 1e-3
+            mixed = Conditioning({**one, name: other[name]})
+            assert (family.predict(x, time, mixed) - v).abs().max() > 1e-5
+    with pytest.raises(ConfigError, match="'a red circle' has no image; qwen_image_edit starts from a picture"):
+        family.encode([Prompt("a red circle")])
+
+
+@pytest.mark.parametrize("kind, kept", [("qwen_image", 8), ("qwen_2_1", 11), ("z_image", 11)])
 def test_padding_of_a_text_is_never_attended_to(families, kind, kept):
     """kept: three words, and what the pipeline keeps of the template."""
     family = families(kind)

@@ -40,6 +40,10 @@ IMAGES = (
     "sd3.5-medium-awm-8xh100",
     "qwen-image-parity-8xh100",
     "qwen-image-fast-8xh100",
+    "qwen-image-2.1-parity-8xh100",
+    "qwen-image-2.1-fast-8xh100",
+    "qwen-image-edit-plus-parity-8xh100",
+    "qwen-image-edit-plus-fast-8xh100",
     "z-image-turbo-parity-8xh100",
     "z-image-turbo-fast-8xh100",
     "z-image-turbo-lora-1x24gb",
@@ -124,6 +128,8 @@ def test_the_image_recipes_hold_the_published_numbers(name):
 FACTORY = {
     "z-image-turbo-parity-8xh100": (6, (0.0, None), 512, 1, 0.7, 3e-4),
     "flux2-klein-9b-parity-8xh100": (8, (4.0, None), 384, 1, 0.7, 3e-4),
+    "qwen-image-2.1-parity-8xh100": (10, (1.0, None), 384, 1, 1.0, 3e-4),
+    "qwen-image-edit-plus-parity-8xh100": (10, (4.0, None), 384, 1, 1.0, 3e-4),
     "wan-2.2-a14b-parity-8xh100": (10, (4.0, 3.0), 480, 5, 0.9, 1e-4),
 }
 

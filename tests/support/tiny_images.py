@@ -33,6 +33,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "sd3": {"family": "sd3", "guidance": 3.0, "max_sequence_length": 10},
     "sd3_without_t5": {"family": "sd3", "guidance": 3.0, "max_sequence_length": 10},
     "qwen_image": {"family": "qwen_image", "guidance": 3.0, "max_sequence_length": 14},
+    "qwen_2_1": {"family": "qwen_image_2_1", "guidance": 3.0, "max_sequence_length": 32},
+    "qwen_edit": {"family": "qwen_image_edit", "guidance": 3.0, "max_sequence_length": 48},
+    "qwen_edit_plus": {"family": "qwen_image_edit", "guidance": 3.0, "max_sequence_length": 48},
     "flux2": {"family": "flux2", "guidance": 3.0, "max_sequence_length": 28},
     "flux2_distilled": {"family": "flux2", "guidance": 3.0, "max_sequence_length": 28},
     "z_image": {"family": "z_image", "guidance": 2.0, "max_sequence_length": 18},
@@ -43,10 +46,14 @@ CLASSES = {
     "sd_epsilon": "StableDiffusionPipeline",
     "sd_v": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline",
     "sd3_without_t5": "StableDiffusion3Pipeline", "qwen_image": "QwenImagePipeline", "z_image": "ZImagePipeline",
-    "flux2": "Flux2KleinPipeline", "flux2_distilled": "Flux2KleinPipeline",
+    "qwen_2_1": "QwenImage21Pipeline", "qwen_edit": "QwenImageEditPipeline",
+    "qwen_edit_plus": "QwenImageEditPlusPipeline", "flux2": "Flux2KleinPipeline",
+    "flux2_distilled": "Flux2KleinPipeline",
 }  # fmt: skip
 # What the families of edits start from; the others do not look at it.
 SOURCES = [editing_world.image_name(edit, seed) for seed, edit in enumerate(editing_world.all_prompts()[::900])]
+# Of Qwen-Image-Edit.
+EDITS = ("qwen_edit", "qwen_edit_plus")
 # Texts of several lengths, the last longer than any pipeline here takes; two with negative prompts of their own.
 PROMPTS = [
     Prompt("circle", image=SOURCES[0]),
@@ -89,6 +96,15 @@ def build(kind: str, seed: int = 0) -> Any:
         from fastgrpo.shapes.tiny_qwen_image import TinyQwenImageSizes, build_pipeline
 
         return build_pipeline(words, TinyQwenImageSizes(layers=2), seed)
+    if kind == "qwen_2_1":
+        from fastgrpo.shapes import tiny_qwen_image_2_1
+
+        return tiny_qwen_image_2_1.build_pipeline(words, seed)
+    if kind in EDITS:
+        from fastgrpo.shapes import tiny_qwen_image_edit
+
+        shrink_sources()
+        return tiny_qwen_image_edit.build_pipeline(words, seed, plus=kind == "qwen_edit_plus")
     if kind in ("flux2", "flux2_distilled"):
         from fastgrpo.shapes.tiny_flux2 import TinyFlux2Sizes, build_pipeline
 
@@ -151,9 +167,19 @@ def image_config(path: Path | str, kind: str, run_dir: Path | str = "runs/none",
     rollout_section = {"shift": "pipeline", **sections.pop("rollout", {})}
     if family_class(model["family"]).paradigm == "diffusion":
         rollout_section["sampler"] = "ddim"
-    if "kontext" in kind:
+    if family_class(model["family"]).image_pipelines:
         sections = {"prompts": {"train": "editing:train", "heldout": "editing:heldout"}, **sections}
     return tiny_config(Path(path), run_dir, model=model, rollout=rollout_section, **sections)
+
+
+def shrink_sources() -> None:
+    """Makes the editing pipelines take sources of 32 × 32 pixels, where the published ones take 1024 × 1024."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    plus: Any = pipeline_qwenimage_edit_plus
+    plus.CONDITION_IMAGE_SIZE = plus.VAE_IMAGE_SIZE = 32 * 32
+    edit: Any = pipeline_qwenimage_edit
+    edit.calculate_dimensions = lambda area, ratio: (*plus.calculate_dimensions(32 * 32, ratio), None)
 
 
 def initial(family: ModelFamily, seeds: Sequence[int]) -> torch.Tensor:
@@ -192,10 +218,15 @@ def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps
             assert prompt.image is not None
             settings["image"] = open_image(prompt.image).resize((model.width, model.height), 1)
             settings |= {"max_area": model.height * model.width, "_auto_resize": False}
-        if not name.startswith(("StableDiffusionP", "StableDiffusionX")):
+        if "Edit" in name:
+            assert prompt.image is not None
+            settings["image"] = open_image(prompt.image)
+        if not name.startswith(("StableDiffusionP", "StableDiffusionX", "QwenImage21")):
             settings["max_sequence_length"] = family.config.max_sequence_length
         images.append(pipeline(**settings).images)
-    return torch.cat(images)
+    drawn = torch.cat(images)
+    # Over white, where they have a fourth channel.
+    return drawn[:, :3] * drawn[:, 3:] + (1 - drawn[:, 3:]) if drawn.shape[1] == 4 else drawn
 
 
 def use_ddim(pipeline: Any) -> Any:

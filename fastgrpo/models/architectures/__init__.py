@@ -68,6 +68,8 @@ def build_family(
         )
     pipeline_class: Any = getattr(diffusers, spec["pipeline"])
     expected = pipeline_class._get_signature_keys(pipeline_class)[0]
+    if tokenizers is None and cls.reads_tokenizer:
+        tokenizers = cls.word_tokenizers(config.max_sequence_length)
     parts: dict[str, Any] = {**dict.fromkeys(expected), **(tokenizers or {})}
     compute = DTYPES[config.dtype]
     for name, (library, kind, settings) in spec["parts"].items():
