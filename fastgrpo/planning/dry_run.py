@@ -158,8 +158,8 @@ class _Iteration:
         others = {n: m for n, m in family.pipeline.components.items() if isinstance(m, nn.Module)}
         others = {name: module for name, module in others.items() if name not in family.modules}
         # NF4 is made of weights that were loaded in the compute dtype.
-        whole = parameter_count(policy) * family.dtype.itemsize if quantized_layers(policy) else self.loaded
-        self.loading = whole + sum(p.numel() * p.element_size() for m in others.values() for p in m.parameters())
+        read = parameter_count(policy) * family.dtype.itemsize if quantized_layers(policy) else self.loaded
+        self.loading = read + sum(p.numel() * p.element_size() for m in others.values() for p in m.parameters())
         self.encoders = sum(p.numel() for n, m in others.items() if n in family.encoders for p in m.parameters())
 
         def fill(module: nn.Module) -> None:
