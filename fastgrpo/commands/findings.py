@@ -276,6 +276,17 @@ def _guidance(e: Evidence) -> Iterator[Finding]:
         )
 
 
+def _clipped(e: Evidence) -> Iterator[Finding]:
+    share = e.mean("clip_fraction")
+    if share > 0.3:
+        yield Finding(
+            "clip",
+            f"{share:.0%} of the pairs are clipped, in {e.config.update.optimizer_steps} optimizer steps a rollout",
+            "at most 30%",
+            "lower update.optimizer.lr or update.optimizer_steps, or widen objective.clip_low and clip_high",
+        )
+
+
 def _nothing_moves(e: Evidence) -> Iterator[Finding]:
     """Held-out samples hardly change: whichever setting holds them."""
     if not e.change < 0.1:
@@ -283,20 +294,12 @@ def _nothing_moves(e: Evidence) -> Iterator[Finding]:
     number = f"a held-out score changed by {e.change:.1%} of its spread"
     update, iteration = e.config.update, e.run.evaluations[-1]["iteration"]
     left = remaining_base(e.config, iteration)
-    clipped = e.mean("clip_fraction")
     if e.config.eval.ema and left > 0.5:
         yield Finding(
             "ema",
             f"{number}, and the EMA that is evaluated still is {left:.0%} of the base",
             "at most 50%",
             f"lower update.ema_decay ({update.ema_decay:g}), or evaluate later, or with eval.ema=false",
-        )
-    elif clipped > 0.5:
-        yield Finding(
-            "clip",
-            f"{number}, and {clipped:.0%} of the pairs are clipped",
-            "at most 50%",
-            "widen objective.clip_low and clip_high, or take fewer update.optimizer_steps",
         )
     elif e.config.objective.kl_weight > 0:
         yield Finding(
@@ -327,8 +330,8 @@ def _rate_high(e: Evidence) -> Iterator[Finding]:
 
 ALWAYS: Sequence[Callable[[Evidence], Iterator[Finding]]] = (_ratio, _failed, _skipped, _judges)
 WHERE_NOTHING_RISES: Sequence[Callable[[Evidence], Iterator[Finding]]] = (
-    _reward_noise, _few_prompts, _flat_groups, _eta_high, _eta_low, _untrained_spread, _guidance, _nothing_moves,
-    _rate_high,
+    _reward_noise, _few_prompts, _flat_groups, _eta_high, _eta_low, _untrained_spread, _guidance, _clipped,
+    _nothing_moves, _rate_high,
 )  # fmt: skip
 
 

@@ -126,7 +126,11 @@ def _number(x: Any) -> Any:
 
 
 class Reward(Protocol):
-    """A class with a `score` method. It may have `release()`, called at the end of a scoring phase."""
+    """A class with a `score` method.
+
+    It may have `release()`, called at the end of a scoring phase, and `describe(samples, prompts)`, which says in a few
+    words what it sees in each sample: an evaluation asks it about the pictures that it shows.
+    """
 
     def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         """samples: [B, 3, H, W] images, or [B, 3, F, H, W] videos of `fps` frames a second; float32 in [0, 1], on any
