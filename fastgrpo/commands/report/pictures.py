@@ -109,8 +109,10 @@ def _seen(column: Column, place: int) -> str:
 def _count(columns: Sequence[Column], count: int) -> str:
     """How many became right, and how many wrong."""
     strict = next((name for name in columns[0].values if name.endswith(STRICT)), None)
+    if strict is None:
+        return ""
     said = []
-    for column in columns[1:] if strict is not None else ():
+    for column in columns[1:]:
         pairs = list(zip(columns[0].values[strict][:count], column.values.get(strict, ())[:count], strict=False))
         known = [(old, new) for old, new in pairs if old is not None and new is not None]
         gained, lost = sum(new > old for old, new in known), sum(new < old for old, new in known)
