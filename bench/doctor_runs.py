@@ -124,7 +124,7 @@ def make(case: str, out: Path) -> dict[str, Any]:
 # What the findings read of a run's metrics.
 KEPT = (
     "iteration", "reward/mean", "reward/std", "samples/failed", "groups/zero_spread", "ratio/first_max_deviation",
-    "clip_fraction", "optimizer_steps/skipped",
+    "clip_fraction", "kl", "optimizer_steps/skipped",
 )  # fmt: skip
 
 

@@ -184,8 +184,8 @@ def _judges(e: Evidence) -> Iterator[Finding]:
 
 
 def _reward_noise(e: Evidence) -> Iterator[Finding]:
-    # A policy that falls apart changes all scores, too.
-    if e.retest < 0.2 and not e.interval[1] < 0:
+    # A policy that falls apart changes all scores too, and lowers them.
+    if e.retest < 0.2 and np.nanmean(e.base - e.last) < e.spread / 2:
         yield Finding(
             "reward_noise",
             f"the scores of the same held-out prompts and noise correlate by {e.retest:.2f} from one evaluation to the "
@@ -232,15 +232,14 @@ def _eta_high(e: Evidence) -> Iterator[Finding]:
 
 
 def _eta_low(e: Evidence) -> Iterator[Finding]:
-    # Of all iterations: a random window has some whose spread is small. A policy that falls apart has none either.
-    if not e.spread > 0 or e.interval[1] < 0:
+    if not e.spread > 0 or e.config.rollout.prompts_per_iteration < FEW:
         return
-    share = e.mean("reward/std") / e.spread
-    if share < 0.1:
+    share = e.mean("reward/std", FIRST) / e.spread
+    if share < 0.05:
         yield Finding(
             "eta_low",
-            f"the scores of a group spread {share:.1%} as far as those of all held-out samples",
-            "at least 10%",
+            f"the scores of a group of the base spread {share:.1%} as far as those of all held-out samples",
+            "at least 5%",
             f"the trained steps hardly change a sample: raise rollout.eta ({e.config.rollout.eta:g}), or train an "
             "earlier step",
         )
@@ -276,6 +275,29 @@ def _guidance(e: Evidence) -> Iterator[Finding]:
         )
 
 
+def _clipped(e: Evidence) -> Iterator[Finding]:
+    share = e.mean("clip_fraction")
+    if share > 0.3:
+        yield Finding(
+            "clip",
+            f"{share:.0%} of the pairs are clipped, in {e.config.update.optimizer_steps} optimizer steps a rollout",
+            "at most 30%",
+            "lower update.optimizer.lr or update.optimizer_steps, or widen objective.clip_low and clip_high",
+        )
+
+
+def _kl(e: Evidence) -> Iterator[Finding]:
+    weight = e.config.objective.kl_weight
+    share = weight * e.mean("kl") / max(e.mean("reward/std"), 1e-12)
+    if weight > 0 and share > 1:
+        yield Finding(
+            "kl",
+            f"the KL term is {share:.2g} times the spread of a group's rewards",
+            "at most 1",
+            f"lower objective.kl_weight ({weight:g}): the update goes back to the reference, not to the reward",
+        )
+
+
 def _nothing_moves(e: Evidence) -> Iterator[Finding]:
     """Held-out samples hardly change: whichever setting holds them."""
     if not e.change < 0.1:
@@ -283,20 +305,12 @@ def _nothing_moves(e: Evidence) -> Iterator[Finding]:
     number = f"a held-out score changed by {e.change:.1%} of its spread"
     update, iteration = e.config.update, e.run.evaluations[-1]["iteration"]
     left = remaining_base(e.config, iteration)
-    clipped = e.mean("clip_fraction")
     if e.config.eval.ema and left > 0.5:
         yield Finding(
             "ema",
             f"{number}, and the EMA that is evaluated still is {left:.0%} of the base",
             "at most 50%",
             f"lower update.ema_decay ({update.ema_decay:g}), or evaluate later, or with eval.ema=false",
-        )
-    elif clipped > 0.5:
-        yield Finding(
-            "clip",
-            f"{number}, and {clipped:.0%} of the pairs are clipped",
-            "at most 50%",
-            "widen objective.clip_low and clip_high, or take fewer update.optimizer_steps",
         )
     elif e.config.objective.kl_weight > 0:
         yield Finding(
@@ -327,8 +341,8 @@ def _rate_high(e: Evidence) -> Iterator[Finding]:
 
 ALWAYS: Sequence[Callable[[Evidence], Iterator[Finding]]] = (_ratio, _failed, _skipped, _judges)
 WHERE_NOTHING_RISES: Sequence[Callable[[Evidence], Iterator[Finding]]] = (
-    _reward_noise, _few_prompts, _flat_groups, _eta_high, _eta_low, _untrained_spread, _guidance, _nothing_moves,
-    _rate_high,
+    _reward_noise, _few_prompts, _flat_groups, _eta_high, _eta_low, _untrained_spread, _guidance, _clipped, _kl,
+    _nothing_moves, _rate_high,
 )  # fmt: skip
 
 

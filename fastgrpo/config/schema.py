@@ -513,6 +513,11 @@ class Update(Section):
         description="How often an iteration's samples are gone through: each time divided otherwise over the optimizer "
         "steps and, in a forward process, at other noise levels with other noise.",
     )
+    replay: PositiveInt = Field(
+        default=1,
+        description="Train on so many of the latest rollouts: the newest in its epochs, then each earlier one once, by "
+        "its own ratios; objective.dppo_threshold drops what is too far from the policy. 1: the newest alone.",
+    )
     optimizer: Optimizer = Field(default_factory=Optimizer)
     max_grad_norm: PositiveFloat = Field(default=1.0, description="Gradients of a larger norm are scaled down to it.")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no EMA.")

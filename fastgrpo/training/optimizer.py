@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fastgrpo.config import OldPolicyDecay, Update
+from fastgrpo.config import Config, OldPolicyDecay, Update
 from fastgrpo.distributed.shards import locals_of
 from fastgrpo.models.trainable import OldPolicy
 from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
@@ -23,6 +23,14 @@ from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
 # As torch.amp.GradScaler has them.
 FIRST_LOSS_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
+
+
+def optimizer_steps(config: Config) -> int:
+    """Returns how many optimizer steps a run takes, where every one has samples to train."""
+    update, iterations = config.update, config.train.iterations
+    # Rollouts that an iteration trains again: fewer at first.
+    again = sum(min(iteration, update.replay - 1) for iteration in range(iterations))
+    return update.optimizer_steps * (iterations * update.epochs + again)
 
 
 class LossScale:
@@ -119,6 +127,15 @@ class OptimizerState:
             self._average(iteration + 1)
         if self.old is not None:
             self._follow(self.old)
+
+    @torch.no_grad()
+    def replace_old(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Gives the old policy other weights, this rank's shards of them. Returns those that it had."""
+        assert self.old is not None
+        _reshard(self.old.modules.values() if self.old.modules else [self.policy])
+        before = [shard.clone() for shard in locals_of(self.old.parameters)]
+        torch._foreach_copy_(locals_of(self.old.parameters), list(shards))
+        return before
 
     @torch.no_grad()
     def _follow(self, old: OldPolicy) -> None:

@@ -35,7 +35,8 @@ from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.finite import raise_if_not_finite
 from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.iteration_log import IterationLog
-from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.optimizer import OptimizerState, optimizer_steps
+from fastgrpo.training.replay import Replay
 from fastgrpo.training.residency import residency
 from fastgrpo.training.result import TrainResult, result_of
 from fastgrpo.training.setup import open_trainer
@@ -81,12 +82,12 @@ class Trainer:
         prompts = load_prompts(config.prompts.train) if prompts is None else prompts
         copies = prepare_weights(family, config, world)
         self.old = copies.old
-        steps = config.train.iterations * config.update.optimizer_steps * config.update.epochs
+        steps = optimizer_steps(config)
         self.optimizer = OptimizerState(
             family.policy, config.update, steps, loss_scaling=config.model.dtype == "float16", old=copies.old,
             old_decay=config.objective.old_decay,
         )  # fmt: skip
-        self.residency = residency(config, family.policy, world)
+        self.residency = residency(config, family.policy, world, copies.old_modules())
         reference = reference_of(family.policy, copies.frozen) if needs_reference(config) else None
         self.rollouts = Rollouts(
             family, config, world, prompts, self.rewards, self.timer, self.failures, self._acting
@@ -95,6 +96,7 @@ class Trainer:
         if config.objective.forward:
             forward = ForwardTraining(family, config, world, self.rollouts.levels, copies.old, reference)
         self.updater = Updater(family, config, world, self.optimizer, reference, self.residency, forward=forward)
+        self.replay = Replay(config.update.replay, self.optimizer)
         self.kl_weight = config.objective.kl_weight
         self.iteration, self.train_seconds = 0, 0.0
         # Why the run ends before its last iteration: a callback's reason, or signals that all ranks know of.
@@ -215,7 +217,9 @@ class Trainer:
         advantages = self._advantages(scored)
         self.rollouts.observe(batch, scored)
         with self.timer.phase("update"):
-            result = self.updater.run(batch, advantages, self.kl_weight)
+            kept = self.replay.keep(batch, advantages, self.rollouts.kept(scored))
+            result = self.updater.run(batch, advantages, self.kl_weight, self.replay)
+            self.replay.push(kept)
         self._emit(batch, scored, advantages, result)
         self.train_seconds += time.perf_counter() - begin
         return True
