@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup compiler demo train-all lint test test-full bench bench-gpu gpu-check gpu-wheels real-run-check \
+.PHONY: help setup compiler demo train-all lint test test-full test-range bench bench-gpu gpu-check gpu-wheels real-run-check \
   check docs browser-check dist clean
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make train-all  the recipes of every embedded pipeline (two hours)"
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-full  the minutes-long ones too"
+	@echo "make test-range the kernels' tests at both ends of the promised torch and Triton (downloads gigabytes)"
 	@echo "make bench      time every model family's tiny recipe on this machine"
 	@echo "make gpu-check  numbers, hazards and times on this machine's GPU in five minutes, offline (STAGES='host device')"
 	@echo "make gpu-wheels what gpu-check needs on a machine without a registry, into .wheels"
@@ -71,6 +72,20 @@ test: setup compiler
 test-full: setup compiler
 	$(PYTEST) -m "full or not full" $(ARGS)
 
+# The kernels' tests at the oldest torch and Triton that kernels/pyproject.toml promises, and at the newest there are,
+# each in an environment of its own: .venv-oldest, .venv-newest. ARGS goes to pytest; one end: make test-range-oldest.
+RANGE_oldest = torch==2.8.0 triton==3.4.0 'numpy<2.4'
+RANGE_newest = torch triton numpy
+
+test-range: test-range-oldest test-range-newest
+
+test-range-%: compiler
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(RANGE_$*) pytest -e ./kernels
+	@.venv-$*/bin/python -c 'import torch, triton, numpy; \
+	  print("torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)'
+	@OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/kernels tests/compat -m "not full and not gpu" $(ARGS)
+
 # A recipe of every family at the tiny size, beside the sequential baseline: rows, plot and page of this machine.
 bench: setup compiler
 	$(BIN)/fastgrpo bench train --compare sequential $(ARGS)
@@ -102,20 +117,20 @@ check: lint
 
 # A page for every command and the Python interface are made from the code: docs/_site/pages.py.
 docs: setup
-	$(PIP_INSTALL) -e '.[docs]'
+	$(PIP_INSTALL) -e ./kernels -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Debian's Chromium where it is installed, else the one that playwright downloads.
 browser-check: setup
-	$(PIP_INSTALL) -e '.[browser]'
+	$(PIP_INSTALL) -e ./kernels -e '.[browser]'
 	@command -v chromium >/dev/null || $(BIN)/python -m playwright install --with-deps chromium-headless-shell
 	$(BIN)/python -m pytest tests/commands/test_browser.py
 
 # It needs no set-up beyond its own.
 dist:
 	rm -rf dist
-	$(PYTHON) -m venv build/release && build/release/bin/pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt build twine
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
 	build/release/bin/python -m build --outdir dist kernels
 	build/release/bin/python -m build --outdir dist .
 	build/release/bin/python -m twine check --strict dist/*

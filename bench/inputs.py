@@ -94,11 +94,7 @@ def spoil(data: bytes, rng: random.Random) -> bytes:
         elif kind == 2:
             data = data[:at] + data[at + rng.randrange(1, 9) :]
         elif kind == 3:
-            data = (
-                data[:at]
-                + rng.choice([b"\r", b"\n", b"\0", b'"', b",", b"{", b"\xff\xfe", b"\\ud800", b"\t"])
-                + data[at:]
-            )
+            data = data[:at] + rng.choice(PIECES) + data[at:]
         else:
             data = data + data[at:]
     return data
@@ -284,11 +280,11 @@ def trial(kind: str, number: int) -> str:
     return "a run"
 
 
-def inputs(count: int = 1000, first: int = 0) -> dict[str, Any]:
-    """Outcomes of `count` damaged inputs, the four kinds in turn, and every trial that gave a traceback."""
+def inputs(count: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Outcomes of `count` damaged inputs from number `seed` on, the four kinds in turn, and every traceback."""
     outcomes: dict[str, Counter] = {kind: Counter() for kind in KINDS}
     bad = []
-    for number in range(first, first + count):
+    for number in range(seed, seed + count):
         kind = list(KINDS)[number % len(KINDS)]
         outcome = trial(kind, number)
         if outcome not in ("a line", "a run"):

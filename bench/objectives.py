@@ -34,22 +34,24 @@ COLUMNS = (
 PICTURE = tables.ROOT / "docs" / "images" / "objectives.png"
 PAGE, MARKS = tables.ROOT / "docs" / "results.md", ("<!-- objectives -->", "<!-- /objectives -->")
 
-# Samples of a group that are drawn with noise of their own, by the deterministic steps of the recipe.
-OWN_NOISE = ("rollout.shared_noise=false", "objective.clip_low=1e-4", "objective.clip_high=1e-4")
+# Samples of a group that are drawn with noise of their own, by all the deterministic steps; no clip range where none is
+# read.
+OWN_NOISE = ("rollout.shared_noise=false", "rollout.suffix_steps=null")
+UNCLIPPED = ("objective.clip_low=1e-4", "objective.clip_high=1e-4")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "grpo": (),
     "grpo-2-epochs": ("update.epochs=2", "objective.dppo_threshold=1e-3"),
     "nft": (
-        *OWN_NOISE, "objective.kind=nft", "objective.times={count: 1, draw: uniform}",
+        *OWN_NOISE, *UNCLIPPED, "objective.kind=nft", "objective.times={count: 1, draw: uniform}",
         "objective.old_decay={rate: 0.01, most: 0.5}", "update.optimizer_steps=2", "update.optimizer.lr=1e-4",
     ),
     "awm": (
-        *OWN_NOISE[:1], "objective.kind=awm", "objective.clip_low=1", "objective.clip_high=1",
+        *OWN_NOISE, "objective.kind=awm", "objective.clip_low=1", "objective.clip_high=1",
         "objective.times={count: 1, draw: uniform}", "objective.old_weight=1", "update.optimizer_steps=2",
         "update.optimizer.lr=1e-4",
     ),
     "dpo": (
-        *OWN_NOISE, "objective.kind=dpo", "objective.beta=100", "objective.pairs=2",
+        *OWN_NOISE, *UNCLIPPED, "objective.kind=dpo", "objective.beta=100", "objective.pairs=2",
         "objective.times={count: 2, draw: uniform}", "update.optimizer_steps=2", "update.optimizer.lr=1e-4",
     ),
 }  # fmt: skip

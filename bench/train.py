@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-import fastgrpo.planning.meter  # noqa: F401  (registers the FLOPs of a CPU's attention)
 from fastgrpo.config.dtypes import DTYPES
 from fastgrpo.config.yaml import parse_yaml
 from fastgrpo.errors import UserError
 from fastgrpo.planning.gpus import GPUS
+from fastgrpo.planning.meter import flops_of
 from fastgrpo.planning.plan import overridden
 
 from . import tables
@@ -217,8 +216,8 @@ class ModelFlops(TorchDispatchMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         recomputed = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
-        if func._overloadpacket in flop_registry and not recomputed:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
+        if not recomputed:
+            self.flops += flops_of(func, args, kwargs, output)
         return output
 
 

@@ -1,6 +1,7 @@
 """Which tests run where: `gpu` needs CUDA; `full` takes minutes and runs only when asked for by `-m`."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if "full" in item.keywords and "full" not in asked:
             item.add_marker(pytest.mark.skip(reason="minutes long: pytest -m full, or make test-full"))
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Names a test's case by what it sets and expects, not by a number; the same in every process."""
+    if isinstance(val, dict | list | tuple | BaseException):
+        return re.sub(r"[^\w.=,+-]+", "-", _words(val))[:60]
+    return argname if getattr(val, "__name__", "") == "<lambda>" else None
+
+
+def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_words(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "+".join(map(_words, value))
+    plain = value is None or isinstance(value, str | int | float)
+    return str(value) if plain else type(value).__name__
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The documents in the order in which they are read; what is in none of these lists comes last.
 ORDER = {
-    "Train": ["training.md", "config.md", "rewards.md", "video.md", "switching.md", "adding-a-model.md"],
-    "Run at scale": ["scale.md", "staying-up.md", "watching.md"],
+    "Train": ["training.md", "config.md", "rewards.md", "video.md", "editing.md", "switching.md"],
+    "Add": ["adding-a-model.md", "adding-an-objective.md"],
+    "Run by the book": ["run-24gb.md", "run-flux-8.md", "run-hunyuan-video-32.md", "first-real-run.md"],
+    "Run at scale": ["scale.md", "staying-up.md", "watching.md", "troubleshooting.md"],
     "How it works": ["design.md", "kernels.md", "drop-in.md"],
     "Measured": ["results.md", "benchmarks.md"],
 }
@@ -161,7 +163,7 @@ def navigation(pages: dict[str, str]) -> list[Any]:
     """The order of all pages; a document that ORDER does not know comes under More."""
     there = {path.name for path in (ROOT / "docs").glob("*.md")}
     nav: list[Any] = [{"Start": "index.md"}]
-    nav += [{title: [name for name in names if name in there]} for title, names in ORDER.items()]
+    nav += [{title: [name for name in names if name in there]} for title, names in ORDER.items() if there & set(names)]
     nav.append(
         {"Commands": sorted((p for p in pages if p.startswith("commands/")), key=lambda p: ("index" not in p, p))}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
 from functools import cache
@@ -163,12 +164,15 @@ def objectives(
 def stay(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="kills, signals, pairs, inputs, ranks, corruptions …")],
     count: Annotated[int | None, typer.Option(min=1, help="Trials; for ranks, iterations; for soak, seconds.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the trials; for inputs, the first one's number.")] = None,
 ) -> None:
     """Measure what a run survives (kills, signals, corruption, other world sizes), and what staying up costs."""
     measures = load("stay").MEASURES
     if what not in measures:
         raise UserError(f"bench stay: unknown measure '{what}'; (one of: {', '.join(measures)})")
-    result = measures[what](*([] if count is None else [count]))
+    if seed is not None and "seed" not in inspect.signature(measures[what]).parameters:
+        raise UserError(f"--seed: nothing of `bench stay {what}` is random; leave it out")
+    result = measures[what](*([] if count is None else [count]), **({} if seed is None else {"seed": seed}))
     typer.echo(json.dumps(result, indent=1))
 
 

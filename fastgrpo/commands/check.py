@@ -10,6 +10,7 @@ from pathlib import Path
 from fastgrpo.algorithms.arithmetic import arithmetic
 from fastgrpo.config import load_config
 from fastgrpo.errors import UserError
+from fastgrpo.observe.progress import warn
 from fastgrpo.planning.plan import HARDWARE
 from fastgrpo.training.preflight import preflight
 
@@ -34,7 +35,7 @@ def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -
     count = ranks or (int(name[1]) if name else int(os.environ.get("WORLD_SIZE", "1")))
     found = preflight(config, count)
     for remark in found.remarks:
-        print(f"warning: {_line(remark)}", file=sys.stderr)
+        warn(_line(remark))
     for line in found.missing:
         print(f"missing: {_line(line).replace('assets CONFIG', f'assets {path}')}", file=sys.stderr)
     if found.problems:

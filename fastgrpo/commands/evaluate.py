@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastgrpo.observe.side_by_side import Labels, write_side_by_side
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.clip import ClipReward
 from fastgrpo.rewards.failures import FailureLog
+from fastgrpo.rewards.scoring import describe_samples
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def evaluate_target(target: str | Path, request: Request | None = None, note: Ca
 
     family = load_family(config.model, world.device)
     failures = FailureLog(note)
+    describe = partial(describe_samples, rewards, failures)
     base = evaluate(family, rewards, prompts, config, world, failures)
     shown: int | list[int] = config.eval.grid
     features = {"base": embedder.embed(base.images).double().numpy()}
@@ -74,12 +77,12 @@ def evaluate_target(target: str | Path, request: Request | None = None, note: Ca
         apply_checkpoint(family, config, store, iteration)
         tuned = evaluate(family, rewards, prompts, config, world, failures)
         shown = fair_sample(base.values, tuned.values, config.eval.grid)
-        record(tuned, out / "final", iteration, shown, config.model.fps, config.eval.mp4)
+        record(tuned, out / "final", iteration, shown, config.model.fps, config.eval.mp4, describe)
         features["tuned"] = embedder.embed(tuned.images).double().numpy()
         _side_by_side(base, tuned, shown, out / "final" / "side-by-side.png")
         summary |= {"tuned": described(tuned, unit), **compared(base, tuned, unit)}
         summary |= {"iteration": iteration, "train_seconds": state["train_seconds"]}
-    record(base, out / "final", 0, shown, config.model.fps, config.eval.mp4)
+    record(base, out / "final", 0, shown, config.model.fps, config.eval.mp4, describe)
     summary["diversity"] = diversity(features, unit)
     summary |= {
         "prompts": request.prompts or config.prompts.heldout,

@@ -23,10 +23,22 @@ from fastgrpo.models.trainable import LORA_FILE, lora_file
 def export_run(
     run_dir: str | Path, out_dir: str | Path, checkpoint: str = "latest", merge: bool = False, comfyui: bool = False
 ) -> Path:
-    """Writes a checkpoint to `out_dir` with a model card.
+    """Writes a checkpoint with a model card.
 
-    Full fine-tuning, or `merge`: a diffusers pipeline directory in model.dtype. LoRA: its safetensors and scheduler;
-    with `comfyui` the LoRA under ComfyUI's names too. Raises UserError for a directory that already holds something.
+    Full fine-tuning gives a diffusers pipeline directory in model.dtype, a LoRA its safetensors and the scheduler.
+
+    Args:
+        run_dir: The directory of the run.
+        out_dir: The directory to write, which is made; it must not hold anything.
+        checkpoint: `latest`, `best` or the number of an iteration.
+        merge: Merges a LoRA into its base, and writes a pipeline.
+        comfyui: Writes a LoRA under ComfyUI's names too.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: `out_dir` holds something, there is no such checkpoint, or the settings do not go together.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     if out_dir.exists() and any(out_dir.iterdir()):

@@ -10,6 +10,7 @@ from fastgrpo.config.overrides import load_data
 from fastgrpo.config.yaml import dump_yaml
 from fastgrpo.data.prompts import load_prompts
 from fastgrpo.errors import UserError
+from fastgrpo.models import family_class
 
 REWARD = '''"""A reward of your own: how warm the colours of a sample are, red minus blue. Replace it by yours.
 
@@ -91,8 +92,10 @@ def new(folder: Path, recipe: Path | None = None) -> list[Path]:
     embedded = config.model.path.startswith("shapes:")
     kind, held = ("moving" if video else "shapes", ":heldout") if embedded else ("set", "-heldout")
     name = ":train" if embedded else ":videos" if video else ":images"
-    if config.model.family == "skyreels":
-        raise UserError(f"{recipe}: its prompts need first frames, which text files have none of; docs/video.md")
+    family = family_class(config.model.family)
+    if set(family.pipeline_classes) <= set(family.image_pipelines):
+        need, page = ("first frames", "video") if video else ("source images", "editing")
+        raise UserError(f"{recipe}: its prompts need {need}, which text files have none of; docs/{page}.md")
     sources = (f"{kind}{name}", f"{kind}{held if embedded else name + held}")
     source = f"from {recipe}" if recipe else "a LoRA on the embedded FLUX, minutes on a laptop"
     header = (

@@ -119,8 +119,8 @@ class Model(Section):
     )
     compile: Literal["none", "blocks"] = Field(
         default="none",
-        description="blocks: torch.compile of each repeated block of the trained components. Rollout and update are "
-        "compiled apart, so the first ratio is 1 to rounding, not to the bit.",
+        description="blocks: torch.compile of each repeated block of the trained components. The rollout runs the code "
+        "of the update's forward, so that the first ratio is exactly 1: it takes that much memory, too.",
     )
     attention_backend: NonEmpty | None = Field(
         default=None,
@@ -134,7 +134,7 @@ class Prompts(Section):
 
     train: PathText = Field(
         description="A .txt, .jsonl or .csv file; set:images or set:videos (shipped), shapes:train, moving:train, "
-        "editing:train; "
+        "editing:train, words:train; "
         "hf:<dataset>[:split[:column]] on the hub, or a source of an installed package."
     )
     select: Literal["epochs", "spread"] = Field(
@@ -513,6 +513,11 @@ class Update(Section):
         description="How often an iteration's samples are gone through: each time divided otherwise over the optimizer "
         "steps and, in a forward process, at other noise levels with other noise.",
     )
+    replay: PositiveInt = Field(
+        default=1,
+        description="Train on so many of the latest rollouts: the newest in its epochs, then each earlier one once, by "
+        "its own ratios; objective.dppo_threshold drops what is too far from the policy. 1: the newest alone.",
+    )
     optimizer: Optimizer = Field(default_factory=Optimizer)
     max_grad_norm: PositiveFloat = Field(default=1.0, description="Gradients of a larger norm are scaled down to it.")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no EMA.")
@@ -669,7 +674,18 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a YAML file and `key.sub=value` overrides. Raises ConfigError."""
+    """Reads a config.
+
+    Args:
+        path: A YAML file, or a run directory's config.yaml.
+        overrides: `key.sub=value` each; of two for one key the last counts.
+
+    Returns:
+        The config, every setting resolved that needs no plan.
+
+    Raises:
+        ConfigError: For a file that cannot be read, an unknown key, or a value that does not fit; it names the setting.
+    """
     return load_settings(Config, path, overrides)
 
 

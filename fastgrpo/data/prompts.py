@@ -50,6 +50,7 @@ SOURCES = Registry(
         ".jsonl": "fastgrpo.data.prompts:_jsonl",
         ".txt": "fastgrpo.data.prompts:_txt",
         "editing": "fastgrpo.data.prompts:_editing",
+        "words": "fastgrpo.data.prompts:_words",
         "hf": "fastgrpo.data.prompts:_hub",
         "moving": "fastgrpo.data.prompts:_moving",
         "set": "fastgrpo.data.prompts:_ready_made",
@@ -72,6 +73,7 @@ def load_prompts(source: str) -> list[Prompt]:
             `shapes:train`, `shapes:heldout`: the embedded world (`shapes:train:position,counting`: of these categories
             alone); `moving:train`, `moving:heldout`: its videos, likewise, each prompt with a first frame of its own;
             `editing:train`, `editing:heldout`: edits of its images, each with a source image of its own.
+            `words:train`, `words:heldout`: signs with short words and numbers.
             `hf:<dataset>[:split[:column]]`: a Hugging Face dataset, `train` and `prompt` unless said otherwise.
             `set:images`, `set:videos`, and either with `-heldout`: ours, to train on (fastgrpo/data/grammar.py);
             `set:geneval`, `set:hps`, `set:videoalign`, `set:vbench`: to evaluate on (fastgrpo/data/sets.py).
@@ -110,6 +112,12 @@ def _moving(spec: str) -> list[Prompt]:
     from fastgrpo.shapes import moving_world
 
     return _embedded("moving", spec, moving_world)
+
+
+def _words(spec: str) -> list[Prompt]:
+    from fastgrpo.shapes import word_world
+
+    return _embedded("words", spec, word_world)
 
 
 def _editing(spec: str) -> list[Prompt]:

@@ -18,8 +18,8 @@ from fastgrpo.evaluation.statistics import _jackknife, by_unit, distance_by_unit
 # A column of a reward that is 1 for a picture that is right and 0 for one that is not.
 STRICT = ".strict"
 
-# Values by column and picture.
-Columns = Mapping[str, Sequence[Any]]
+# Of each column, a sequence of values by picture: a list of JSON's, or an array.
+Columns = Mapping[str, Any]
 
 
 def compared(base: Evaluation, tuned: Evaluation, unit: np.ndarray) -> dict[str, Any]:

@@ -6,7 +6,7 @@ What compares a run with its base stands in fastgrpo/evaluation/compare.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from fastgrpo.rewards.scoring import gather_scores, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
 from fastgrpo.rollout.sampler import rollout
 
+# Pictures and their prompts to what each reward sees in them.
+Describe = Callable[[Tensor, Sequence[Prompt]], dict[str, list[str]]]
 # The iteration word of an evaluation's noise keys: no training iteration reaches it.
 EVAL_ITERATION = 2**31 - 1
 
@@ -111,9 +113,18 @@ def evaluate(
     world: World,
     failures: FailureLog,
 ) -> Evaluation:
-    """Draws and scores `prompts`; every rank gets the whole result, the images of its own share only.
+    """Draws and scores one sample of each prompt.
 
-    A reward that fails leaves NaN.
+    Args:
+        family: The model; its weights are used as they are.
+        rewards: The rewards by their names.
+        prompts: The prompts, the same on every rank.
+        config: The run's config, whose `eval` section has steps, seed, size and guidance.
+        world: The ranks that share the work.
+        failures: Where a reward that fails is reported; its scores are NaN.
+
+    Returns:
+        The scores of all prompts on every rank, and the images of the rank's own share.
     """
     images = draw(family, prompts, config, world)
     share, last = len(images), len(prompts) - 1
@@ -141,11 +152,12 @@ def _reward_of(column: str, rewards: Mapping[str, Reward]) -> str:
 
 def record(
     evaluation: Evaluation, run_dir: Path, iteration: int, grid: int | Sequence[int], fps: float = 8.0,
-    mp4: bool = False,
+    mp4: bool = False, describe: Describe | None = None,
 ) -> Path:  # fmt: skip
     """Writes `eval/<iteration>.json` and its sheet, PNG; gives the sheet's path.
 
     grid: how many pictures the sheet shows, or which, by their places; the JSON file has them under `shown`.
+    describe: gives what rewards see in pictures, by reward; the JSON file has it under `seen`, of the pictures shown.
     Of videos the sheet shows frames in rows; beside it stands an animated grid, WebP, and with `mp4` the same as MP4.
     """
     directory = run_dir / "eval"
@@ -169,5 +181,6 @@ def record(
     values = {name: [None if np.isnan(v) else float(v) for v in column] for name, column in evaluation.values.items()}
     data = {"iteration": iteration, **evaluation.summary(), "prompts": captions, "shown": shown, **pictures}
     data["values"] = values
+    data["seen"] = {} if describe is None else describe(images, [evaluation.prompts[place] for place in shown])
     (directory / f"{iteration:06d}.json").write_text(json.dumps(data, indent=1))
     return path

@@ -106,6 +106,9 @@ def load_family(config: Model, device: torch.device, sharded: bool = False) -> M
         device: Where the components go.
         sharded: Leaves the trained components without weights, which are loaded shard by shard later.
 
+    Returns:
+        The family, frozen and in eval mode, its components where the config wants them.
+
     Raises:
         ConfigError: For a path that holds no such pipeline, before any weight is loaded where it can be told by then.
     """

@@ -16,12 +16,11 @@ from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.config.dtypes import DTYPES
 from fastgrpo.errors import ConfigError, UserError
-from fastgrpo.models.damage import damaged_files
 from fastgrpo.models.embeddings import model_digest
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.sharded_load import empty_component, weight_files
 from fastgrpo.models.trainable import check_targets, without_weights
-from fastgrpo.models.weight_files import UNUSED, check_files, check_index
+from fastgrpo.models.weight_files import UNUSED, check_files, check_index, damaged_files
 
 if TYPE_CHECKING:
     from fastgrpo.models.protocol import ModelFamily
@@ -123,8 +122,28 @@ def load_pipeline(
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             path, dtype=dtypes, variant=config.variant, use_safetensors=True, **parts
         )
+        check_tokenizers(config.path, pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_tokenizers(path: str, components: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a CLIP's tokenizer does not cut texts to what its text encoder has positions for.
+
+    Pipelines pad and cut to `model_max_length`, which transformers sets to 1e30 where a tokenizer has none.
+    """
+    for name, encoder in components.items():
+        settings, of = getattr(encoder, "config", None), name.replace("text_encoder", "tokenizer")
+        tokenizer = components.get(of)
+        if tokenizer is None or getattr(settings, "model_type", None) != "clip_text_model":
+            continue
+        length, positions = tokenizer.model_max_length, cast(Any, settings).max_position_embeddings
+        # A start, an end and at least a token between them.
+        if type(length) is not int or not 3 <= length <= positions:
+            raise ConfigError(
+                f"model.path: the {of} of '{path}' has model_max_length {length!r}, but its text encoder takes "
+                f"{positions} tokens; set it in tokenizer_config.json"
+            )
 
 
 @contextmanager

@@ -21,6 +21,18 @@ from fastgrpo.models.loading import load_pipeline
 from fastgrpo.models.nf4 import quantize_layers
 
 
+class Memory:
+    """How tensors are made in host memory, and copied to the device. A plan, whose tensors are fake, has another."""
+
+    def host_empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor without values in host memory; page-locked where `device` is a GPU, so that copies do not wait."""
+        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+    def on_device(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A copy of a weight or buffer that is in host memory."""
+        return tensor.detach().to(device, non_blocking=True)
+
+
 class OffloadedModule:
     """A frozen module in host memory, copied to the device while it is used.
 
@@ -48,26 +60,26 @@ class OffloadedModule:
                         number += 1
 
     @contextmanager
-    def on_device(self) -> Iterator[None]:
+    def on_device(self, memory: Memory) -> Iterator[None]:
         """Within it the module is on the device. A thread may nest it; two threads wait for one another, because each
         has a stream of its own."""
         with self.lock:
             outer = not self.host
             if outer:
-                self._copy_to_device()
+                self._copy_to_device(memory)
             try:
                 yield
             finally:
                 if outer:
                     self._drop_copies()
 
-    def _copy_to_device(self) -> None:
+    def _copy_to_device(self, memory: Memory) -> None:
         # A tensor that stands in several places (tied embeddings) is copied once.
         copies: dict[int, Tensor] = {}
         for number, holder, name in self._tensors():
             tensor = self.host[number] = holder[name]
             if id(tensor) not in copies:
-                copy = tensor.detach().to(self.device, non_blocking=True)
+                copy = memory.on_device(tensor, self.device)
                 copies[id(tensor)] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
             holder[name] = copies[id(tensor)]
 
@@ -94,6 +106,7 @@ class PlacedPipeline:
         # Of components that are still without weights, the file of each tensor.
         self.weight_files: dict[str, dict[str, Path]] = {}
         self.offloaded: dict[str, OffloadedModule] = {}
+        self.memory = Memory()
 
     def place(self, pipeline: Any) -> None:
         """Freezes the components of a pipeline and puts each where it belongs, quantized where the config says so."""
@@ -132,12 +145,12 @@ class PlacedPipeline:
         with ExitStack() as stack:
             for name in names:
                 if name in self.offloaded:
-                    stack.enter_context(self.offloaded[name].on_device())
+                    stack.enter_context(self.offloaded[name].on_device(self.memory))
             yield
 
     def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor without values in host memory; page-locked where the device is a GPU, so that copies do not wait."""
-        return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        """A tensor without values in host memory, for what is copied from this device and to it."""
+        return self.memory.host_empty(shape, dtype, self.device)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:

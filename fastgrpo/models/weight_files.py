@@ -1,6 +1,6 @@
-"""The files of a pipeline directory, looked at before any is loaded: what is listed is there, whole, and safetensors.
+"""The files of a pipeline directory: what is listed is there, whole, and safetensors; what is JSON can be read.
 
-Only headers are read. What is wrong is one line that names the file.
+Of weights only headers are read. What is wrong is one line that names the file.
 """
 
 from __future__ import annotations
@@ -99,6 +99,30 @@ def check_whole(file: Path) -> None:
         raise ConfigError(
             f"model.path: {file} has {size:,} of {8 + length + end:,} bytes: it is cut short; download it again"
         )
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Returns a line for each JSON file of a pipeline and its components that is no JSON, or a pointer of git-LFS."""
+    found = []
+    for path in sorted(p for p in (*folder.glob("*/*.json"), folder / "model_index.json") if p.is_file()):
+        try:
+            said = _of_json(path)
+        except OSError as error:
+            said = error.strerror or "cannot be read"
+        if said:
+            found.append(f"model.path: {path}: {said}")
+    return found
+
+
+def _of_json(path: Path) -> str:
+    data = path.read_bytes()
+    if data.startswith(LFS_POINTER):
+        return "is a git-lfs pointer, not the file; run `git lfs pull` there"
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return "is not JSON that can be read; copy or download it again"
+    return ""
 
 
 def variant_name(file: str, variant: str | None) -> str:

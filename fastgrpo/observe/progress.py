@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import sys
 import time
@@ -9,13 +10,28 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def warn(text: str) -> None:
+    """Prints a warning, at whichever rank and whether or not progress is shown."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 class Progress:
-    """On a terminal a live line (iteration, reward, seconds an iteration, time left) over a table of the last
-    iteration's phases; else a line every 10 s."""
+    """Shows how far a run is: iteration, reward, seconds an iteration, time left.
+
+    On a terminal a live line, over a table of the last iteration's phases where its metrics have them; else a line
+    every 10 s.
+
+    Args:
+        total: Iterations of the whole run.
+        start: Those that are done.
+        enabled: Whether anything is shown.
+        unit: What is counted.
+    """
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, total: int, start: int = 0, enabled: bool = True) -> None:
+    def __init__(self, total: int, start: int = 0, enabled: bool = True, unit: str = "iteration") -> None:
+        self.unit = unit
         self._total, self._done, self._start, self._enabled = total, start, start, enabled
         self._begin = self._spoke = time.perf_counter()
         self._live: Any = None
@@ -28,30 +44,38 @@ class Progress:
 
         self._console = Console(stderr=True)
         if self._console.is_terminal:
-            columns = (TextColumn("iteration"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[state]}"))
+            columns = (TextColumn(unit), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[state]}"))
             self._bar = RichProgress(*columns, console=self._console)
             self._task = self._bar.add_task("train", total=total, completed=start, state="starting")
             self._live = Live(self._bar, console=self._console)
             self._live.start()
+            # An error that ends the program leaves the terminal its cursor too.
+            atexit.register(self._live.stop)
 
-    def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        """`done` iterations are behind us, the last with these metrics."""
+    def update(self, done: int, metrics: Mapping[str, Any]) -> None:
+        """Shows that `done` iterations are done, the last with these metrics (numbers, or tensors of one)."""
         if not self._enabled:
             return
         now = time.perf_counter()
         self._done = done
         pace = (now - self._begin) / max(1, done - self._start)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - done)))
-        state = f"reward {metrics['reward/mean']:.3f} · {pace:.2f} s/iteration · {left} left"
+        speaks = now - self._spoke >= self.SECONDS_BETWEEN_LINES or done == self._total
+        if self._live is None and not speaks:
+            return
+        reward = metrics.get("reward/mean")
+        shown = {n: f"{float(v):.4g}" for n, v in metrics.items()} if reward is None else {"reward": f"{reward:.3f}"}
+        values = "".join(f"{name} {value} · " for name, value in shown.items())
+        state = f"{values}{pace:.2f} s/{self.unit} · {left} left"
         if self._live is not None:
             from rich.console import Group
 
             self._bar.update(self._task, completed=done, state=state)
-            self._live.update(Group(self._bar, phase_table(metrics)))
-        elif now - self._spoke >= self.SECONDS_BETWEEN_LINES or done == self._total:
+            self._live.update(Group(self._bar, *([phase_table(metrics)] if "time/total" in metrics else [])))
+        else:
             self._spoke = now
             remarks = "".join(f" · {remark}" for remark in remarks_of(metrics))
-            print(f"iteration {done}/{self._total} · {state}{remarks}", file=sys.stderr, flush=True)
+            print(f"{self.unit} {done}/{self._total} · {state}{remarks}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """A line of its own, above the live one."""
@@ -62,6 +86,7 @@ class Progress:
 
     def close(self) -> None:
         if self._live is not None:
+            atexit.unregister(self._live.stop)
             self._live.stop()
 
     def __enter__(self) -> Progress:

@@ -29,7 +29,7 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.models import Conditioning, ModelFamily
 from fastgrpo.models.architectures import build_family
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
-from fastgrpo.models.placement import OffloadedModule
+from fastgrpo.models.placement import Memory
 from fastgrpo.models.trainable import Reference, reference_of
 from fastgrpo.planning.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
 from fastgrpo.planning.meter import Cost, Meter, Peaks
@@ -37,9 +37,11 @@ from fastgrpo.planning.repeated import CountedWalk, Repeated
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
+from fastgrpo.rollout.trajectory import Trajectory, kept_empty
 from fastgrpo.training.adamw_8bit import AdamW8bit
 from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.replay import KeptRollout, Replay
 from fastgrpo.training.residency import Residency, decide_residency, kept_bytes
 from fastgrpo.training.update import Updater
 from fastgrpo.training.weights import needs_reference, prepare_weights
@@ -104,7 +106,7 @@ def dry_run(config: Config, ranks: int = 1, local: int | None = None, memory: in
         families = [family, *(build_family(config.model) for _ in depths[1:])]
         parts = [_Iteration(config, world, f, stacks, depth, whole) for f, depth in zip(families, depths, strict=True)]
         more = [stack.length - SHORT for stack in stacks]
-        needs = [kept_bytes(config, f.policy) for f in families]
+        needs = [kept_bytes(config, part.family.policy, part.copies.old_modules()) for part in parts]
         resident, gradients = (deep_number(numbers, more) for numbers in zip(*needs, strict=True))
         kept = decide_residency(config, resident, gradients, memory)
         decoded: dict[int, Any] = {}
@@ -158,8 +160,8 @@ class _Iteration:
         others = {n: m for n, m in family.pipeline.components.items() if isinstance(m, nn.Module)}
         others = {name: module for name, module in others.items() if name not in family.modules}
         # NF4 is made of weights that were loaded in the compute dtype.
-        whole = parameter_count(policy) * family.dtype.itemsize if quantized_layers(policy) else self.loaded
-        self.loading = whole + sum(p.numel() * p.element_size() for m in others.values() for p in m.parameters())
+        read = parameter_count(policy) * family.dtype.itemsize if quantized_layers(policy) else self.loaded
+        self.loading = read + sum(p.numel() * p.element_size() for m in others.values() for p in m.parameters())
         self.encoders = sum(p.numel() for n, m in others.items() if n in family.encoders for p in m.parameters())
 
         def fill(module: nn.Module) -> None:
@@ -180,12 +182,11 @@ class _Iteration:
         config, family, world, meter, copies = self.config, self.family, self.world, self.meter, self.copies
         for layer in quantized_layers(family.policy):
             layer.dequantize = _unpacked
-        offloaded = set(family.offloaded)
-        family.offloaded = {name: _PlannedOffload(m.module, m.device, meter) for name, m in family.offloaded.items()}
+        family.memory = _PlannedMemory(meter)
         with meter.counting("parameters"):
             for name, part in family.pipeline.components.items():
                 # Text encoders stay on the device, as they do in a run that keeps them.
-                if isinstance(part, nn.Module) and name not in family.modules and name not in offloaded:
+                if isinstance(part, nn.Module) and name not in family.modules and name not in family.offloaded:
                     materialize(part)
         if config.model.text_encoders == "drop":
             # Before weights are sharded, and there is an optimizer.
@@ -218,7 +219,6 @@ class _Iteration:
             with self.phase("encode", "activations"), family.encoding():
                 pass
         predict, decoding = Repeated(*counted, family.predict), Repeated(*counted, family.decode, runs=1, last=decoded)
-        family.host_empty = self._host_empty
         whole = unsharded(family.modules.values(), kept.rollout_unsharded)
         with self.phase("rollout", "trajectories"), whole:
             trajectory = rollout(family, schedule, layout, conditioning, roll, config.run.seed, 0, predict)
@@ -232,7 +232,9 @@ class _Iteration:
             trained = np.arange(samples) % roll.candidates < roll.group_size
             flat = np.zeros(roll.prompts_per_iteration, dtype=bool)
             advantages = Advantages(terms, terms[:, None], trained, flat)
-            updater.run(Batch(0, mine, schedule, trajectory, conditioning), advantages, config.objective.kl_weight)
+            batch = Batch(0, mine, schedule, trajectory, conditioning)
+            replay = self._replay(optimizer, KeptRollout(batch, advantages, trained, None))
+            updater.run(batch, advantages, config.objective.kl_weight, replay)
         trainable = [p for p in family.policy.parameters() if p.requires_grad]
         return DryRun(
             self.phases,
@@ -256,9 +258,22 @@ class _Iteration:
             return None
         return ForwardTraining(self.family, self.config, self.world, self.levels, self.copies.old, reference)
 
-    def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        with self.meter.counting("host"):
-            return torch.empty(shape, dtype=dtype)
+    def _replay(self, optimizer: OptimizerState, kept: KeptRollout) -> Replay:
+        """A replay that is full: the same rollout again and again, each with the bytes of its own."""
+        replay, trajectory = Replay(self.config.update.replay, optimizer), kept.batch.trajectory
+        for _ in range(replay.size - 1):
+            with self.meter.counting("trajectories"):
+                copies: dict[str, Any] = {
+                    name: None if part is None else kept_empty(self.family, self.config.rollout, part.shape, part.dtype)
+                    for name, part in vars(trajectory).items()
+                    if name != "layout"
+                }
+            with self.meter.counting("parameters"):
+                old = replay.keep(kept.batch, kept.advantages, kept.chosen)
+            assert old is not None
+            batch = replace(kept.batch, trajectory=Trajectory(trajectory.layout, **copies))
+            replay.earlier.append(replace(old, batch=batch))
+        return replay
 
     @contextmanager
     def phase(self, name: str, category: str) -> Iterator[None]:
@@ -270,17 +285,19 @@ class _Iteration:
         self.phases.append(Phase(name, self.meter.cost - before, self.meter.at_peak, dict(self.meter.peaks)))
 
 
-class _PlannedOffload(OffloadedModule):
-    """Makes the weights of a module on the meta device, and takes them away again."""
+class _PlannedMemory(Memory):
+    """Makes tensors without values where a run has them, and counts them."""
 
-    def __init__(self, module: nn.Module, device: torch.device, meter: Meter) -> None:
-        super().__init__(module, device)
+    def __init__(self, meter: Meter) -> None:
         self.meter = meter
 
-    def _copy_to_device(self) -> None:
-        self.host = {number: holder[name] for number, holder, name in self._tensors()}
+    def host_empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        with self.meter.counting("host"):
+            return torch.empty(shape, dtype=dtype)
+
+    def on_device(self, tensor: Tensor, device: torch.device) -> Tensor:
         with self.meter.counting("parameters"):
-            materialize(self.module)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU)
 
 
 class _PlannedAdamW8bit(AdamW8bit):

@@ -98,6 +98,12 @@ def _attention_flops(query: Any, key: Any, value: Any) -> int:
 _register_cpu_attention()
 
 
+def flops_of(func: Any, args: Any, kwargs: Any, output: Any) -> int:
+    """FLOPs of an operation that was dispatched: of matrix products, convolutions and attention; 0 of all others."""
+    formula = flop_registry.get(func._overloadpacket)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=output)
+
+
 # The most bytes by category of each stretch of a program, by its name.
 Peaks = dict[Hashable, Counter[str]]
 
@@ -233,8 +239,7 @@ class Meter(TorchDispatchMode):
         if self._paused:
             return output
         packet = func._overloadpacket
-        if packet in flop_registry:
-            self.cost.flops += flop_registry[packet](*args, **kwargs, out_val=output)
+        self.cost.flops += flops_of(func, args, kwargs, output)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._track(tensor)

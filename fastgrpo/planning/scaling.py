@@ -40,7 +40,7 @@ class Point:
     mesh: str
     batch: int
     seconds: float
-    efficiency: float | None
+    efficiency: float
     node: float
     network: float
     memory: int

@@ -36,6 +36,7 @@ REGISTERED = {
     "moving_shapes": "fastgrpo.rewards.moving:MovingShapesReward",
     "remote": "fastgrpo.rewards.served.remote:RemoteReward",
     "shapes": "fastgrpo.rewards.shapes:ShapesReward",
+    "tesseract": "fastgrpo.rewards.tesseract:TesseractReward",
 }
 
 __all__ = ["REGISTERED", "Reward", "Scores", "available", "load_reward", "load_rewards", "release"]

@@ -58,17 +58,29 @@ class Scores:
 
     @staticmethod
     def failed(count: int) -> Scores:
-        """Of `count` samples none of which could be scored."""
+        """Returns the scores of samples none of which could be scored.
+
+        Args:
+            count: The number of samples.
+        """
         return Scores(np.zeros(count), np.zeros(count, dtype=bool))
 
     @staticmethod
     def not_asked(count: int) -> Scores:
-        """Of `count` samples that a reward was not asked about."""
+        """Returns the scores of samples that a reward was not asked about.
+
+        Args:
+            count: The number of samples.
+        """
         return Scores(np.zeros(count), np.ones(count, dtype=bool), {}, np.zeros(count, dtype=bool))
 
     @staticmethod
     def concatenate(parts: Sequence[Scores]) -> Scores:
-        """The scores of consecutive chunks of samples; a component that one chunk lacks is NaN there."""
+        """Returns the scores of consecutive chunks of samples as one.
+
+        Args:
+            parts: The scores of each chunk; a component that one of them lacks is NaN there.
+        """
         names = dict.fromkeys(name for part in parts for name in part.components)
         components = {
             name: np.concatenate([p.components.get(name, np.full(len(p.values), np.nan)) for p in parts])
@@ -78,7 +90,11 @@ class Scores:
         return Scores(columns[0], columns[1], components, columns[2])
 
     def scatter(self, chosen: np.ndarray) -> Scores:
-        """The scores of len(chosen) samples, of which these are the `chosen` (bool) and the others were not asked."""
+        """Returns the scores of all samples, where these are the scores of some and the others were not asked for.
+
+        Args:
+            chosen: bool [len(all samples)], True for the samples that these are the scores of, in their order.
+        """
 
         def spread(column: np.ndarray, fill: Any) -> np.ndarray:
             full = np.full(len(chosen), fill, dtype=column.dtype)
@@ -110,7 +126,11 @@ def _number(x: Any) -> Any:
 
 
 class Reward(Protocol):
-    """A class with a `score` method. It may have `release()`, called at the end of a scoring phase."""
+    """A class with a `score` method.
+
+    It may have `release()`, called at the end of a scoring phase, and `describe(samples, prompts)`, which says in a few
+    words what it sees in each sample: an evaluation asks it about the pictures that it shows.
+    """
 
     def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         """samples: [B, 3, H, W] images, or [B, 3, F, H, W] videos of `fps` frames a second; float32 in [0, 1], on any

@@ -89,8 +89,9 @@ def read_lower(text: str, high: float) -> float:
         ValueError: For an answer that is not JSON with two scores on the scale.
     """
     match = OBJECT.search(text)
-    scores = json.loads(match[0]).get("score") if match else None
-    numbers = isinstance(scores, list) and all(isinstance(s, int | float) and not isinstance(s, bool) for s in scores)
+    found = json.loads(match[0]).get("score") if match else None
+    scores = found if isinstance(found, list) else []
+    numbers = all(isinstance(s, int | float) and not isinstance(s, bool) for s in scores)
     if not (numbers and len(scores) == 2 and all(0 <= score <= high for score in scores)):
         raise ValueError(f"no two scores from 0 to {high:g} in {text[:80]!r}")
     return min(scores) / high

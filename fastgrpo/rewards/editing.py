@@ -71,8 +71,8 @@ class PreserveReward:
             raise ConfigError("preserve: scores edited images, not videos")
         difference = (samples.float() - source_images(prompts, samples)).abs().mean(1, keepdim=True)
         cells = F.avg_pool2d(difference, self.cell, ceil_mode=True).flatten(1)
-        keep = 1 - round(self.changed * cells.shape[1]) / cells.shape[1]
-        kept = cells.sort(dim=1).values[:, : round(keep * cells.shape[1])].mean(1)
+        stays = max(1, cells.shape[1] - round(self.changed * cells.shape[1]))
+        kept = cells.sort(dim=1).values[:, :stays].mean(1)
         masked = [row for row, prompt in enumerate(prompts) if prompt.metadata.get(self.mask)]
         if masked:
             weight = 1 - torch.stack([self._light(prompts[row], samples) for row in masked])

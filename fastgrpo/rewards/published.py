@@ -7,8 +7,11 @@ Parameters and FLOPs are those of the architectures, which a test builds.
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+
+from pydantic import ValidationError
 
 from fastgrpo.config import RewardSpec
 from fastgrpo.rewards import REGISTERED, REWARDS
@@ -60,16 +63,15 @@ FREE = {*SERVED, *_MOVING, "binary", "composite", "ocr", "shapes", "editing", "p
 
 
 def inner(spec: RewardSpec) -> list[RewardSpec]:
-    """A reward and those that it wraps (`options.of`), as entries of a config."""
+    """A reward and those that it wraps (`options.of`), as entries of a config; what is no entry is left to its own
+    error."""
     of = spec.options.get("of")
-    entries = of if isinstance(of, list) else [of] if isinstance(of, dict) else []
-    parts = [RewardSpec(**entry) for entry in entries if isinstance(entry, dict) and "name" in entry]
+    parts = []
+    for entry in of if isinstance(of, list) else [of]:
+        with suppress(ValidationError):
+            parts.append(RewardSpec.model_validate(entry))
     found = [one for part in parts for one in inner(part)]
-    return [spec, *(replace_label(one, spec.key) for one in found)]
-
-
-def replace_label(spec: RewardSpec, outer: str) -> RewardSpec:
-    return spec.model_copy(update={"label": f"{outer}.{spec.key}"})
+    return [spec, *(one.model_copy(update={"label": f"{spec.key}.{one.key}"}) for one in found)]
 
 
 def places(spec: RewardSpec) -> dict[str, tuple[str, bool]]:

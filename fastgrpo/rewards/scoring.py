@@ -67,6 +67,20 @@ def score_samples(
     return scores
 
 
+def describe_samples(
+    rewards: Mapping[str, Reward], failures: FailureLog, images: Tensor, prompts: Sequence[Prompt]
+) -> dict[str, list[str]]:
+    """What rewards with a `describe` method see in each sample, by reward; one that raises is left out, and said."""
+    found = {}
+    for name, reward in rewards.items():
+        if hasattr(reward, "describe"):
+            try:
+                found[name] = [str(text) for text in reward.describe(images, prompts)]  # pyright: ignore[reportAttributeAccessIssue]
+            except Exception as error:
+                failures.failed(f"reward '{name}' could not describe {len(prompts)} samples", name, error)
+    return found
+
+
 def joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
     """The scores of consecutive chunks of samples as those of all; a component that a part lacks is NaN there."""
     return {name: Scores.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -226,6 +226,9 @@ class Generator:
         conditioning = family.encode([prompts[i] for i in layout.prompts])
         trajectory = _nothing(family, layout)
         rows, pairs, shape = len(layout.row_step), len(layout.pair_row), family.latent_shape
+        if self.config.objective.forward:
+            trajectory.latents = torch.empty((len(samples), *shape), device=family.device)
+            return Batch(iteration, drawn, schedule, trajectory, conditioning)
         trajectory.x = kept_empty(family, roll, (rows, *shape), torch.float32)
         trajectory.v_old = kept_empty(family, roll, (rows, *shape), family.dtype)
         if roll.old_values == "log_prob":

@@ -138,12 +138,15 @@ class Rollouts:
         if flying is None:
             return {}
         scored = flight_scores(flying, self.world.size)
-        mine, drawn = self.mine[self.kept(scored)[self.mine]], np.array(flying["drawn"])
-        batch = self.generator.restore(
-            flying["iteration"], drawn, [self.prompts[i] for i in drawn], mine if len(mine) else self.mine[:1]
-        )
+        batch = self.restored(flying["iteration"], np.array(flying["drawn"]), self.kept(scored))
         batch.scored, self._ahead = scored, batch
         return tensors(batch.trajectory)
+
+    def restored(self, iteration: int, drawn: np.ndarray, kept: np.ndarray) -> Batch:
+        """Returns an earlier batch of the kept samples (bool [N]) but for its tensors, which a checkpoint fills."""
+        mine = self.mine[kept[self.mine]]
+        prompts = [self.prompts[i] for i in drawn]
+        return self.generator.restore(iteration, drawn, prompts, mine if len(mine) else self.mine[:1])
 
     def _start(self, iteration: int) -> Batch:
         drawn = self.sampler.at(iteration)

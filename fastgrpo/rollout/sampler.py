@@ -45,7 +45,10 @@ def predict_rows(
     for index, real in forward_batches(np.arange(len(x)), batch):
         inputs = x[done : done + batch] if real == batch else x.index_select(0, to_device(index, x.device))
         rows = conditioning.rows(row_prompt[index])
-        output[done : done + real] = predict(inputs, times, rows, model)[:real]
+        # Compiled blocks have other code, of other bits, where nothing is differentiated: here the update's runs.
+        with torch.set_grad_enabled(family.config.compile == "blocks"):
+            predicted = predict(inputs, times, rows, model).detach()
+        output[done : done + real] = predicted[:real]
         done += real
     return output
 

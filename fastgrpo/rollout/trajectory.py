@@ -64,6 +64,9 @@ def take_rows(kept: Tensor, index: np.ndarray, on_device: Tensor) -> Tensor:
 def tensors(trajectory: Trajectory) -> dict[str, Tensor]:
     """What a checkpoint keeps of a trajectory."""
     named = {"x": trajectory.x, "v_old": trajectory.v_old, "y": trajectory.y, "log_prob": trajectory.log_prob}
+    if not len(trajectory.x):
+        # A forward process keeps no steps.
+        named = {"latents": trajectory.latents}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 

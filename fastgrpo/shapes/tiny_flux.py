@@ -21,6 +21,7 @@ class TinyFluxSizes(Section):
 
     task: Literal["text", "edit"] = "text"
     image_size: int = 32
+    image_width: int | None = None  # as high as wide where none is given
     text_length: int = 10
     latent_channels: int = 3
     vae_channels: list[int] = Field(default_factory=lambda: [16, 32, 48])
@@ -32,6 +33,11 @@ class TinyFluxSizes(Section):
     text_width: int = 64
     text_layers: int = 2
     shift: float = 3.0
+
+    @property
+    def width(self) -> int:
+        """Columns of an image."""
+        return self.image_size if self.image_width is None else self.image_width
 
     @model_validator(mode="after")
     def _check(self) -> "TinyFluxSizes":

@@ -82,7 +82,9 @@ def build_pipeline(words: tuple[str, ...], seed: int, from_image: bool = False) 
         "text_encoder_2": T5EncoderModel(glyphs),
         "transformer": transformer,
         "vae": AutoencoderKLHunyuanVideo15(
-            latent_channels=8, block_out_channels=(32, 32, 32, 32, 32), layers_per_block=1
+            latent_channels=8,
+            block_out_channels=(32, 32, 32, 32, 32),  # pyright: ignore[reportArgumentType]
+            layers_per_block=1,
         ),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
         "guider": ClassifierFreeGuidance(guidance_scale=6.0),

@@ -18,6 +18,8 @@ from transformers import (
 # The end-of-text id must not be 2: CLIPTextModel then takes a legacy branch that pools at the largest token id.
 SPECIAL_TOKENS = ("<pad>", "<s>", "<unk>", "</s>")
 PAD, START, UNKNOWN, END = range(4)
+# A word of small letters, or any other character by itself: quoted text is spelled.
+WORD_TOKEN = r"[a-z]+|[^\sa-z]"
 # A token of a template: a marker, a word, a number, a sign or a line's end.
 TEMPLATE_TOKEN = r"<\|[a-z_]+\|>|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]|\n"
 # What Qwen 3's chat template writes for one message of a user's, with an answer to come: {} is the message. Without
@@ -32,11 +34,14 @@ QWEN3_CHAT = (
 
 
 def build_tokenizer(words: tuple[str, ...], length: int, start: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token a word, padded to `length`; `start` puts a start token before the text (CLIP)."""
+    """A tokenizer of one token a word of small letters, or other character, padded to `length`.
+
+    start: whether a start token stands before the text (CLIP).
+    """
     tokenizer = Tokenizer(
         models.WordLevel({w: i for i, w in enumerate((*SPECIAL_TOKENS, *words))}, unk_token=SPECIAL_TOKENS[UNKNOWN])
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_TOKEN), behavior="removed", invert=True)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>" if start else "$A </s>", special_tokens=[("<s>", START), ("</s>", END)]
     )

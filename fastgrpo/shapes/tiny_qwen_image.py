@@ -23,8 +23,6 @@ TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 TEMPLATE_START = 34
-# Tokens of the template after the prompt: they stay.
-TEMPLATE_END = 5
 
 
 class TinyQwenImageSizes(Section):

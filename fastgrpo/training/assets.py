@@ -19,8 +19,7 @@ from fastgrpo.config import Config, RewardSpec
 from fastgrpo.config.paths import expand_user
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.models.architectures import architecture, known
-from fastgrpo.models.damage import damaged_files
-from fastgrpo.models.weight_files import WEIGHTS, check_files, check_whole
+from fastgrpo.models.weight_files import WEIGHTS, check_files, check_whole, damaged_files
 from fastgrpo.rewards.published import CONVERTED, HUB_BYTES, SERVED, inner, places
 from fastgrpo.rewards.weights import HUB_ID, PICKLED
 

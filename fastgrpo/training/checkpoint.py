@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo.distributed.shards import first_replica, local
 from fastgrpo.errors import UserError
+from fastgrpo.observe.progress import warn
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.shard_files import Part, flatten, part_of, read_shards, write_index, write_shard
 
@@ -197,8 +197,7 @@ class CheckpointStore:
         except OSError as error:
             if path not in self._stuck:
                 self._stuck.add(path)
-                reason = _reason(error)
-                print(f"warning: {path}: cannot remove this old checkpoint: {reason}", file=sys.stderr, flush=True)
+                warn(f"{path}: cannot remove this old checkpoint: {_reason(error)}")
 
     def _is_finite(self, iteration: int) -> bool:
         try:

@@ -120,18 +120,21 @@ class ForwardTraining:
                 "optimizer steps"
             )
 
-    def steps(self, batch: Batch, advantages: Advantages, kl_weight: float) -> Iterator[OptimizerStep]:
-        """The optimizer steps of one iteration, in order.
+    def steps(
+        self, batch: Batch, advantages: Advantages, kl_weight: float, epochs: Sequence[int]
+    ) -> Iterator[OptimizerStep]:
+        """The optimizer steps of one rollout in one iteration, in order.
 
         Args:
             batch: Its samples, as the rollout left them.
             advantages: Of all global samples.
             kl_weight: What the mean squared difference to the reference model's output is multiplied by.
+            epochs: Numbers of the epochs; 0 is the first in which the rollout is trained.
         """
         config, count = self.config, self.config.update.optimizer_steps
         units = self._units(advantages, kl_weight)
         scale = self.world.ranks * count / self.planned
-        for epoch in range(config.update.epochs):
+        for epoch in epochs:
             seed = [config.run.seed, noise.STREAM_FORWARD, batch.iteration, epoch]
             levels = self.source.draw(self.samples, seed)
             owners, step_of = self._owners(batch.iteration, epoch)

@@ -7,7 +7,7 @@ moments (fastgrpo/training/adamw_8bit.py) fused AdamW keeps the small tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fastgrpo.config import OldPolicyDecay, Update
+from fastgrpo.config import Config, OldPolicyDecay, Update
 from fastgrpo.distributed.shards import locals_of
 from fastgrpo.models.trainable import OldPolicy
 from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
@@ -23,6 +23,14 @@ from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
 # As torch.amp.GradScaler has them.
 FIRST_LOSS_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
+
+
+def optimizer_steps(config: Config) -> int:
+    """Returns how many optimizer steps a run takes, where every one has samples to train."""
+    update, iterations = config.update, config.train.iterations
+    # Rollouts that an iteration trains again: fewer at first.
+    again = sum(min(iteration, update.replay - 1) for iteration in range(iterations))
+    return update.optimizer_steps * (iterations * update.epochs + again)
 
 
 class LossScale:
@@ -80,12 +88,9 @@ class OptimizerState:
     def learning_rate(self, step: int) -> float:
         """At a 0-based optimizer step: linear warm-up, then constant or a half cosine to zero."""
         opt = self.config.optimizer
-        if step < opt.warmup:
-            return opt.lr * (step + 1) / opt.warmup
-        if opt.schedule == "constant":
+        if opt.schedule == "constant" and step >= opt.warmup:
             return opt.lr
-        progress = (step - opt.warmup) / max(self.total_steps - opt.warmup, 1)
-        return opt.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return cosine_rate(step, self.total_steps, opt.lr, opt.warmup)
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor]:
@@ -124,6 +129,15 @@ class OptimizerState:
             self._follow(self.old)
 
     @torch.no_grad()
+    def replace_old(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Gives the old policy other weights, this rank's shards of them. Returns those that it had."""
+        assert self.old is not None
+        _reshard(self.old.modules.values() if self.old.modules else [self.policy])
+        before = [shard.clone() for shard in locals_of(self.old.parameters)]
+        torch._foreach_copy_(locals_of(self.old.parameters), list(shards))
+        return before
+
+    @torch.no_grad()
     def _follow(self, old: OldPolicy) -> None:
         _reshard(old.modules.values() if old.modules else [self.policy])
         kept = self.old_decay.at(self.steps)
@@ -149,21 +163,12 @@ class OptimizerState:
         if self.ema is None or not use:
             yield
             return
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        """Exchanges weights and EMA, shard by shard."""
-        assert self.ema is not None
         _reshard([self.policy])
-        for weight, average in zip(locals_of(self.parameters), locals_of(self.ema), strict=True):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
+        with exchanged(locals_of(self.parameters), locals_of(self.ema)):
+            try:
+                yield
+            finally:
+                _reshard([self.policy])
 
 
 def _reshard(roots: Iterable[nn.Module]) -> None:
@@ -172,3 +177,28 @@ def _reshard(roots: Iterable[nn.Module]) -> None:
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def cosine_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Returns the learning rate at a 0-based step: linear warm-up to `peak`, then a half cosine to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
+
+
+@contextmanager
+def exchanged(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> Iterator[None]:
+    """Within it weights and averages have each other's values."""
+    _exchange(weights, averages)
+    try:
+        yield
+    finally:
+        _exchange(weights, averages)
+
+
+@torch.no_grad()
+def _exchange(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> None:
+    for weight, average in zip(weights, averages, strict=True):
+        kept = weight.clone()
+        weight.copy_(average)
+        average.copy_(kept)

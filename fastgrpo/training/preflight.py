@@ -25,10 +25,9 @@ from fastgrpo.models import ModelFamily, check_guidance, family_class
 from fastgrpo.models.architectures import architecture, known
 from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
-from fastgrpo.models.damage import damaged_files
 from fastgrpo.models.loading import read_configs, resolve_path
 from fastgrpo.models.nf4 import check_quantization
-from fastgrpo.models.weight_files import check_files
+from fastgrpo.models.weight_files import check_files, damaged_files
 from fastgrpo.rewards import load_reward
 from fastgrpo.training.adamw_8bit import check_optimizer
 from fastgrpo.training.assets import find_assets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,16 +33,18 @@ KEPT = Residency(True, True, True)
 ROLLOUT_SHARE, UPDATE_SHARE, GRADIENT_SHARE = 0.75, 0.5, 0.1
 
 
-def residency(config: Config, policy: nn.Module, world: World) -> Residency:
+def residency(config: Config, policy: nn.Module, world: World, copies: Iterable[nn.Module] = ()) -> Residency:
     """The settings rollout.gather, update.gather and update.grad_sync, with `auto` decided by bytes: the training
     state of a rank beside the gathered weights, against its device's memory (where that is unknown, all is kept)."""
-    return decide_residency(config, *kept_bytes(config, policy), world.memory)
+    return decide_residency(config, *kept_bytes(config, policy, copies), world.memory)
 
 
-def kept_bytes(config: Config, policy: nn.Module) -> tuple[int, int]:
-    """Bytes of a rank: its training state beside the gathered weights; unreduced gradients."""
+def kept_bytes(config: Config, policy: nn.Module, copies: Iterable[nn.Module] = ()) -> tuple[int, int]:
+    """Bytes of a rank: its training state, and copies of components, beside the gathered weights; unreduced
+    gradients."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    held = sum(p.numel() * p.element_size() for p in map(local, (*policy.parameters(), *policy.buffers())))
+    weights = [t for module in (policy, *copies) for t in (*module.parameters(), *module.buffers())]
+    held = sum(p.numel() * p.element_size() for p in map(local, weights))
     # AdamW's moments, and the EMA.
     moments = STATE_BYTES if config.update.optimizer.kind == "adamw_8bit" else 8
     state = sum(map(torch.Tensor.numel, map(local, trained))) * (moments + (4 if config.update.ema_decay else 0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastgrpo.config import Config, dump, validate
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.observe.progress import warn
 from fastgrpo.observe.run_log import read_metrics
 from fastgrpo.training.checkpoint import CheckpointStore
 from fastgrpo.training.run_lock import RunLock
@@ -107,7 +107,7 @@ def _claim(config: Config, prompts: Sequence[Prompt], store: CheckpointStore) ->
         if resume is False:
             _refuse_used(directory, store)
         else:
-            start = store.newest_good(_warn)
+            start = store.newest_good(warn)
         if start is not None:
             _check(store, start, config, prompts)
         elif resume is True:
@@ -152,11 +152,7 @@ def _check(store: CheckpointStore, iteration: int, config: Config, prompts: Sequ
             f"{config.run.dir} began; put them back (more may follow at the end), or start anew in another run.dir"
         )
     if more := len(prompts) - before["count"]:
-        _warn(f"prompts.train: {more} more prompts than at the checkpoint; they are drawn too from here on")
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+        warn(f"prompts.train: {more} more prompts than at the checkpoint; they are drawn too from here on")
 
 
 def compare(before: Mapping[str, Any], config: Config) -> None:

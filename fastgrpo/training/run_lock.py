@@ -9,11 +9,11 @@ import fcntl
 import json
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import IO
 
 from fastgrpo.errors import UserError
+from fastgrpo.observe.progress import warn
 
 LOCK = "lock"
 
@@ -64,10 +64,9 @@ def _taken(path: Path) -> IO[str]:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        print(
-            f"warning: run.dir: the file system of {path.parent} has no locks ({error.strerror}): nothing keeps a "
-            "second process from writing there",
-            file=sys.stderr,
+        warn(
+            f"run.dir: the file system of {path.parent} has no locks ({error.strerror}): nothing keeps a second "
+            "process from writing there"
         )
     file.truncate(0)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -37,6 +37,9 @@ def save(trainer: Trainer, store: CheckpointStore, best: int | None, identity: M
     }
     policy = trainer.config.checkpoint
     extra = {f"in_flight_{trainer.world.rank}": flying} if flying else {}
+    state["replay"], replayed = trainer.replay.state(trainer.world.ranks)
+    if replayed:
+        extra[f"replay_{trainer.world.process}"] = replayed
     store.save(
         trainer.iteration, training_tensors(trainer.optimizer), state, policy.keep, best, policy.background, extra
     )
@@ -55,6 +58,10 @@ def restore(trainer: Trainer, store: CheckpointStore, iteration: int) -> None:
     trainer.train_seconds = state["train_seconds"]
     if flying := trainer.rollouts.restore(state["rollouts"]):
         store.load(iteration, {f"in_flight_{trainer.world.rank}": flying})
+    # Checkpoints from before there was a replay have none.
+    replayed = trainer.replay.restore(state.get("replay", {"rollouts": []}), trainer.rollouts, trainer.world.ranks)
+    if replayed:
+        store.load(iteration, {f"replay_{trainer.world.process}": replayed})
     for callback in trainer.callbacks:
         if callback.name in state["callbacks"]:
             callback.restore(state["callbacks"][callback.name])

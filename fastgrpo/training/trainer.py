@@ -35,7 +35,8 @@ from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.finite import raise_if_not_finite
 from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.iteration_log import IterationLog
-from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.optimizer import OptimizerState, optimizer_steps
+from fastgrpo.training.replay import Replay
 from fastgrpo.training.residency import residency
 from fastgrpo.training.result import TrainResult, result_of
 from fastgrpo.training.setup import open_trainer
@@ -81,12 +82,12 @@ class Trainer:
         prompts = load_prompts(config.prompts.train) if prompts is None else prompts
         copies = prepare_weights(family, config, world)
         self.old = copies.old
-        steps = config.train.iterations * config.update.optimizer_steps * config.update.epochs
+        steps = optimizer_steps(config)
         self.optimizer = OptimizerState(
             family.policy, config.update, steps, loss_scaling=config.model.dtype == "float16", old=copies.old,
             old_decay=config.objective.old_decay,
         )  # fmt: skip
-        self.residency = residency(config, family.policy, world)
+        self.residency = residency(config, family.policy, world, copies.old_modules())
         reference = reference_of(family.policy, copies.frozen) if needs_reference(config) else None
         self.rollouts = Rollouts(
             family, config, world, prompts, self.rewards, self.timer, self.failures, self._acting
@@ -95,6 +96,7 @@ class Trainer:
         if config.objective.forward:
             forward = ForwardTraining(family, config, world, self.rollouts.levels, copies.old, reference)
         self.updater = Updater(family, config, world, self.optimizer, reference, self.residency, forward=forward)
+        self.replay = Replay(config.update.replay, self.optimizer)
         self.kl_weight = config.objective.kl_weight
         self.iteration, self.train_seconds = 0, 0.0
         # Why the run ends before its last iteration: a callback's reason, or signals that all ranks know of.
@@ -107,12 +109,23 @@ class Trainer:
     def from_config(cls, config: Config, load: Callable[..., ModelFamily] = load_family) -> Trainer:
         """Validates everything, then claims the run directory, loads the weights and opens the log.
 
-        Raises UserError for what the user can mend, before weights load where that is possible.
+        Args:
+            config: The resolved config; its `auto` settings that need a plan are resolved (`fastgrpo.train` does it).
+            load: What loads the family, called as `fastgrpo.load_family` is.
+
+        Returns:
+            A trainer at the iteration of the newest good checkpoint, or at iteration 0.
+
+        Raises:
+            UserError: For what the user can mend, before weights load where that is possible.
         """
         return open_trainer(cls, config, load)
 
     def run(self) -> TrainResult:
         """Trains to train.iterations, from where the trainer is.
+
+        Returns:
+            The run's directory, the metrics of its last iteration, its best checkpoint and its evaluations.
 
         Raises:
             PreemptedError: After SIGTERM or SIGUSR1, with a checkpoint.
@@ -161,17 +174,32 @@ class Trainer:
         return result_of(self.callbacks, self.log.directory, self.iteration, self.flush())
 
     def callback(self, kind: type[CallbackType]) -> CallbackType:
-        """Returns the trainer's callback of a class. Raises ValueError where it has none."""
+        """Returns the trainer's callback of a class.
+
+        Args:
+            kind: The class.
+
+        Raises:
+            ValueError: The trainer has no such callback.
+        """
         found, *_ = [c for c in self.callbacks if isinstance(c, kind)]
         return found
 
     def note(self, text: str) -> None:
-        """Says a line: into the log, and to the callbacks."""
+        """Says a line: into the log, and to the callbacks.
+
+        Args:
+            text: The line, without its end.
+        """
         self._each("on_note", text)
         self.log.event("note", self.iteration, text=text)
 
     def outside_iteration(self, name: str) -> AbstractContextManager[None]:
-        """Times a block that is not part of an iteration; logged with the next one, outside its total."""
+        """Returns a context that times a block which is not part of an iteration.
+
+        Args:
+            name: The seconds are logged as `time/<name>` with the next iteration, outside its total.
+        """
         return self.iterations.outside(name, self.iteration)
 
     def _iterate(self) -> bool:
@@ -189,7 +217,9 @@ class Trainer:
         advantages = self._advantages(scored)
         self.rollouts.observe(batch, scored)
         with self.timer.phase("update"):
-            result = self.updater.run(batch, advantages, self.kl_weight)
+            kept = self.replay.keep(batch, advantages, self.rollouts.kept(scored))
+            result = self.updater.run(batch, advantages, self.kl_weight, self.replay)
+            self.replay.push(kept)
         self._emit(batch, scored, advantages, result)
         self.train_seconds += time.perf_counter() - begin
         return True

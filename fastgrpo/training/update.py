@@ -30,6 +30,7 @@ from fastgrpo.rollout.trajectory import take_rows
 from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.micro_batches import MicroBatch, OptimizerStep, epoch_draw, micro_batches_of_step
 from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.replay import Replay
 from fastgrpo.training.residency import KEPT, Residency
 from fastgrpo_kernels import LossStatistics, clipped_loss, grpo_loss, log_prob, noise, shift_moments
 from fastgrpo_kernels.clipped_loss import FIELDS
@@ -94,20 +95,20 @@ class Updater:
     walk: Walk = iter
     forward: ForwardTraining | None = None
 
-    def run(self, batch: Batch, advantages: Advantages, kl_weight: float) -> UpdateResult:
+    def run(self, batch: Batch, advantages: Advantages, kl_weight: float, replay: Replay | None = None) -> UpdateResult:
         """Takes the optimizer steps of one iteration.
 
         Args:
             batch: Its samples, as the rollout left them.
             advantages: Of all global samples.
             kl_weight: What the KL to the reference is multiplied by.
+            replay: Earlier rollouts that are trained after it.
 
         Returns:
             Statistics on the device; nothing is read back to the host.
         """
         result = UpdateResult(self.family.device)
-        kind = self._transition_steps if self.forward is None else self.forward.steps
-        for number, step in enumerate(kind(batch, advantages, kl_weight)):
+        for number, step in enumerate(self._steps(batch, advantages, kl_weight, replay)):
             gradient = torch.full((), step.scale, dtype=torch.float32, device=self.family.device)
             before, seed = len(result.values), self.optimizer.seed(gradient)
             for micro in self.walk(step.micro_batches):
@@ -129,15 +130,29 @@ class Updater:
         self.optimizer.end_iteration(batch.iteration)
         return result
 
-    def _transition_steps(self, batch: Batch, advantages: Advantages, kl_weight: float) -> Iterator[OptimizerStep]:
-        """The optimizer steps of an iteration that trains steps of trajectories, in order."""
+    def _steps(
+        self, batch: Batch, advantages: Advantages, kl_weight: float, replay: Replay | None
+    ) -> Iterator[OptimizerStep]:
+        """All optimizer steps of an iteration, in order."""
+        steps, epochs = self.forward.steps if self.forward else self._transition_steps, self.config.update.epochs
+        yield from steps(batch, advantages, kl_weight, range(epochs))
+        if replay is not None:
+            for age, kept in enumerate(replay.earlier):
+                # An epoch that this rollout has not had yet.
+                with replay.old_of(kept):
+                    yield from steps(kept.batch, kept.advantages, kl_weight, [epochs + age])
+
+    def _transition_steps(
+        self, batch: Batch, advantages: Advantages, kl_weight: float, epochs: Sequence[int]
+    ) -> Iterator[OptimizerStep]:
+        """The optimizer steps of one rollout that train steps of trajectories, in order."""
         config, schedule, layout = self.config, batch.schedule, batch.trajectory.layout
         steps = config.update.optimizer_steps
         worth = advantages.valid & ((advantages.terms != 0).any(axis=1) | (kl_weight > 0))
         # Of the planned pairs: with the best of N, those of the samples that are kept.
         planned = trained_samples(config) * schedule.pairs_per_sample
         scale = loss_scale(config.objective, schedule) * self.world.ranks * steps / planned
-        for epoch in range(config.update.epochs):
+        for epoch in epochs:
             draw = epoch_draw(config, batch.iteration, epoch)
             for k in range(steps):
                 chosen = micro_batches_of_step(config, self.world, schedule, layout, worth, k, draw)

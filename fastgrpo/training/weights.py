@@ -32,8 +32,11 @@ class Copies:
 
     def modules(self) -> list[nn.Module]:
         """All components that are not the policy's own."""
-        old = None if self.old is None else self.old.modules
-        return [*(self.frozen or {}).values(), *(old or {}).values()]
+        return [*(self.frozen or {}).values(), *self.old_modules()]
+
+    def old_modules(self) -> list[nn.Module]:
+        """Those of the old policy."""
+        return [] if self.old is None or self.old.modules is None else list(self.old.modules.values())
 
 
 def needs_reference(config: Config) -> bool:
@@ -45,7 +48,7 @@ def needs_reference(config: Config) -> bool:
 def needs_old(config: Config) -> bool:
     """Whether a run keeps an old policy: with one optimizer step an iteration a copy would be the policy itself."""
     objective, update = forward_objective(config), config.update
-    several = update.optimizer_steps * update.epochs > 1
+    several = update.optimizer_steps * update.epochs * update.replay > 1
     return objective is not None and objective.against == "old" and (several or not config.objective.old_decay.copies)
 
 

@@ -50,11 +50,18 @@ class NoiseKey(NamedTuple):
 def noise_key(
     seed: int, sample: Sequence[int] | Tensor, step: Rows, iteration: Rows, stream: int, device: torch.device | str
 ) -> NoiseKey:
-    """Key of one noise draw for each of B samples.
+    """Returns the key of one noise draw for each of B samples.
 
-    `sample` is the [B] global sample ids (list or integer tensor); `step` and `iteration` are an int or [B] each;
-    `stream` is one of the STREAM constants. Ids and iterations count modulo 2³². Raises ValueError for a seed outside
-    [0, 2⁶³), a stream outside [0, 128) or a step outside [0, 2²⁴) (tensors on a device are not read).
+    Args:
+        seed: The run's seed, in [0, 2⁶³).
+        sample: The global ids of the samples, [B], a list or an integer tensor; they count modulo 2³².
+        step: The index of the step, an int or [B], in [0, 2²⁴).
+        iteration: The number of the iteration, an int or [B]; it counts modulo 2³².
+        stream: What the noise is for: one of the STREAM constants, in [0, 128).
+        device: Where the noise is to be drawn.
+
+    Raises:
+        ValueError: A number is out of its range; tensors on a device are not read.
     """
     check_integer("seed", seed, 0, 1 << 63)
     check_integer("stream", stream, 0, 128)
@@ -68,9 +75,17 @@ def noise_key(
 
 
 def normal(key: NoiseKey, shape_per_row: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal noise [B, *shape_per_row] of `key`, on its device, made in float32 and rounded to `dtype`.
+    """Draws standard normal noise by Philox 4x32-10 (Salmon et al., SC 2011) and Box-Muller.
 
     Row i depends on row i of the key alone: not on B, the device's block size, or any generator's state.
+
+    Args:
+        key: The key of B draws.
+        shape_per_row: The shape of one draw; it has elements.
+        dtype: The dtype that the float32 noise is rounded to.
+
+    Returns:
+        The noise, [B, *shape_per_row] on the key's device.
     """
     check_key(key)
     check_dtype("dtype", dtype)
@@ -86,7 +101,12 @@ def normal(key: NoiseKey, shape_per_row: Sequence[int], dtype: torch.dtype = tor
 
 
 def random_words(key: NoiseKey, count: int) -> Tensor:
-    """The first `count` < 2³⁴ raw 32-bit words of each row's sequence: int64 [B, count], values in [0, 2³²)."""
+    """Returns the first random words of each row's sequence: int64 [B, count], values in [0, 2³²).
+
+    Args:
+        key: The key of B draws.
+        count: The number of words a row, below 2³⁴.
+    """
     check_key(key)
     check_integer("count", count, 1, 1 << 34)
     groups = torch.arange((count + 3) // 4, dtype=torch.int64, device=key.words.device)
@@ -95,7 +115,12 @@ def random_words(key: NoiseKey, count: int) -> Tensor:
 
 
 def uniform(key: NoiseKey, count: int) -> Tensor:
-    """Uniform draws in (0, 1), float64 [B, count], one word each: for draws of steps and subsets on the host."""
+    """Returns uniform draws in (0, 1), float64 [B, count]: for draws of steps and subsets on the host.
+
+    Args:
+        key: The key of B draws.
+        count: The number of draws a row; each takes one word of `random_words`.
+    """
     return (random_words(key, count).to(torch.float64) + 0.5) * 2.0**-32
 
 

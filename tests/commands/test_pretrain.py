@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fastgrpo.commands.pretrain import autoencoder, denoiser, main
 from fastgrpo.commands.pretrain.empty_channels import with_empty_channels
-from fastgrpo.commands.pretrain.recipe import MOVING, STILL, TINY, PretrainConfig, as_prompts, cosine_lr
+from fastgrpo.commands.pretrain.recipe import MOVING, STILL, TINY, PretrainConfig, as_prompts
 from fastgrpo.config import RewardSpec
 from fastgrpo.config.sections import load_settings
 from fastgrpo.data.prompts import Prompt
@@ -21,6 +21,7 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.models import load_family
 from fastgrpo.rewards import load_reward
 from fastgrpo.shapes import moving_verifier
+from fastgrpo.training.optimizer import cosine_rate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FLUX = CONFIGS / "pretrain-shapes-flux.yaml"
@@ -275,7 +276,7 @@ def test_worlds_draw_pictures_that_their_verifiers_pass():
 
 
 def test_learning_rate_warms_up_and_decays():
-    rates = [cosine_lr(step, 100, 2.0, 10) for step in range(101)]
+    rates = [cosine_rate(step, 100, 2.0, 10) for step in range(101)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == 2.0
     assert rates[55] == pytest.approx(1 + math.cos(math.pi / 2))

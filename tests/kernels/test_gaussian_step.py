@@ -143,7 +143,7 @@ def refusals():
     ]
 
 
-@pytest.mark.parametrize("index", range(len(refusals())))
+@pytest.mark.parametrize("index", range(len(refusals())), ids=[message for *_, message in refusals()])
 def test_refuses(index):
     error, call, message = refusals()[index]
     with pytest.raises(error, match=message):

@@ -9,7 +9,7 @@ from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import load_family
-from fastgrpo.models.placement import OffloadedModule
+from fastgrpo.models.placement import Memory, OffloadedModule
 from fastgrpo.planning.dry_run import dry_run
 from fastgrpo.rollout.decode import decode
 
@@ -25,15 +25,15 @@ def test_an_offloaded_module():
     module[1].weight = module[0].weight
     before = list(module.parameters())
     offloaded = OffloadedModule(module, META)
-    with offloaded.on_device():
+    with offloaded.on_device(Memory()):
         assert devices(module) == {"meta"}
         assert module[1].weight is module[0].weight
-        with offloaded.on_device():
+        with offloaded.on_device(Memory()):
             pass
         assert devices(module) == {"meta"}
     assert all(a is b for a, b in zip(before, module.parameters(), strict=True))
     assert devices(module) == {"cpu"}
-    with pytest.raises(RuntimeError, match="spoiled"), offloaded.on_device():
+    with pytest.raises(RuntimeError, match="spoiled"), offloaded.on_device(Memory()):
         raise RuntimeError("spoiled")
     assert devices(module) == {"cpu"}
 

@@ -114,3 +114,12 @@ def test_a_listed_safety_checker_without_folder_is_not_missed(whole, tmp_path):
     folder = shutil.copytree(whole / "one", tmp_path / "copy")
     relist(folder, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     assert load_family(image_config(folder, "sd_v").model, CPU).pipeline.safety_checker is None
+
+
+@pytest.mark.parametrize("length", [10**20, None, 0, "77", 9999])
+def test_a_clip_tokenizer_cuts_texts_to_its_encoders_positions(whole, tmp_path, length):
+    copy = shutil.copytree(whole / "one", tmp_path / "copy")
+    file = copy / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": length}))
+    with pytest.raises(ConfigError, match=r"the tokenizer of '.*' has model_max_length .*, but its text encoder takes"):
+        load_family(image_config(copy, "sd_v").model, CPU)

@@ -301,6 +301,12 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch)
     assert lines[-1] == "stopped"
 
 
+def test_progress_of_a_pretraining_stage_shows_what_it_is_given(capsys):
+    with Progress(total=1, unit="denoiser step") as progress:
+        progress.update(1, {"loss": 0.25, "lr": 1e-4})
+    assert capsys.readouterr().err.startswith("denoiser step 1/1 · loss 0.25 · lr 0.0001 · ")
+
+
 def test_progress_can_be_silent(capsys):
     with Progress(total=1, enabled=False) as progress:
         progress.update(1, {"reward/mean": 0.5})

@@ -76,7 +76,7 @@ def test_ocr_reads_real_pictures():
     ]
     scores = load_reward(RewardSpec(name="ocr")).score(images, prompts, None)
     assert scores.valid.tolist() == [True, True, False, True]
-    assert scores.values[0] == scores.components["exact"][0] == 1
+    assert scores.values[0] == scores.components["strict"][0] == 1
     assert 0.6 < scores.values[1] < 1
     assert scores.values[3] == 0
 

@@ -1,5 +1,7 @@
 """Rollouts: equal to the pipeline; independent of batch, rank and prefix sharing; what they keep is what was used."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from fastgrpo.algorithms.layout import lay_out, rank_samples
 from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.rollout.decode import decode
-from fastgrpo.rollout.sampler import rollout
+from fastgrpo.rollout.sampler import predict_rows, rollout
 from fastgrpo_kernels import gaussian_step, noise
 
 WINDOW = {"kind": "window", "size": 2, "start": 1}
@@ -111,3 +113,23 @@ def test_every_sample_has_one_rank_and_one_optimizer_step(total, steps, world):
     alone = rank_samples(total, steps, 1, 0)
     for k in range(steps):
         assert sorted(np.concatenate([s[k] for s in shares])) == list(alone[k])
+
+
+@pytest.mark.parametrize("compile", ["none", "blocks"])
+def test_compiled_blocks_run_the_code_of_the_update(compile):
+    """torch.compile has other code, of other bits, for what is not differentiated."""
+    seen = []
+
+    def predict(x, time, rows, model):
+        seen.append(torch.is_grad_enabled())
+        return model(x)
+
+    family = SimpleNamespace(
+        config=SimpleNamespace(compile=compile), dtype=torch.float32, modules={"transformer": torch.nn.Linear(3, 3)}
+    )
+    prompts, x = SimpleNamespace(rows=lambda index: index), torch.randn(5, 3)
+    with torch.no_grad():
+        v = predict_rows(family, x, 0.5, "transformer", prompts, np.arange(5), 2, predict)
+    assert seen == [compile == "blocks"] * 3
+    assert not v.requires_grad
+    torch.testing.assert_close(v, family.modules["transformer"](x).detach())

@@ -30,7 +30,7 @@ def test_compiled_blocks_train_as_they_do_uncompiled(tiny_flux, tmp_path, name):
         assert b["reward/mean"] == pytest.approx(a["reward/mean"], abs=tolerance)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=10 * tolerance)
         assert a["ratio/first_max_deviation"] == 0
-        assert b["ratio/first_max_deviation"] < tolerance
+        assert b["ratio/first_max_deviation"] == 0
     moved = sum(float((plain[n] - start[n]).square().sum()) for n in plain) ** 0.5
     apart = sum(float((plain[n] - compiled[n]).square().sum()) for n in plain) ** 0.5
     # Adam divides by √v: where a gradient is nearly 0, its rounding decides the sign of a step.

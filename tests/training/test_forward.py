@@ -147,7 +147,7 @@ def test_each_epoch_has_other_noise_and_levels(tiny_flux, tmp_path):
     values = np.ones(8)
     taken = Advantages(values, values[:, None], np.ones(8, bool), np.zeros(2, bool))
     drawn = []
-    for step in forward.steps(batch, taken, 0.0):
+    for step in forward.steps(batch, taken, 0.0, range(2)):
         inputs = step.loss.args[1]  # pyright: ignore[reportFunctionMemberAccess]
         drawn.append((inputs.key.words.tolist(), inputs.table[:, 0].tolist()))
         # Micro-batches of one shape, each row once.

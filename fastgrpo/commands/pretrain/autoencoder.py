@@ -11,10 +11,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from fastgrpo.commands.pretrain.recipe import PretrainConfig, Progress, cosine_lr
+from fastgrpo.commands.pretrain.recipe import PretrainConfig
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.loading import resolve_path
+from fastgrpo.observe.progress import Progress
 from fastgrpo.rewards import load_reward
+from fastgrpo.training.optimizer import cosine_rate
 
 # Pictures encoded or decoded at once.
 CHUNK = 256
@@ -29,9 +31,9 @@ def train(vae: Any, config: PretrainConfig) -> None:
     rng, generator = np.random.default_rng((config.seed, 0)), torch.Generator().manual_seed(config.seed)
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    progress = Progress("autoencoder", stage.steps)
+    progress = Progress(stage.steps, unit="autoencoder step")
     for step in range(stage.steps):
-        optimizer.param_groups[0]["lr"] = cosine_lr(step, stage.steps, stage.lr, stage.warmup)
+        optimizer.param_groups[0]["lr"] = cosine_rate(step, stage.steps, stage.lr, stage.warmup)
         pixels = as_input(vae, world.render(world.draw(world.prompts[0], stage.batch, rng), rng, sizes))
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
             posterior = vae.encode(pixels).latent_dist
@@ -43,7 +45,8 @@ def train(vae: Any, config: PretrainConfig) -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        progress(step + 1, error=error.detach(), kl=kl.detach())
+        progress.update(step + 1, {"error": error.detach(), "kl": kl.detach()})
+    progress.close()
     pixels = world.render(world.draw(world.prompts[0], 16 * CHUNK // getattr(sizes, "frames", 1), rng), rng, sizes)
     normalise(vae, raw_latents(vae, pixels, generator))
 

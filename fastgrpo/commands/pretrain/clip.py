@@ -15,10 +15,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel
 
-from fastgrpo.commands.pretrain.recipe import Progress, cosine_lr
 from fastgrpo.config.sections import Section, dump_settings, validate_settings
+from fastgrpo.observe.progress import Progress
 from fastgrpo.shapes import render, world
 from fastgrpo.shapes.tiny_clip import TinyClipSizes, build_clip, save, tokens
+from fastgrpo.training.optimizer import cosine_rate
 
 
 class ClipConfig(Section):
@@ -98,10 +99,10 @@ def train(model: CLIPModel, config: ClipConfig) -> None:
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
-    progress = Progress("clip", config.steps)
+    progress = Progress(config.steps, unit="clip step")
     for step in range(config.steps):
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, config.steps, config.lr, config.warmup)
+            group["lr"] = cosine_rate(step, config.steps, config.lr, config.warmup)
         batch = draw_pairs(prompts, misses, config.pairs, rng)
         pixels = render.render_batch(batch, rng, config.sizes.image_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
@@ -113,7 +114,8 @@ def train(model: CLIPModel, config: ClipConfig) -> None:
         optimizer.zero_grad()
         with torch.no_grad():
             model.logit_scale.clamp_(max=np.log(100))
-        progress(step + 1, loss=loss.detach())
+        progress.update(step + 1, {"loss": loss.detach()})
+    progress.close()
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrpo.commands.pretrain.empty_channels import with_empty_channels
-from fastgrpo.commands.pretrain.recipe import PretrainConfig, Progress, as_prompts, cosine_lr
+from fastgrpo.commands.pretrain.recipe import PretrainConfig, as_prompts
 from fastgrpo.data.prompts import Prompt, world_prompts
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
@@ -27,9 +26,11 @@ from fastgrpo.evaluation.heldout import Evaluation, evaluate
 from fastgrpo.models import ModelFamily, family_class, load_family
 from fastgrpo.models.loading import resolve_path
 from fastgrpo.observe.media import beside_sources, write_frames, write_grid
+from fastgrpo.observe.progress import Progress
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.shapes.world import eval_set
+from fastgrpo.training.optimizer import cosine_rate, exchanged
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -49,7 +50,7 @@ def latent_pool(family: ModelFamily, config: PretrainConfig) -> tuple[dict[str, 
     world, sizes = config.world, config.checked_sizes
     rng, generator = np.random.default_rng((config.seed, 1)), torch.Generator().manual_seed(config.seed)
     drawn = world.draw(world.prompts[0], config.denoiser.pool, rng, config.denoiser.shares)
-    progress = Progress("encoding", len(drawn))
+    progress = Progress(len(drawn), unit="encoded sample")
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(drawn), CHUNK):
         first, pixels = world.render_pairs(drawn[start : start + CHUNK], rng, sizes)
@@ -59,7 +60,8 @@ def latent_pool(family: ModelFamily, config: PretrainConfig) -> tuple[dict[str, 
                 assert first is not None
                 encoded[family.image_encoding] = family.encode_images(first.split(CHUNK // 4)[place], generator)
             parts.append(encoded)
-        progress(start + len(pixels))
+        progress.update(start + len(pixels), {})
+    progress.close()
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, as_prompts(drawn)
 
 
@@ -124,9 +126,9 @@ def train(pipeline: Any, config: PretrainConfig) -> None:
         parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=stage.weight_decay, fused=True
     )
     dropping = np.random.default_rng((config.seed, 3))
-    progress, average_loss = Progress("denoiser", stage.steps), torch.zeros(())
+    progress, average_loss = Progress(stage.steps, unit="denoiser step"), torch.zeros(())
     for step, rows in zip(range(1, stage.steps + 1), batches(stage.pool, stage.batch, generator), strict=False):
-        optimizer.param_groups[0]["lr"] = lr = cosine_lr(step - 1, stage.steps, stage.lr, stage.warmup)
+        optimizer.param_groups[0]["lr"] = lr = cosine_rate(step - 1, stage.steps, stage.lr, stage.warmup)
         # Texts of one length side by side: where padding is not attended to, they are computed together.
         rows = torch.tensor(sorted(rows.tolist(), key=lambda i: len(prompts[i].text.split())))
         drop = dropping.random(len(rows)) < stage.drop
@@ -146,23 +148,14 @@ def train(pipeline: Any, config: PretrainConfig) -> None:
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - min(stage.ema_decay, step / (step + 10)))
         average_loss.lerp_(loss.detach(), max(0.01, 1 / step))
-        progress(step, loss=average_loss, lr=lr)
+        progress.update(step, {"loss": average_loss, "lr": lr})
         if step % config.eval.every == 0 and step < stage.steps:
-            with averaged(parameters, averages):
+            with exchanged(parameters, averages):
                 checkpoint(pipeline, config, step, config.eval.images)
+    progress.close()
     with torch.no_grad():
         torch._foreach_copy_(parameters, averages)
     checkpoint(pipeline, config, stage.steps, config.eval.final_images)
-
-
-@contextmanager
-def averaged(parameters: list[Tensor], averages: list[Tensor]) -> Iterator[None]:
-    """The averages in place of the parameters, which come back."""
-    kept = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, averages)
-        yield
-        torch._foreach_copy_(parameters, kept)
 
 
 def measure(path: Path, config: PretrainConfig, n: int) -> Evaluation:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -19,7 +17,16 @@ from fastgrpo.config.sections import Section, validate_settings
 from fastgrpo.data.prompts import Prompt, world_prompts
 from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.models import family_class
-from fastgrpo.shapes import editing_render, editing_world, moving_render, moving_world, render, world
+from fastgrpo.shapes import (
+    editing_render,
+    editing_world,
+    moving_render,
+    moving_world,
+    render,
+    word_render,
+    word_world,
+    world,
+)
 
 
 class AutoencoderConfig(Section):
@@ -41,6 +48,7 @@ class DenoiserConfig(Section):
     """The second stage: denoiser and text encoders jointly, on a pool of encoded renders."""
 
     # A pipeline directory that both start from; what it has no rows for, such as new words, keeps its random start.
+    captions: str | None = None  # shapes, moving, editing or words; None: the world that the family draws
     init: str | None = None
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
@@ -70,11 +78,15 @@ class EvalConfig(Section):
 
 @dataclass(frozen=True)
 class CaptionedWorld:
-    """Captions with pictures that show them: still shapes, moving ones, or edits; of categories `only`, if any."""
+    """Captions with pictures that show them: still shapes, moving ones, edits or words; of categories `only`, if any.
+
+    reward, options: what reads the pictures; its component `strict` is the share of right ones.
+    """
 
     name: str
     module: Any
     reward: str
+    options: Mapping[str, Any] = field(default_factory=dict)
     only: tuple[str, ...] = ()
 
     @property
@@ -108,6 +120,8 @@ class CaptionedWorld:
         if self.module is editing_world:
             source, result = editing_render.render_batch(prompts, rng, sizes.image_size)
             return _pixels(source), _pixels(result)
+        if self.module is word_world:
+            return None, _pixels(word_render.render_batch(prompts, rng, sizes.image_size, sizes.width))
         if self.module is world:
             return None, _pixels(render.render_batch(prompts, rng, sizes.image_size))
         videos = _pixels(moving_render.render_batch(prompts, rng, sizes.image_size, sizes.frames))
@@ -142,6 +156,8 @@ def _pixels(drawn: np.ndarray) -> Tensor:
 STILL = CaptionedWorld("shapes", world, "shapes")
 MOVING = CaptionedWorld("moving", moving_world, "moving_shapes")
 EDITING = CaptionedWorld("editing", editing_world, "editing")
+WORDS = CaptionedWorld("words", word_world, "ocr", {"detect": False, "match": "equal"})
+WORLDS = {known.name: known for known in (STILL, MOVING, EDITING, WORDS)}
 
 
 @dataclass(frozen=True)
@@ -164,7 +180,7 @@ class Tiny:
     def build(self, config: PretrainConfig) -> Any:
         """The untrained pipeline, float32."""
         builder = importlib.import_module(self.module).build_pipeline
-        return builder(self.world.vocabulary, self.sizes_of(config.sizes), config.seed)
+        return builder(config.world.vocabulary, self.sizes_of(config.sizes), config.seed)
 
 
 TINY = {
@@ -186,6 +202,7 @@ class PretrainConfig(Section):
     seed: int
     threads: int = Field(ge=1)
     out: str
+    captions: str | None = None  # shapes, moving, editing or words; None: the world that the family draws
     init: str | None = None  # a pipeline directory of an earlier run, whose autoencoder is taken as it is
     sizes: dict[str, Any] = Field(default_factory=dict)
     empty_channels: int = Field(default=0, ge=0)  # more latent channels of what is written, see empty_channels.py
@@ -199,7 +216,12 @@ class PretrainConfig(Section):
         if self.family not in TINY:
             known = ", ".join([*TINY, "clip"])
             raise ConfigError(f"family: unknown family '{self.family}'; {nearest(self.family, TINY)}(one of: {known})")
-        known = TINY[self.family].world.categories
+        if self.captions is not None and self.captions not in WORLDS:
+            known = ", ".join(WORLDS)
+            raise ConfigError(
+                f"captions: unknown world '{self.captions}'; {nearest(self.captions, WORLDS)}(one of: {known})"
+            )
+        known = self._whole_world.categories
         for key, names, valid in (
             ("categories", self.categories, known),
             ("denoiser.shares", self.denoiser.shares, self.world.categories),
@@ -220,7 +242,11 @@ class PretrainConfig(Section):
 
     @property
     def world(self) -> CaptionedWorld:
-        return replace(TINY[self.family].world, only=tuple(self.categories))
+        return replace(self._whole_world, only=tuple(self.categories))
+
+    @property
+    def _whole_world(self) -> CaptionedWorld:
+        return TINY[self.family].world if self.captions is None else WORLDS[self.captions]
 
     @property
     def checked_sizes(self) -> Any:
@@ -240,13 +266,13 @@ class PretrainConfig(Section):
                     "family": self.family,
                     "path": path,
                     "height": sizes.image_size,
-                    "width": sizes.image_size,
+                    "width": getattr(sizes, "width", sizes.image_size),
                     "frames": getattr(sizes, "frames", 1),
                     "max_sequence_length": sizes.text_length,
                     "guidance": float(guidance),
                 },
                 "prompts": {"train": self.world.source("train"), "heldout": self.world.source("heldout")},
-                "rewards": [{"name": self.world.reward}],
+                "rewards": [{"name": self.world.reward, "options": dict(self.world.options)}],
                 "rollout": {
                     "steps": self.eval.steps,
                     "sampler": "ddim" if family_class(self.family).paradigm == "diffusion" else "dance_sde",
@@ -261,26 +287,3 @@ class PretrainConfig(Section):
 def as_prompts(drawn: Sequence[Any]) -> list[Prompt]:
     """Captions of a world as the trainer's prompts, without images."""
     return [Prompt(p.text, metadata={"category": p.category}) for p in drawn]
-
-
-def cosine_lr(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up to `peak`, then a cosine to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-class Progress:
-    """Prints a line at most every 30 seconds."""
-
-    def __init__(self, stage: str, steps: int) -> None:
-        self.stage, self.steps = stage, steps
-        self.start = self.last = time.perf_counter()
-
-    def __call__(self, step: int, **values: Tensor | float) -> None:
-        now = time.perf_counter()
-        if now - self.last < 30 and step < self.steps:
-            return
-        self.last = now
-        text = "  ".join(f"{k} {float(v):.4g}" for k, v in values.items())
-        print(f"{self.stage} {step}/{self.steps}  {now - self.start:.0f} s  {text}", flush=True)

@@ -52,7 +52,7 @@ def images(runs: list[RunData]) -> str:
         caption = html.escape(prompts[place])
         pictures = "".join(
             f'<div><img alt="{html.escape(c.label)}: {caption}" src="{tiles[i][place]}" loading="lazy">'
-            f"<p>{html.escape(c.label)} {_mark(c, place)}</p></div>"
+            f"<p>{html.escape(c.label)} {_mark(c, place)}</p>{_seen(c, place)}</div>"
             for i, c in enumerate(columns)
         )
         cards.append(f'<figure><figcaption>{caption}</figcaption><div class="pair">{pictures}</div></figure>')
@@ -99,11 +99,20 @@ def _mark(column: Column, place: int) -> str:
     return " ".join(parts)
 
 
+def _seen(column: Column, place: int) -> str:
+    """What each reward that says so sees in a picture."""
+    seen = column.evaluation.get("seen", {})
+    said = [f"{html.escape(name)}: {html.escape(texts[place])}" for name, texts in seen.items() if place < len(texts)]
+    return f"<p>{'<br>'.join(said)}</p>" if said else ""
+
+
 def _count(columns: Sequence[Column], count: int) -> str:
     """How many became right, and how many wrong."""
     strict = next((name for name in columns[0].values if name.endswith(STRICT)), None)
+    if strict is None:
+        return ""
     said = []
-    for column in columns[1:] if strict is not None else ():
+    for column in columns[1:]:
         pairs = list(zip(columns[0].values[strict][:count], column.values.get(strict, ())[:count], strict=False))
         known = [(old, new) for old, new in pairs if old is not None and new is not None]
         gained, lost = sum(new > old for old, new in known), sum(new < old for old, new in known)

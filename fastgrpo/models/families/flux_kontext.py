@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,10 @@ class FluxKontext(Flux):
         ids = self.position_ids[1].clone()
         ids[:, 0] = 1
         return ids
+
+    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        # Its pipeline gives its levels to a scheduler that has its own too, where FLUX's does not.
+        return super().timestep_arguments(scheduler, steps) | {"sigmas": np.linspace(1.0, 1 / steps, steps)}
 
     def pipeline_arguments(self, steps: int) -> dict[str, Any]:
         # The pipeline itself would choose sizes near a megapixel for the source and for the result.

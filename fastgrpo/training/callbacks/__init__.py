@@ -53,10 +53,21 @@ class Callback:
         """Called after each iteration; `trainer.iteration` is the number of iterations done."""
 
     def on_metrics(self, trainer: Trainer, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Called when all metrics of an iteration are known, which is while the next one runs."""
+        """Called when all metrics of an iteration are known, which is while the next one runs.
+
+        Args:
+            trainer: The trainer; its `iteration` is the next one already.
+            iteration: The number of the iteration.
+            metrics: Its metrics, as metrics.jsonl has them.
+        """
 
     def on_note(self, trainer: Trainer, text: str) -> None:
-        """Called with a line that the run has to say."""
+        """Called with a line that the run has to say.
+
+        Args:
+            trainer: The trainer.
+            text: The line, without its end.
+        """
 
     def on_end(self, trainer: Trainer) -> None:
         """Called once, after the last iteration, also where the run was paused or asked to stop."""
@@ -69,4 +80,8 @@ class Callback:
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes in what `state` returned when the checkpoint was written."""
+        """Takes in what `state` returned when the checkpoint was written.
+
+        Args:
+            state: Plain data, as JSON gives it back.
+        """

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.evaluation.heldout import evaluate, record
+from fastgrpo.rewards.scoring import describe_samples
 from fastgrpo.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -52,9 +54,9 @@ class EvaluationCallback(Callback):
         self.history.append({"iteration": iteration, "score": score, "rewards": summary["rewards"]})
         trainer.log.event("heldout", iteration, score=score, rewards=summary["rewards"])
         if trainer.log.directory is not None:
-            sheet = record(
-                result, trainer.log.directory, iteration, config.eval.grid, config.model.fps, config.eval.mp4
-            )
+            describe = partial(describe_samples, trainer.rewards, trainer.failures)
+            eval_, fps = config.eval, config.model.fps
+            sheet = record(result, trainer.log.directory, iteration, eval_.grid, fps, eval_.mp4, describe)
             trainer.log.images(iteration, "heldout", sheet, [p.text for p in result.prompts[: config.eval.grid]])
         strict = "" if summary["strict_pass"] is None else f", strict pass {summary['strict_pass']:.1%}"
         if trainer.world.main:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgrpo.observe.progress import warn
 from fastgrpo.observe.watch import Watch
 from fastgrpo.training.callbacks import Callback
 
@@ -35,5 +35,5 @@ class StallCallback(Callback):
 
     def _say(self, trainer: Trainer, text: str) -> None:
         """From the watching thread. Not a note: any rank may have to say it, and whether or not progress is shown."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        warn(text)
         trainer.log.event("stall", trainer.iteration, text=text)

@@ -224,7 +224,7 @@ class _GrpoLoss(torch.autograd.Function):
         # What is differentiated stands alone: autograd's time is that of its arguments.
         if not launches(shift.v):
             shift = with_noise(shift)
-        loss, statistics, factors = _forward(*rows, shift)
+        loss, statistics, factors = _forward(*rows, shift=shift)
         save_arguments(ctx, (factors, *shift))
         # None, not zeros, for the statistics.
         ctx.set_materialize_grads(False)

@@ -71,7 +71,7 @@ class LossStatistics(NamedTuple):
 
     @staticmethod
     def total(values: Sequence[Tensor]) -> "LossStatistics":
-        """The statistics of several calls as one, in float64: sums of sums, and the largest deviation.
+        """Returns the statistics of several calls as one, in float64: sums of sums, and the largest deviation.
 
         Args:
             values: `values` of each, [7]; not empty.

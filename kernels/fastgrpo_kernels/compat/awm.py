@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def policy_loss(
     """
     if weighting not in get_args(Weighting):
         raise ValueError(f"weighting: unknown {weighting!r}; one of: {', '.join(get_args(Weighting))}")
-    clip = {"clip_low": clip_range, "clip_high": clip_range}
+    clip: Any = {"clip_low": clip_range, "clip_high": clip_range}
     with _matching.names(v="model_output", v_old="old_output", clip_low="clip_range", clip_high="clip_range"):
         time = _matching.times(t, model_output)
         weight = 1.0 if weighting == "Uniform" else time * time if weighting == "t**2" else time

@@ -42,6 +42,7 @@ class GRPOLoss(nn.Module):
         advantage_clip: Advantages are clipped to ±advantage_clip; None leaves them. Also `adv_clip_max`.
         ratio: "gaussian", "unit" (Flow-CPS) or "ratio_norm" (GRPO-Guard).
         reduction: "mean" over samples, or "none": the loss of each sample [B].
+        aliases: Settings by the names of other trainers, as given above.
 
     Raises:
         ValueError: A value is out of range. The message has the name that was given.
@@ -104,7 +105,7 @@ class GRPOLoss(nn.Module):
             settings[name], self.names[name] = value, alias
 
     def extra_repr(self) -> str:
-        """The settings, by their own names."""
+        """Returns the settings, by their own names."""
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
     def forward(

@@ -85,21 +85,33 @@ def gaussian_step(
     return_all: bool = False,
     clean: Sequence[Coefficient] | None = None,
 ) -> Tensor | GaussianStep:
-    """Next latents y = a·x + b·v + s·ε, computed in float32, [B, ...] contiguous in `out_dtype` (default: x's).
+    """Takes one step of a sampler: y = a·x + b·v + s·ε, computed in float32.
 
-    `x` and `v` are [B, ...] of 2 to 5 dimensions in float32, bfloat16 or float16 (each its own), any strides;
-    `a`, `b`, `s` are floats or [B] float64/float32 (see `transitions`); `noise` is a `NoiseKey` of B rows, a tensor
-    of x's shape, or None for a step without noise (s = 0). With `v_uncond` and `guidance_scale` (float or [B]), `v` is
-    the conditional output and v_uncond + guidance_scale·(v - v_uncond), rounded to their dtype, takes its place. On a
-    GPU pass coefficients as floats or float32 to keep the call at one launch.
+    Differentiable once in x, v and v_uncond, straight through the rounding of the guided v; with `return_all`, which
+    is for rollouts, not differentiable. On a GPU, coefficients as floats or float32 keep the call at one launch.
 
-    `return_all` gives a `GaussianStep` from the same pass and launch: y, its log-probability (where there is noise),
-    the guided v (where there is guidance), and, if `clean` has the coefficients (transitions.clean_coefficients), the
-    predicted clean sample. It is for rollouts: not differentiable.
+    Args:
+        x: Latents before the step, [B, ...] of 2 to 5 dimensions: float32, bfloat16 or float16, any strides.
+        v: The model output, of x's shape, in a dtype of its own; with guidance the output for the prompt.
+        a: The coefficient of x, a float or [B] float64 or float32; `transitions` gives it for each sampler.
+        b: The coefficient of v, like a.
+        s: The standard deviation of the noise, like a.
+        noise: A `NoiseKey` of B rows, ε itself in x's shape, or None for a step without noise (s = 0).
+        out_dtype: The dtype of y; None: x's.
+        v_uncond: The output for the negative prompt. v_uncond + guidance_scale·(v - v_uncond), rounded to v's dtype,
+            takes the place of v.
+        guidance_scale: A float or [B]; given if and only if v_uncond is.
+        return_all: Returns a `GaussianStep`, from the same pass and launch.
+        clean: Coefficients of the predicted clean sample (`transitions.clean_coefficients`); with return_all only.
 
-    Otherwise differentiable once in x, v and v_uncond, straight through the rounding of guided v. Raises ValueError or
-    TypeError for mismatched shapes, dtypes or devices, for coefficients that are not finite (checked where reading
-    them costs no device-to-host copy), for s != 0 without noise, and for a double backward.
+    Returns:
+        The next latents y, [B, ...] contiguous in out_dtype. With return_all a `GaussianStep`: y, its log-probability
+        (where there is noise), the guided v (where there is guidance), and the clean sample (where `clean` is given).
+
+    Raises:
+        ValueError: Shapes, devices or values do not fit: coefficients that are not finite (checked where reading them
+            costs no device-to-host copy), s != 0 without noise, a double backward.
+        TypeError: A dtype or a type does not fit.
     """
     check_latents("x", x)
     check_latents("v", v, like=x)

@@ -24,18 +24,28 @@ def log_prob(
     *,
     a_less_one: Coefficient | None = None,
 ) -> Tensor:
-    """log N(y; a·x + b·v, s²) as the mean over each sample's elements, float32 [B].
+    """Computes log N(y; a·x + b·v, s²): mean(-(y - a·x - b·v)²/(2s²)) - log s - ½·log 2π.
 
-    mean(-(y - a·x - b·v)²/(2s²)) - log s - ½·log 2π; trainers that sum over elements have D times it. `x` (before the
-    step), `v` (the model output) and `y` (after the step, as stored) are [B, ...] of 2 to 5 dimensions in float32,
-    bfloat16 or float16 (each its own), any strides; `a`, `b` and `s` > 0 are floats or [B] float64/float32 (see
-    `transitions`). Everything is computed in float32, but for a - 1, in a's own precision.
+    Trainers that sum over elements have D times it. Everything is computed in float32, but for a - 1, in a's own
+    precision. Differentiable once, in `v` alone: b·(y - a·x - b·v)/(s²·D), in v's dtype. For the ratio of two policies
+    use `shift_moments`: a difference of two float32 log-probabilities is off by up to 1.3e-7, `P - Q/2` by 1e-12.
 
-    Differentiable once, in `v` alone: b·(y - a·x - b·v)/(s²·D), in v's dtype. For the ratio of two policies use
-    `shift_moments`: a difference of two float32 log-probabilities is off by up to 1.3e-7, `P - Q/2` by 1e-12.
-    Raises ValueError or TypeError for mismatched shapes, dtypes or devices, s <= 0 or coefficients that are not
-    finite (checked where reading them costs no device-to-host copy), a gradient asked of anything but `v`, and a
-    double backward.
+    Args:
+        x: Latents before the step, [B, ...] of 2 to 5 dimensions: float32, bfloat16 or float16, any strides.
+        v: The model output, of x's shape, in a dtype of its own.
+        y: Latents after the step, as they were stored, of x's shape, in a dtype of their own.
+        a: The coefficient of x, a float or [B] float64 or float32 (see `transitions`); None where a_less_one is given.
+        b: The coefficient of v, like a.
+        s: The step's standard deviation, > 0, like a.
+        a_less_one: a - 1, where it is known more exactly than a.
+
+    Returns:
+        The mean over each sample's elements, float32 [B].
+
+    Raises:
+        ValueError: Shapes, devices or values do not fit: s <= 0, coefficients that are not finite (checked where
+            reading them costs no device-to-host copy), a gradient asked of anything but `v`, a double backward.
+        TypeError: A dtype or a type does not fit.
     """
     check_latents("x", x)
     check_latents("v", v, like=x)

@@ -23,18 +23,29 @@ def on_policy_gradient(
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """∂L/∂v = -advantage_weight·b·ε/(s·D) of a strictly on-policy update, [B, ...] contiguous in `dtype`.
+    """Computes ∂L/∂v = -advantage_weight·b·ε/(s·D) of a strictly on-policy update, without v.
 
     L = -Σ advantage_weight·exp(log-ratio) at ratio 1, where neither clip nor KL has a gradient (arXiv 2402.03300,
-    eq. 3, with π = π_old); `advantage_weight` float32/float64 [B] is each pair's advantage times its weight in the
-    loss (1/number of pairs for a mean). Times 2s² it is the gradient of the unit ratio, times s that of RatioNorm,
-    times D that of trainers that sum the log-probability over elements. `b` and `s` > 0 are floats or [B]
-    float64/float32; `noise` is the NoiseKey of the step that was taken, or its ε [B, ...]; `shape` is v's, of 2 to 5
-    dimensions, and `dtype` v's: float32, bfloat16 or float16 (small gradients of large latents underflow in float16).
+    eq. 3, with π = π_old). Times 2s² it is the gradient of the unit ratio, times s that of RatioNorm, times D that of
+    trainers that sum the log-probability over elements. Reads nothing of a latent's size but an explicit ε. Not
+    differentiable.
 
-    Reads nothing of a latent's size but an explicit ε; v, v_old and the latents are not needed. Not differentiable.
-    Raises ValueError or TypeError for mismatched shapes, dtypes or devices, s <= 0, values that are not finite
-    (checked where reading them costs no device-to-host copy), and an input that requires a gradient.
+    Args:
+        advantage_weight: Each sample's advantage times its weight in the loss (1/number of pairs for a mean), [B]
+            float32 or float64.
+        b: The step's coefficient of the model output, a float or [B] float64 or float32.
+        s: The step's standard deviation, > 0, like b.
+        noise: The `NoiseKey` of the step that was taken, or its ε [B, ...].
+        shape: The shape of v, of 2 to 5 dimensions.
+        dtype: The dtype of v: float32, bfloat16 or float16 (small gradients of large latents underflow in float16).
+
+    Returns:
+        The gradient, [B, ...] contiguous in `dtype`.
+
+    Raises:
+        ValueError: Shapes, devices or values do not fit: s <= 0, or values that are not finite (checked where reading
+            them costs no device-to-host copy); or an input requires a gradient.
+        TypeError: A dtype or a type does not fit.
     """
     shape = _check_shape(shape, noise)
     check_dtype("dtype", dtype)
@@ -54,10 +65,20 @@ def on_policy_gradient(
 def on_policy_backward(
     v: Tensor, advantage_weight: Tensor, b: Coefficient, s: Coefficient, noise: Noise, *, retain_graph: bool = False
 ) -> None:
-    """Back-propagates a strictly on-policy update through the model that made `v` [B, ...], without forming a loss.
+    """Back-propagates a strictly on-policy update through the model that made `v`, without forming a loss.
 
-    The same as v.backward(on_policy_gradient(advantage_weight, b, s, noise, v.shape, v.dtype)). Raises ValueError if
-    `v` has no graph to propagate through.
+    The same as v.backward(on_policy_gradient(advantage_weight, b, s, noise, v.shape, v.dtype)).
+
+    Args:
+        v: The model output [B, ...], with its graph.
+        advantage_weight: As of `on_policy_gradient`.
+        b: As of `on_policy_gradient`.
+        s: As of `on_policy_gradient`.
+        noise: As of `on_policy_gradient`.
+        retain_graph: Whether the graph can be propagated through again.
+
+    Raises:
+        ValueError: v has no graph to propagate through, or an argument does not fit.
     """
     if not v.requires_grad:
         raise ValueError("v: has no graph to propagate through; evaluate the model with gradients enabled")
