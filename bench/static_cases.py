@@ -126,8 +126,8 @@ def _clipped(i: Inputs) -> Tensor:
 # All that the loss can read of model outputs.
 _ALL = "v v_uncond v_old v_reference"
 
-# Not compiled for the others yet.
-_SOME = ("sm_90", "gfx942")
+# Not compiled for the others yet; with a mask and float32 outputs the forward spills a register on sm_80.
+_SOME = ("sm_80", "sm_90", "gfx942")
 
 CASES = {
     "normal": Case(lambda i: fk.normal(i.key, i.shape[1:]), "eps", makes_noise=True, by_dtype=False),
@@ -144,7 +144,7 @@ CASES = {
     "grpo_loss/all stored": Case(_grpo_all("stored"), f"{_ALL} eps", f"{_ALL} eps grad grad"),
     "grpo_loss/all step": Case(_grpo_all("step"), f"{_ALL} x y", f"{_ALL} x y grad grad"),
     "grpo_loss/masked": Case(
-        _grpo_as_trainers_lack, "v v_old mask", "v v_old mask grad", makes_noise=True, targets=_SOME
+        _grpo_as_trainers_lack, "v v_old mask", "v v_old mask grad", makes_noise=True, targets=_SOME[1:]
     ),
     "nft_loss/key": Case(_nft, "v v_old x", "v v_old x grad", makes_noise=True, targets=_SOME),
     "log_prob": Case(lambda i: fk.log_prob(i.x, i.v, i.y, i.a, i.b, i.s), "x v y", "x v y grad"),

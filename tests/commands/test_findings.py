@@ -37,15 +37,16 @@ def test_ten_of_twelve_causes_are_named_first():
     assert len(right) >= 10 / 12 * len(BROKEN), named
 
 
-@pytest.mark.parametrize("case", [*LEARNS, *(case for case in CASES if case not in BROKEN)])
-def test_a_run_that_learns_or_is_only_short_is_no_false_alarm_at_any_evaluation(case):
+@pytest.mark.parametrize("case", LEARNS)
+def test_a_run_that_learns_is_no_false_alarm_at_any_evaluation(case):
     run = recorded(case)
     for count in range(2, len(run.evaluations) + 1):
         last = run.evaluations[count - 1]["iteration"]
         metrics = [line for line in run.metrics if line["iteration"] < last]
         evidence = Evidence.of(dataclasses.replace(run, metrics=metrics, evaluations=run.evaluations[:count]))
         assert findings(evidence) == []
-    assert case not in LEARNS or case == "faster-0" or evidence.rises
+    # The record of faster-0 ends before its interval is above 0.
+    assert case == "faster-0" or evidence.rises
 
 
 def make_run(folder: Path, base: list[float], last: list[float], **sections) -> Path:

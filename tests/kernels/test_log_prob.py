@@ -158,3 +158,22 @@ def test_refuses_double_backward(path):
     value = function(x, v.requires_grad_(), y, *coefficients)
     with pytest.raises(ValueError, match="log_prob: has no double backward"):
         torch.autograd.grad(value.sum(), v, create_graph=True)
+
+
+def test_without_a_deviation_it_is_the_negative_squared_error():
+    """As CPS trainers have it: no factor, no constant, on both paths, in value and gradient."""
+    x, v, y = (torch.randn(3, 5, 700, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    a_less_one, b, grad = torch.tensor([0.02, -0.01, 0.0]), torch.tensor([-0.1, -0.2, -0.3]), torch.ones(3)
+    leaf = v.double().requires_grad_()
+    column = (-1, 1, 1)
+    error = y.double() - (1 + a_less_one.double()).view(column) * x.double() - b.double().view(column) * leaf
+    expected = -error.square().mean((1, 2))
+    (wanted,) = torch.autograd.grad(expected.sum(), leaf)
+    arguments = x, v, y, a_less_one, b, None
+    moved = [t if t is None else t.to(KERNEL_DEVICE) for t in arguments]
+    for value, gradient in (
+        (op.log_prob_cpu(*arguments), op.log_prob_backward_cpu(grad, *arguments)),
+        (op.launch_log_prob(*moved), op.launch_log_prob_backward(grad.to(KERNEL_DEVICE), *moved)),
+    ):
+        torch.testing.assert_close(value.cpu().double(), expected.detach(), rtol=1e-6, atol=0)
+        assert (gradient.cpu().double() - wanted).abs().max() <= 1e-6 * wanted.abs().max()

@@ -98,6 +98,7 @@ def test_the_same_samples_are_planned_on_more_gpus_and_copies_save_traffic(tiny_
         assert picture.width > 1000
 
 
+@pytest.mark.full
 def test_the_command_prints_tables_and_json(tiny_flux, tmp_path):
     (tmp_path / "config.yaml").write_text(dump(tiny_config(tiny_flux)))
     command = ["plan", str(tmp_path / "config.yaml"), "--scaling", "1,2"]
