@@ -29,13 +29,13 @@ CASES = {
     "z_image": ("bfloat16", "lora"),
     "flux2": ("float32", "lora"),
     "hunyuan_video": ("bfloat16", "lora"),
-    "hunyuan_15": ("float32", "lora"),
+    "hunyuan_15": ("float32", "merge"),
     "skyreels": ("float32", "lora"),
     "wan_two": ("bfloat16", "lora"),
     "wan_i2v": ("float32", "merge"),
 }
 FULL = {"sdxl": ("bfloat16", "lora"), "wan": ("float32", "full"), "wan_5b_i2v": ("float32", "lora"),
-        "hunyuan_15_i2v": ("float32", "lora")}  # fmt: skip
+        "hunyuan_15_i2v": ("float32", "merge")}  # fmt: skip
 
 
 def snippet_of(out: Path) -> str:
