@@ -201,7 +201,7 @@ def test_a_sheet_shows_the_source_beside_the_result(tmp_path):
         np.testing.assert_array_equal(shown[:, :32], np.asarray(open_image(prompt.image or "")))
         assert set(shown[:, 32:].ravel().tolist()) == {round(255 * place / 2)}
     tiles = read_tiles(tmp_path / "eval" / "000000.png", 3, 256)
-    assert all(Image.open(io.BytesIO(tile)).size == (192, 96) for tile in tiles)
+    assert all(Image.open(io.BytesIO(tile)).size == (192, 96) for _, tile in tiles)
     plain = [Prompt("a circle")] * 3
     assert beside_sources(plain, results).shape == (3, 3, 32, 32)
     assert beside_sources(prompts, results, results).shape == (3, 3, 32, 96)
