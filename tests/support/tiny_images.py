@@ -168,7 +168,8 @@ def image_config(path: Path | str, kind: str, run_dir: Path | str = "runs/none",
     if family_class(model["family"]).paradigm == "diffusion":
         rollout_section["sampler"] = "ddim"
     if family_class(model["family"]).image_pipelines:
-        sections = {"prompts": {"train": "editing:train", "heldout": "editing:heldout"}, **sections}
+        prompts = {"train": "editing:train", "heldout": "editing:heldout"}
+        sections = {"prompts": prompts, "rewards": [{"name": "editing"}], **sections}
     return tiny_config(Path(path), run_dir, model=model, rollout=rollout_section, **sections)
 
 
