@@ -68,7 +68,8 @@ VERIFIERS = {"shapes": "shapes", "moving": "moving_shapes", "editing": "editing"
 # What every real recipe has on one GPU: few samples, encoders on the host between their visits, nothing read.
 ONE_GPU = {
     "rewards": [REWARD], "rollout.prompts_per_iteration": 2, "rollout.group_size": 4, "prompts.select": "epochs",
-    "model.embedding_cache": None, "model.text_encoders": "offload", "checkpoint.every": 0, "telemetry.progress": False,
+    "model.embedding_cache": None, "model.text_encoders": "offload", "parallel.load": "whole", "checkpoint.every": 0,
+    "telemetry.progress": False,
 }  # fmt: skip
 
 

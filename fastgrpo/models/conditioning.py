@@ -78,6 +78,11 @@ class PromptEncoding(abc.ABC):
         """The scale of classifier-free guidance by two branches; at most `unguided_scale`: there is one."""
         return config.guidance if cls.guidance_style == "cfg" else config.true_cfg
 
+    @property
+    @abc.abstractmethod
+    def takes_image(self) -> bool:
+        """Whether its pipeline starts from a picture of the prompt's."""
+
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Encodes prompts, [len(prompts), …] each."""
@@ -107,7 +112,8 @@ class PromptEncoding(abc.ABC):
         """What guidance leads away from; without classifier-free guidance the prompt itself."""
         if not self.guided:
             return prompt
-        return Prompt(self.config.negative_prompt if prompt.negative is None else prompt.negative, image=prompt.image)
+        text = self.config.negative_prompt if prompt.negative is None else prompt.negative
+        return Prompt(text, image=prompt.image if self.takes_image else None)
 
     def condition(self, encoded: Mapping[str, Tensor]) -> Conditioning:
         """Encoded prompts as conditioning, with what stays on the host apart."""

@@ -59,7 +59,7 @@ COSTS = {
 # Rewards that compute nothing worth counting on this GPU, or compute elsewhere.
 SERVED = {"remote", "vlm_judge", "unified_reward", "edit_reward", "edit_judge"}
 _MOVING = {name for name in REGISTERED if name.startswith("moving")}
-FREE = {*SERVED, *_MOVING, "binary", "composite", "ocr", "shapes", "editing", "preserve"}
+FREE = {*SERVED, *_MOVING, "binary", "composite", "ocr", "tesseract", "shapes", "editing", "preserve"}
 
 
 def inner(spec: RewardSpec) -> list[RewardSpec]:

@@ -158,7 +158,7 @@ def test_an_unknown_source_is_refused(source, words):
 
 
 def test_sources_are_listed():
-    assert available() == [".csv", ".jsonl", ".txt", "editing:", "hf:", "moving:", "set:", "shapes:"]
+    assert available() == [".csv", ".jsonl", ".txt", "editing:", "hf:", "moving:", "set:", "shapes:", "words:"]
 
 
 @pytest.mark.parametrize(

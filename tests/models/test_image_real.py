@@ -86,6 +86,14 @@ REAL: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, dict[str, tuple[
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def published_sizes(monkeypatch):
+    """Tests of tiny pipelines in the same process shrink what the editing pipelines' encoder sees."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 384 * 384)
+
+
 def real_pipeline(kind: str, depth: dict[str, Any]) -> Any:
     """The pipeline as it is configured, of any depth, on the meta device."""
     flow = diffusers.FlowMatchEulerDiscreteScheduler

@@ -28,9 +28,12 @@ def test_a_checkpoint_is_as_large_on_disk_as_planned(tiny_flux, tmp_path, lora):
     )  # fmt: skip
     found = planning.plan(config, GPU, 1).bill
     finished(config)
-    written = sum(p.stat().st_size for p in CheckpointStore.of_run(tmp_path / "run").path(1).glob("*.safetensors"))
-    # Beside the tensors each file has a header, and the optimizer a step count for each tensor.
-    assert found.checkpoint == pytest.approx(written, rel=0.15 if lora else 0.03)
+    files = list(CheckpointStore.of_run(tmp_path / "run").path(1).glob("*.safetensors"))
+    written = sum(p.stat().st_size for p in files)
+    # Each file begins with its header's length: what a tiny LoRA's tensors hardly outweigh.
+    headers = sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in files)
+    # Beside the tensors that are planned the optimizer has a step count for each.
+    assert found.checkpoint == pytest.approx(written - headers, rel=0.03)
     assert found.checkpoint < written
     assert found.checkpoints == 4
 

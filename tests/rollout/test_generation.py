@@ -130,7 +130,7 @@ def test_the_best_of_n_trains_on_the_best_and_the_worst(tiny_flux, tmp_path):
     inner = trainer.updater.run
     trainer.updater.run = lambda *arguments: seen.append(arguments) or inner(*arguments)
     trainer.run()
-    for batch, advantages, _ in seen:
+    for batch, advantages, *_ in seen:
         score, trajectory, trainable = batch.scored, batch.trajectory, advantages.valid
         values = score.values[0].reshape(2, 12)
         order = np.argsort(values, axis=1)
