@@ -46,6 +46,7 @@ def test_a_run_that_runs_out_says_where_and_what_needs_less(tiny_flux, tmp_path,
     assert "says what fits" in str(explained(MemoryError(), tiny_config(tiny_flux, tmp_path)))
 
 
+@pytest.mark.full
 def test_the_nearest_settings_that_fit_are_those_of_the_plan(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, tmp_path / "run", rollout={"forward_batch": 6})
     need = plan(config, Gpu("this device", 80 * GIB, 1.0, 1.0, 1.0), 1, 1).need

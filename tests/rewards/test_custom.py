@@ -235,7 +235,13 @@ def test_an_option_that_a_class_does_not_take_is_named_with_the_nearest(own):
         load_reward(RewardSpec(name="random.py:Bright", options={"scaled": 2}))
 
 
-@pytest.mark.parametrize("start", [["-m", "fastgrpo"], ["{bin}/fastgrpo"]], ids=["python -m", "fastgrpo"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(["-m", "fastgrpo"], id="python -m", marks=pytest.mark.full),
+        pytest.param(["{bin}/fastgrpo"], id="fastgrpo"),
+    ],
+)
 def test_a_reward_in_the_working_directory_is_found_as_a_user_would_type_it(start, tmp_path):
     """The console script's own folder is first on sys.path, not the working directory."""
     (tmp_path / "mine.py").write_text(
