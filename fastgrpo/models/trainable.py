@@ -155,9 +155,9 @@ def add_old_lora(modules: Iterable[nn.Module], lora: Lora, default_targets: Sequ
         tuned.set_adapter(TRAINED)
         named = dict(module.named_parameters())
         for name in trained:
-            old = named[old_name(name)]
-            old.data = named[name].detach().clone()
-            old.requires_grad_(True)
+            layer, _, leaf = old_name(name).rpartition(".")
+            # In its place, not into it: in a plan the new adapter's is on the meta device.
+            setattr(module.get_submodule(layer), leaf, nn.Parameter(named[name].detach().clone()))
 
 
 def old_name(name: str) -> str:
