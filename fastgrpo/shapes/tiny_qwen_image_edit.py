@@ -37,7 +37,8 @@ def build_pipeline(words: tuple[str, ...], seed: int, plus: bool = False) -> Any
     settings = plain.text_encoder.config.to_dict()
     text = {**settings["text_config"], "vocab_size": len(tokenizer)}
     vision = {**settings["vision_config"], "spatial_patch_size": PATCH}
-    image, video = (tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|video_pad|>"))
+    ids: Any = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    image, video = ids
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image, video_token_id=video)
     size = {"shortest_edge": PATCH**2, "longest_edge": 2**20}
     pictures = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, size=size)
