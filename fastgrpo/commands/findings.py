@@ -266,12 +266,19 @@ def _guidance(e: Evidence) -> Iterator[Finding]:
             "the same",
             "set eval.guidance=null: what is learned at one guidance is not what is drawn at another",
         )
-    elif family_class(e.config.model.family).guidance_style == "cfg" and trained > 1:
+        return
+    family = family_class(e.config.model.family)
+    if family.guides(e.config.model):
+        scale, setting = (
+            family.branch_scale(e.config.model),
+            "guidance" if family.guidance_style == "cfg" else "true_cfg",
+        )
         yield Finding(
             "guidance",
-            f"trained with classifier-free guidance {trained:g}",
-            "1 is none",
-            "try model.guidance=1: the model learns to do in one forward what guidance adds, which is most of the gain",
+            f"trained with classifier-free guidance {scale:g}",
+            f"{family.unguided_scale:g} is none",
+            f"try model.{setting}={family.unguided_scale:g}: the model learns to do in one forward what guidance adds, "
+            "which is most of the gain",
         )
 
 

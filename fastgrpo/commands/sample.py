@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, open_run
 from fastgrpo.config import Config
-from fastgrpo.data.prompts import Prompt, available, load_prompts
+from fastgrpo.data.prompts import Prompt, available, is_named, load_prompts
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import UserError
 from fastgrpo.evaluation.heldout import draw
@@ -120,4 +120,4 @@ def _prompts(given: Sequence[str]) -> list[Prompt]:
 
 
 def _is_source(text: str) -> bool:
-    return Path(text).suffix in available() or text.startswith(tuple(n for n in available() if n.endswith(":")))
+    return Path(text).suffix in available() or is_named(text)

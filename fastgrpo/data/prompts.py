@@ -64,6 +64,11 @@ def available() -> list[str]:
     return [name if name.startswith(".") else f"{name}:" for name in SOURCES.available()]
 
 
+def is_named(source: str) -> bool:
+    """Whether a text begins as a source that is no file does: `shapes:…`, or one of an installed package."""
+    return source.startswith(tuple(name for name in available() if name.endswith(":")))
+
+
 def load_prompts(source: str) -> list[Prompt]:
     """Loads the prompts of a source, in its order.
 

@@ -71,12 +71,22 @@ class PromptEncoding(abc.ABC):
     @property
     def guided(self) -> bool:
         """Whether a prediction takes two branches."""
-        return self.branch_scale(self.config) > self.unguided_scale
+        return self.guides(self.config)
+
+    @classmethod
+    def guides(cls, config: Model) -> bool:
+        """Whether a prediction takes two branches at a config's guidance."""
+        return cls.branch_scale(config) > cls.unguided_scale
 
     @classmethod
     def branch_scale(cls, config: Model) -> float:
         """The scale of classifier-free guidance by two branches; at most `unguided_scale`: there is one."""
-        return config.guidance if cls.guidance_style == "cfg" else config.true_cfg
+        return getattr(config, cls.branch_setting())
+
+    @classmethod
+    def branch_setting(cls) -> str:
+        """Which setting of `model` is that scale."""
+        return "guidance" if cls.guidance_style == "cfg" else "true_cfg"
 
     @property
     @abc.abstractmethod

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastgrpo.config import Config, RewardSpec
 from fastgrpo.config.paths import expand_user
+from fastgrpo.data.prompts import is_named
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.models.architectures import architecture, known
 from fastgrpo.models.weight_files import WEIGHTS, check_files, check_whole, damaged_files
@@ -183,11 +184,10 @@ def _damage(found: Path, weights: bool) -> str:
 
 
 def _prompts(setting: str, source: str) -> Asset:
-    kind = source.partition(":")[0]
-    if kind in ("set", "shapes", "moving", "editing"):
-        return Asset(setting, source, HERE, "in this package")
-    if kind == "hf":
+    if source.startswith("hf:"):
         return Asset(setting, source, ELSEWHERE, note="a dataset of the hub, which its library downloads and keeps")
+    if is_named(source):
+        return Asset(setting, source, HERE, "among what is installed")
     path = Path(expand_user(source))
     if path.suffix and not path.is_file():
         return Asset(setting, source, ABSENT, note="there is no such file; set:images and set:videos are shipped")

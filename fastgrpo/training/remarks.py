@@ -46,11 +46,11 @@ def remarks(config: Config, cls: type[ModelFamily], sources: Mapping[str, Sequen
                 f"rewards.{spec.key}: is {use}, but its when ({wanted}) matches none of the {len(train)} prompts of "
                 f"{config.prompts.train}; {_metadata(train, spec.when)}"
             )
-    guided = cls.branch_scale(config.model) > cls.unguided_scale
+    guided = cls.guides(config.model)
     for source, prompts in sources.items():
         negatives = sum(p.negative is not None for p in prompts)
         if negatives and not guided:
-            setting = "guidance" if cls.guidance_style == "cfg" else "true_cfg"
+            setting = cls.branch_setting()
             reason = (
                 f"{cls.name} has no negative branch"
                 if setting == "true_cfg" and not cls.takes_true_cfg

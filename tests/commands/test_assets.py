@@ -191,3 +191,10 @@ def test_costs_are_those_of_the_architectures():
     specs = load_config(ROOT / "configs" / "flux-fast-8xh100.yaml").scored
     assert [cost(spec) for spec in specs] == [COSTS["hps"], COSTS["pickscore"], COSTS["clip"]]
     assert cost(specs[0].model_copy(update={"name": "mine.py:Reward"})) is None
+
+
+@pytest.mark.parametrize("source", ["words:train:word", "editing:heldout", "set:images"])
+def test_prompts_of_this_package_are_here_whatever_their_world(nowhere, tmp_path, source):
+    config = tiny_config(tmp_path / "model", prompts={"train": source})
+    found = {asset.setting: asset for asset in find_assets(config)}["prompts.train"]
+    assert (found.state, found.where) == ("here", "among what is installed")
