@@ -106,6 +106,22 @@ def test_a_fall_of_all_scores_is_too_high_a_rate_and_noise_of_the_judge_is_named
     assert [f.name for f in diagnose(noisy)[1]] == ["reward_noise"]
 
 
+@pytest.mark.parametrize(
+    "model, named",
+    [
+        ({"family": "flux", "true_cfg": 2.0}, "model.true_cfg=1"),
+        ({"family": "z_image", "guidance": 1.0}, "model.guidance=0"),
+        ({"family": "flux", "guidance": 3.5}, None),
+        ({"family": "z_image", "guidance": 0.0}, None),
+    ],
+)
+def test_guidance_by_two_branches_is_found_whatever_its_setting_and_scale(tmp_path, scores, model, named):
+    run = make_run(tmp_path / "run", list(scores), list(scores), rollout=MANY, model=model)
+    advice = [f.change for f in diagnose(run)[1] if f.name == "guidance"]
+    assert len(advice) == (named is not None)
+    assert all(named in text for text in advice)
+
+
 def test_what_is_left_of_the_base_in_an_average():
     config = tiny_config(Path("nowhere"), update={"ema_decay": 0.9, "ema_warmup": False, "optimizer_steps": 2})
     assert remaining_base(config, 5) == pytest.approx(0.9**10)

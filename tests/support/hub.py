@@ -43,6 +43,8 @@ def serve_hub(repositories: Mapping[str, Path], gated: Collection[str] = ()) -> 
                 siblings = [{"rfilename": str(p.relative_to(root)), "size": p.stat().st_size} for p in files]
                 said = {"id": name, "sha": COMMIT, "siblings": siblings, "gated": name in gated}
                 return self.say(200, json.dumps(said).encode(), {"Content-Type": "application/json"}, body)
+            if path.count("/") < 3:
+                return self.say(404, b"", {}, body)
             owner, repository, _, _, *rest = path.split("/")
             name = f"{owner}/{repository}"
             if name in gated:
