@@ -76,7 +76,9 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rate-too-low": ("rate_low", FLUX, ("update.optimizer.lr=2e-6",)),
     "average-too-early": ("ema", FLUX, ("update.ema_decay=0.9999", "update.ema_warmup=false")),
     "noisy-reward": ("reward_noise", FLUX, (f"rewards=[{{name: '{HERE}:Noisy', label: noisy}}]",)),
-    "another-judge": ("judges", FLUX, (f"rewards=[{{name: '{HERE}:Bright', label: bright}}, {{name: shapes, weight: 0}}]",)),  # noqa: E501
+    "another-judge": (
+        "judges", FLUX, (f"rewards=[{{name: '{HERE}:Bright', label: bright}}, {{name: shapes, weight: 0}}]",),
+    ),
     "guidance": (
         "guidance", "configs/shapes-stable-diffusion.yaml",
         ("model.guidance=3", "update.optimizer.lr=2e-4", "rollout.suffix_steps=null"),

@@ -209,7 +209,8 @@ class ForwardTraining:
         if self.config.objective.old_weight:
             loss = loss + self.config.objective.old_weight * sums.Q
         if kl_weight and v_reference is not None:
-            _, apart = shift_moments(v, v_reference, 1.0, 1.0, eps)
+            # Q alone: what P would be held against does not matter, and no noise is made again for it.
+            _, apart = shift_moments(v, v_reference, 1.0, 1.0, x0)
             loss = loss + kl_weight * apart
         weight = column["weight"]
         ratio, none = found.ratio.detach(), torch.zeros_like(weight)

@@ -200,7 +200,8 @@ class Updater:
             )  # fmt: skip
         P, Q = shift_moments(v, v_old, part.b, part.s, key)
         # The other conventions weigh the KL of a step by a factor of their own.
-        _, to_reference = shift_moments(v, v_reference, part.b, part.s, key)
+        # Q alone: what P would be held against does not matter, and no noise is made again for it.
+        _, to_reference = shift_moments(v, v_reference, part.b, part.s, v_old)
         return clipped_loss(
             P, Q, part.s, part.advantages, part.weight, **objective, kl_weight=kl_weight,
             Q_reference=to_reference * part.kl,

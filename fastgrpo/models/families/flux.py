@@ -14,8 +14,16 @@ from torch import Tensor, nn
 
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.models.families.image import CLIP_TOKENS, check_image_size, check_text_length, dynamic_mu, vae_factor
-from fastgrpo.models.families.shared import guide, to_pixels
+from fastgrpo.models.families.image import (
+    CLIP_TOKENS,
+    check_image_size,
+    check_text_length,
+    decode_latents,
+    dynamic_mu,
+    encode_pixels,
+    vae_factor,
+)
+from fastgrpo.models.families.shared import guide
 from fastgrpo.models.protocol import Conditioning, ModelFamily
 
 
@@ -132,16 +140,12 @@ class Flux(ModelFamily):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
         unpacked = self.pipeline._unpack_latents(
             latents, self.config.height, self.config.width, self.pipeline.vae_scale_factor
         )
-        scaled = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return to_pixels(vae.decode(scaled.to(self.vae_dtype), return_dict=False)[0])
+        return decode_latents(self.pipeline.vae, unpacked, self.vae_dtype)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        vae = self.pipeline.vae
-        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator).float()
-        scaled = (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        scaled = encode_pixels(self.pipeline.vae, images, self.vae_dtype, generator)
         return self.pipeline._pack_latents(scaled, *scaled.shape)

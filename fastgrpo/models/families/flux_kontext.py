@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.models.families.flux import Flux
-from fastgrpo.models.families.image import source_images
+from fastgrpo.models.families.image import scaled_latents, source_images
 from fastgrpo.models.protocol import Conditioning
 
 
@@ -58,7 +58,7 @@ class FluxKontext(Flux):
         pixels = source_images(self.pipeline.image_processor, prompts, self.config, self.device).to(self.vae_dtype)
         # One by one: at real sizes a batch's activations are gigabytes.
         latents = torch.cat([vae.encode(image[None]).latent_dist.mode() for image in pixels]).float()
-        scaled = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        scaled = scaled_latents(vae, latents)
         return self.encode_texts(prompts) | {"source": self.pipeline._pack_latents(scaled, *scaled.shape)}
 
     def image_tokens(self, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.families.shared import prompt_images, uneven_sides
+from fastgrpo.models.families.shared import prompt_images, to_pixels, uneven_sides
 
 # Text tokens of a CLIP, whatever it is given.
 CLIP_TOKENS = 77
@@ -21,6 +21,22 @@ CLIP_TOKENS = 77
 def vae_factor(config: Mapping[str, Any]) -> int:
     """Pixels a latent of an AutoencoderKL, along a side."""
     return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def decode_latents(vae: Any, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels in 0..1 of the latents [B, C, h, w] that a pipeline has of an AutoencoderKL."""
+    drawn = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return to_pixels(vae.decode(drawn.to(dtype), return_dict=False)[0])
+
+
+def scaled_latents(vae: Any, drawn: Tensor) -> Tensor:
+    """An AutoencoderKL's own latents as its pipeline has them: `decode_latents`' first step undone."""
+    return (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def encode_pixels(vae: Any, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """The latents, float32, that a pipeline has of images in 0..1: `decode_latents` undone."""
+    return scaled_latents(vae, vae.encode((images * 2 - 1).to(dtype)).latent_dist.sample(generator).float())
 
 
 def check_image_size(config: Model, multiple: int, family: str) -> None:

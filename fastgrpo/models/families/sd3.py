@@ -16,10 +16,12 @@ from fastgrpo.models.families.image import (
     CLIP_TOKENS,
     check_image_size,
     check_text_length,
+    decode_latents,
     dynamic_mu,
+    encode_pixels,
     vae_factor,
 )
-from fastgrpo.models.families.shared import guide, to_pixels
+from fastgrpo.models.families.shared import guide
 from fastgrpo.models.protocol import Conditioning, ModelFamily
 
 
@@ -110,12 +112,8 @@ class StableDiffusion3(ModelFamily):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return to_pixels(vae.decode(scaled.to(self.vae_dtype), return_dict=False)[0])
+        return decode_latents(self.pipeline.vae, latents, self.vae_dtype)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        vae = self.pipeline.vae
-        drawn = vae.encode((images * 2 - 1).to(self.vae_dtype)).latent_dist.sample(generator).float()
-        return (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return encode_pixels(self.pipeline.vae, images, self.vae_dtype, generator)
