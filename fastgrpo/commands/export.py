@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgrpo.commands.runs import apply_checkpoint, open_run
 from fastgrpo.config import Config
+from fastgrpo.data.prompts import is_named, load_prompts
 from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily, load_family
 from fastgrpo.models.trainable import LORA_FILE, lora_file
@@ -202,9 +203,12 @@ def _snippet(config: Config, family: ModelFamily, scheduler: str | None) -> str:
     if scheduler:
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained(here, subfolder="scheduler")')
     lines += family.pipeline_settings()
-    prompt = '"a red circle"' if model.path.startswith("shapes:") else '"a photo of a cat"'
+    prompt = "a photo of a cat"
+    if model.path.startswith("shapes:"):
+        # An embedded model knows the words of its own world alone.
+        prompt = load_prompts(config.prompts.train)[0].text if is_named(config.prompts.train) else "a red circle"
     called = family.pipeline_arguments(config.rollout.steps)
-    arguments = [f"prompt={prompt}", *(f"{key}={value!r}" for key, value in called.items())]
+    arguments = [f"prompt={prompt!r}", *(f"{key}={value!r}" for key, value in called.items())]
     if family.takes_image:
         size = f".resize(({model.width}, {model.height}))"
         arguments.insert(1, 'image=load_image("first_frame.png")' if video else f'image=load_image("source.png"){size}')

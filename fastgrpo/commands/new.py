@@ -8,7 +8,7 @@ from typing import Any
 from fastgrpo.config import validate
 from fastgrpo.config.overrides import load_data
 from fastgrpo.config.yaml import dump_yaml
-from fastgrpo.data.prompts import load_prompts
+from fastgrpo.data.prompts import is_named, load_prompts
 from fastgrpo.errors import UserError
 from fastgrpo.models import family_class
 
@@ -56,6 +56,7 @@ EMBEDDED: dict[str, Any] = {
         "prompts_per_iteration": 8, "group_size": 8, "steps": 5, "eta": 1.5,
         "trained": {"kind": "window", "size": 1, "move": "random", "every": 1}, "forward_batch": 32,
     },
+    "prompts": {"train": "shapes:train", "heldout": "shapes:heldout"},
     "objective": {"clip_low": 1e-3, "clip_high": 1e-3},
     "update": {"optimizer": {"lr": 1e-3, "weight_decay": 0.0}},
     "train": {"iterations": 60},
@@ -83,20 +84,22 @@ def new(folder: Path, recipe: Path | None = None) -> list[Path]:
         raise UserError(f"{folder}: is not empty; name a new directory")
     data = dict(EMBEDDED) if recipe is None else load_data(recipe)
     data["run"] = {**data.get("run", {}), "dir": str(folder / "run")}
+    given = data.get("prompts", {})
     data["prompts"] = {
-        **data.get("prompts", {}), "train": str(folder / "prompts.txt"), "heldout": str(folder / "heldout.txt")
+        **given, "train": str(folder / "prompts.txt"), "heldout": str(folder / "heldout.txt")
     }  # fmt: skip
     data["rewards"] = [{"name": f"{folder / 'reward.py'}:warmth"}]
     config = validate(data)
     video = config.model.frames > 1
-    embedded = config.model.path.startswith("shapes:")
-    kind, held = ("moving" if video else "shapes", ":heldout") if embedded else ("set", "-heldout")
-    name = ":train" if embedded else ":videos" if video else ":images"
     family = family_class(config.model.family)
     if set(family.pipeline_classes) <= set(family.image_pipelines):
         need, page = ("first frames", "video") if video else ("source images", "editing")
         raise UserError(f"{recipe}: its prompts need {need}, which text files have none of; docs/{page}.md")
-    sources = (f"{kind}{name}", f"{kind}{held if embedded else name + held}")
+    name = "set:videos" if video else "set:images"
+    sources = given.get("train"), given.get("heldout")
+    # A recipe's own, where they are of this package: an embedded model knows no other words.
+    if not all(text and is_named(text) and not text.startswith("hf:") for text in sources):
+        sources = name, f"{name}-heldout"
     source = f"from {recipe}" if recipe else "a LoRA on the embedded FLUX, minutes on a laptop"
     header = (
         f"# {source}, with a reward of your own.\n"

@@ -40,7 +40,9 @@ def test_five_commands_to_a_lora_of_ones_own_reward_in_diffusers(tmp_path, monke
     assert "mine: is not empty; name a new directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["sd-1x24gb", "flux-lora-1x24gb", "wan-2.1-1.3b-lora-1x24gb", "flux-parity-8xh100"])
+@pytest.mark.parametrize(
+    "name", ["sd-1x24gb", "flux-lora-1x24gb", "wan-2.1-1.3b-lora-1x24gb", "flux-parity-8xh100", "shapes-words-flux"]
+)
 def test_a_recipe_keeps_all_but_its_reward_and_prompts(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     recipe = ROOT / "configs" / f"{name}.yaml"
@@ -53,3 +55,5 @@ def test_a_recipe_keeps_all_but_its_reward_and_prompts(tmp_path, monkeypatch, na
     found = preflight(ours)
     assert not [p for p in found.problems if "divide" not in p]
     assert {len(prompts) for prompts in found.prompts.values()} == {96, 24}
+    if name == "shapes-words-flux":
+        assert all(p.text.startswith("a sign that says") for prompts in found.prompts.values() for p in prompts)
