@@ -91,7 +91,8 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # Meant to break nothing, and it falls: 64 samples an update are too few for the rate of SHORT.
     "few-samples": ("rate_high", FLUX, ()),
 }  # fmt: skip
-# Runs of the demo that learn. The recipe before it was made faster; and another rate, recorded up to iteration 80.
+# Runs that learn: of the demo, of the recipe before it was made faster, of another rate (recorded up to iteration 80),
+# and of words.
 FASTER = ("train.iterations=180", "update.optimizer.lr=4e-4")
 LEARNS: dict[str, tuple[str, ...]] = {
     "demo-0": ("run.seed=0",),
@@ -103,12 +104,16 @@ LEARNS: dict[str, tuple[str, ...]] = {
     ),
     "faster-0": ("run.seed=0", *FASTER),
     "faster-1": ("run.seed=1", *FASTER),
+    "words-0": ("run.seed=0",),
+    "words-1": ("run.seed=1",),
+    "words-2": ("run.seed=2",),
 }  # fmt: skip
 
 
 def make(case: str, out: Path) -> dict[str, Any]:
     """Trains a case, if it has not been, and returns its record."""
-    _, path, overrides = CASES[case] if case in CASES else ("", FLUX, LEARNS[case])
+    learns = "configs/shapes-words-flux.yaml" if case.startswith("words") else FLUX
+    _, path, overrides = CASES[case] if case in CASES else ("", learns, LEARNS[case])
     settings = (*SHORT, *overrides) if case in CASES else overrides
     config = load_config(path, [*settings, f"run.dir={out / case}", "run.resume=auto"])
     predict = Flux.predict
