@@ -91,7 +91,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # Meant to break nothing, and it falls: 64 samples an update are too few for the rate of SHORT.
     "few-samples": ("rate_high", FLUX, ()),
 }  # fmt: skip
-# Runs of the demo that learn; its recipes of before; and other rates, of which faster-0 is recorded up to iteration 80.
+# Runs that learn: the demo, its recipes of before, other rates (faster-0 is recorded up to iteration 80), and words.
 HOTTER = ("update.optimizer.lr=3e-4", "update.ema_decay=0.96")
 FASTER = ("train.iterations=180", "update.optimizer.lr=4e-4", "update.ema_decay=0.96")
 BEFORE = (
@@ -108,12 +108,14 @@ LEARNS: dict[str, tuple[str, ...]] = {
     **{f"before-{seed}": (f"run.seed={seed}", *BEFORE) for seed in range(2)},
     **{f"faster-{seed}": (f"run.seed={seed}", *FASTER) for seed in range(2)},
     "awm-2": ("run.seed=2", *AWM),
+    **{f"words-{seed}": (f"run.seed={seed}",) for seed in range(3)},
 }
 
 
 def make(case: str, out: Path) -> dict[str, Any]:
     """Trains a case, if it has not been, and returns its record."""
-    _, path, overrides = CASES[case] if case in CASES else ("", FLUX, LEARNS[case])
+    learns = "configs/shapes-words-flux.yaml" if case.startswith("words") else FLUX
+    _, path, overrides = CASES[case] if case in CASES else ("", learns, LEARNS[case])
     settings = (*SHORT, *overrides) if case in CASES else overrides
     config = load_config(path, [*settings, f"run.dir={out / case}", "run.resume=auto"])
     predict = Flux.predict
