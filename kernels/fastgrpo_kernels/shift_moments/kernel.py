@@ -41,8 +41,8 @@ def load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start
 def load_mask(mask_ptr, row, stride, inner, length, start, inside, elements, BLOCK: tl.constexpr):
     """Which elements of a block count: those of the row that a mask, where there is one, selects.
 
-    Element j of a row has the value [j // inner % length] of the row's mask. Numbers of 64 bits are divided by calls, of
-    70 instructions each, and on sm_80 a register was spilled for them: 32 do where a row has no more elements. What
+    Element j of a row has the value [j // inner % length] of the row's mask. 64-bit numbers are divided by calls, of 70
+    instructions each, and on sm_80 a register was spilled for them: 32 bits do where a row has no more elements. What
     overflows is beyond the row.
     """
     if mask_ptr is not None:
