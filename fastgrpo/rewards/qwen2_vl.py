@@ -65,7 +65,8 @@ def load_words(base: str, tokens: list[str], model: RewardModel, where: Path) ->
     tokenizer = load_tokenizer(base)
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     ids = tokenizer.convert_tokens_to_ids(tokens)
-    if max(ids) >= len(model.qwen.get_input_embeddings().weight):
+    words: Any = model.qwen.get_input_embeddings()
+    if max(ids) >= len(words.weight):
         raise ConfigError(f"base: the tokenizer of {base} has more words than the model at {where}")
     return tokenizer, ids
 
