@@ -30,6 +30,7 @@ CASES = {
     "flux2": ("float32", "lora"),
     "hunyuan_video": ("bfloat16", "lora"),
     "hunyuan_15": ("float32", "merge"),
+    "ltx2": ("float32", "lora"),
     "skyreels": ("float32", "lora"),
     "wan_two": ("bfloat16", "lora"),
     "wan_i2v": ("float32", "merge"),

@@ -19,6 +19,7 @@ VIDEOS = (
     "wan-2.1-1.3b-fast-8xh100",
     "wan-2.1-1.3b-lora-1x24gb",
     "hunyuan-video-1.5-fast-8xh100",
+    "ltx2-fast-8xh100",
     "wan-2.2-a14b-parity-8xh100",
     "wan-2.2-a14b-fast-8xh100",
 )

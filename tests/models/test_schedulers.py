@@ -18,7 +18,7 @@ from fastgrpo.models import ModelFamily, family_class
 
 CPU = torch.device("cpu")
 STEPS = 4
-KINDS = ("flux", "flux_kontext", "flux2", "sd3", "qwen_image", "z_image", "hunyuan_video", "hunyuan_15", "wan")
+KINDS = ("flux", "flux_kontext", "flux2", "sd3", "qwen_image", "z_image", "hunyuan_video", "hunyuan_15", "ltx2", "wan")
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # Of each scheduler: its class, its settings, and whether its levels are those of a flow that falls to 0.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any], bool]] = {
