@@ -60,7 +60,9 @@ def hold_weights(module: nn.Module, last: bool) -> None:
 
 
 def _sharded_parts(modules: Iterable[nn.Module]) -> list[FSDPModule]:
-    return [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+    # A module that is not sharded has no parts that are.
+    roots = [module for module in modules if isinstance(module, FSDPModule)]
+    return [part for root in roots for part in root.modules() if isinstance(part, FSDPModule)]
 
 
 def set_gradient_sync(transformer: nn.Module, on: bool) -> None:
