@@ -91,24 +91,31 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # Meant to break nothing, and it falls: 64 samples an update are too few for the rate of SHORT.
     "few-samples": ("rate_high", FLUX, ()),
 }  # fmt: skip
-# Runs of the demo that learn. The recipe before it was made faster; and another rate, recorded up to iteration 80.
-FASTER = ("train.iterations=180", "update.optimizer.lr=4e-4")
+# Runs that learn: the demo, its recipes of before, other rates (faster-0 is recorded up to iteration 80), and words.
+HOTTER = ("update.optimizer.lr=3e-4", "update.ema_decay=0.96")
+FASTER = ("train.iterations=180", "update.optimizer.lr=4e-4", "update.ema_decay=0.96")
+BEFORE = (
+    "train.iterations=320", "rollout.suffix_steps=null", "update.ema_decay=0.98", "eval.every=80", "eval.images=120",
+)  # fmt: skip
+AWM = (
+    "rollout.shared_noise=false", "rollout.suffix_steps=null", "objective.kind=awm", "objective.clip_low=1",
+    "objective.clip_high=1", "objective.times={count: 1, draw: uniform}", "objective.old_weight=1",
+    "update.optimizer_steps=2", "update.optimizer.lr=1e-4", "train.iterations=64", "eval.every=16",
+)  # fmt: skip
 LEARNS: dict[str, tuple[str, ...]] = {
-    "demo-0": ("run.seed=0",),
-    "demo-1": ("run.seed=1",),
-    "demo-2": ("run.seed=2",),
-    "before-0": (
-        "train.iterations=320", "rollout.suffix_steps=null", "update.optimizer.lr=2e-4", "update.ema_decay=0.98",
-        "eval.every=80", "eval.images=120",
-    ),
-    "faster-0": ("run.seed=0", *FASTER),
-    "faster-1": ("run.seed=1", *FASTER),
-}  # fmt: skip
+    **{f"demo-{seed}": (f"run.seed={seed}",) for seed in range(3)},
+    **{f"hotter-{seed}": (f"run.seed={seed}", *HOTTER) for seed in range(3)},
+    **{f"before-{seed}": (f"run.seed={seed}", *BEFORE) for seed in range(2)},
+    **{f"faster-{seed}": (f"run.seed={seed}", *FASTER) for seed in range(2)},
+    "awm-2": ("run.seed=2", *AWM),
+    **{f"words-{seed}": (f"run.seed={seed}",) for seed in range(3)},
+}
 
 
 def make(case: str, out: Path) -> dict[str, Any]:
     """Trains a case, if it has not been, and returns its record."""
-    _, path, overrides = CASES[case] if case in CASES else ("", FLUX, LEARNS[case])
+    learns = "configs/shapes-words-flux.yaml" if case.startswith("words") else FLUX
+    _, path, overrides = CASES[case] if case in CASES else ("", learns, LEARNS[case])
     settings = (*SHORT, *overrides) if case in CASES else overrides
     config = load_config(path, [*settings, f"run.dir={out / case}", "run.resume=auto"])
     predict = Flux.predict

@@ -46,11 +46,14 @@ class Bench:
         self.trainer = Trainer.from_config(config, *load)
         self.trainer.timer.clock = clock
         self.seconds: list[float] = []
+        # Of all threads of this process: what other jobs on the machine do not change much.
+        self.processor: list[float] = []
 
     def iterate(self) -> None:
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         self.trainer.step()
         self.seconds.append(time.perf_counter() - begin)
+        self.processor.append(time.process_time() - used)
 
     def metrics(self, warm_up: int) -> list[dict[str, float]]:
         """Those of each iteration after the warm-up."""
@@ -62,7 +65,8 @@ class Bench:
         lines = self.metrics(warm_up)
         phases = sorted(name for name in lines[0] if name.startswith("time/"))
         medians = {name.removeprefix("time/"): statistics.median(line[name] for line in lines) for name in phases}
-        return {"seconds": statistics.median(self.seconds[warm_up:]), "phases": medians}
+        seconds, processor = (statistics.median(spent[warm_up:]) for spent in (self.seconds, self.processor))
+        return {"seconds": seconds, "processor_seconds": processor, "phases": medians}
 
 
 def compare(path: Path, overrides: list[str], iterations: int, warm_up: int = 1) -> dict[str, Any]:
@@ -93,7 +97,8 @@ def table(result: dict[str, Any]) -> str:
     lines = ["".join([f"{'seconds an iteration':<22}", *(f"{name:>16}" for name in SIDES)])]
     for name in phases:
         lines.append("".join([f"{name:<22}", *(f"{result[side]['phases'][name]:16.3f}" for side in SIDES)]))
-    lines.append("".join([f"{'iteration':<22}", *(f"{result[side]['seconds']:16.3f}" for side in SIDES)]))
-    ours = result["ours"]["seconds"]
-    lines.append("".join([f"{'times ours':<22}", *(f"{result[side]['seconds'] / ours:16.1f}" for side in SIDES)]))
+    for name, column in (("iteration", "seconds"), ("processor time", "processor_seconds")):
+        ours = result["ours"][column]
+        lines.append("".join([f"{name:<22}", *(f"{result[side][column]:16.3f}" for side in SIDES)]))
+        lines.append("".join([f"{'times ours':<22}", *(f"{result[side][column] / ours:16.1f}" for side in SIDES)]))
     return "\n".join(lines)

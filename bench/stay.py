@@ -159,7 +159,8 @@ def kills(count: int, iterations: int = 3, seed: int = 0) -> dict[str, Any]:
 def signals(count: int = 100, iterations: int = 3, seed: int = 0) -> dict[str, Any]:
     """SIGTERM or SIGUSR1 at a random moment at one of two ranks: 75 on both; resumed, the end is bit-identical.
 
-    A moment after the last agreement of the ranks finds a run that ends by itself: 0 on both.
+    A moment after the last agreement of the ranks, which the event of the end follows at once, finds a run that ends by
+    itself: 0 on both. Such a trial is not one of `count`.
     """
     chance = random.Random(seed)
     settings = ("eval.every=2", "eval.images=4", "eval.steps=3", "parallel.timeout=600")
@@ -171,24 +172,28 @@ def signals(count: int = 100, iterations: int = 3, seed: int = 0) -> dict[str, A
         reference = complete(folder, 2, iterations, *settings)
         span = time.perf_counter() - begin
         shutil.rmtree(folder)
-        for _ in range(count):
+        while outcome["trials"] < count:
             number, rank = chance.choice([signal.SIGTERM, signal.SIGUSR1]), chance.randrange(2)
             processes = start(folder, 2, iterations, *settings)
             time.sleep(chance.uniform(0, 0.9 * span))
-            ended = (folder / "end.txt").exists()
+            events = folder / "events.jsonl"
+            ended = events.exists() and '"event": "end"' in events.read_text()
             os.kill(processes[rank], number)
             begin = time.perf_counter()
             codes = finish(processes)
             slowest = max(slowest, time.perf_counter() - begin)
-            late = ended and codes == [0, 0]
-            outcome["75 on both"] += codes == [REQUEUE] * 2
-            outcome["ended before the signal, 0 on both"] += late
-            if codes != [REQUEUE] * 2 and not late:
-                outcome["other"] += 1
-                print(f"{number!r} at rank {rank}: {codes}", file=sys.stderr, flush=True)
-            (folder / "end.txt").unlink(missing_ok=True)
-            outcome["identical"] += complete(folder, 2, iterations, *settings) == reference
-            outcome["trials"] += 1
+            if ended and codes == [0, 0]:
+                outcome["ended before the signal, 0 on both"] += 1
+                # This machine has become faster than when the span was measured.
+                span *= 0.95
+            else:
+                outcome["trials"] += 1
+                outcome["75 on both"] += codes == [REQUEUE] * 2
+                if codes != [REQUEUE] * 2:
+                    outcome["other"] += 1
+                    print(f"{number!r} at rank {rank}: {codes}", file=sys.stderr, flush=True)
+                (folder / "end.txt").unlink(missing_ok=True)
+                outcome["identical"] += complete(folder, 2, iterations, *settings) == reference
             shutil.rmtree(folder)
             print(outcome, file=sys.stderr, flush=True)
     return outcome | {"slowest end, seconds": round(slowest, 1)}

@@ -60,7 +60,7 @@ def hold_weights(module: nn.Module, last: bool) -> None:
 
 
 def _sharded_parts(modules: Iterable[nn.Module]) -> list[FSDPModule]:
-    # A module that is not sharded has no parts that are.
+    # Where anything is sharded the root is: without, no module is walked, once for every micro-batch.
     roots = [module for module in modules if isinstance(module, FSDPModule)]
     return [part for root in roots for part in root.modules() if isinstance(part, FSDPModule)]
 

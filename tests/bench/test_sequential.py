@@ -54,6 +54,10 @@ def test_the_command_gives_speedup_and_phases(tiny_flux, tmp_path):
     assert result["speedup_uncheckpointed"] == pytest.approx(again)
     for side in ("ours", "sequential", "uncheckpointed"):
         assert {"rollout", "decode", "update", "reward", "total"} <= set(result[side]["phases"])
+        # Processor time is that of this process alone, however many threads it has.
+        assert 0 < result[side]["processor_seconds"] <= result[side]["seconds"] * 1.5 * torch.get_num_threads()
+    lines = sequential.table(result).splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["iteration", "times", "processor", "times"]
 
 
 def test_log_probabilities_know_the_ratio_alone(tiny_flux):

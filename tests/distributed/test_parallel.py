@@ -12,6 +12,7 @@ from support.runs import metrics
 from support.tiny import tiny_config
 from support.two_ranks import PLANNED, finished, measured, runs_of
 
+from fastgrpo.distributed.fsdp import hold_weights, unsharded
 from fastgrpo.distributed.world import World, check_world
 from fastgrpo.errors import ConfigError
 from fastgrpo.planning.dry_run import dry_run
@@ -160,6 +161,14 @@ def test_what_makes_a_mesh(tiny_flux):
         ({"replicate": 2, "context": 2}, 12),
     ):
         check_world(tiny_config(tiny_flux, parallel=parallel), ranks, ranks)
+
+
+def test_what_is_not_sharded_is_not_walked_for_each_micro_batch(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    monkeypatch.setattr(model, "modules", lambda: pytest.fail("walked"))
+    hold_weights(model, last=True)
+    with unsharded([model], on=True):
+        pass
 
 
 def test_auto_keeps_what_memory_allows(tiny_flux):
