@@ -24,8 +24,8 @@ from fastgrpo_kernels import gaussian_step, log_prob, noise
 def forward_batches(index: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """`index` in batches of exactly `size`, the last one padded by repeating its end; and how many are real."""
     for start in range(0, len(index), size):
-        part = index[start : start + size]
-        yield np.pad(part, (0, size - len(part)), mode="edge"), len(part)
+        places = np.minimum(np.arange(start, start + size), len(index) - 1)
+        yield index[places], min(size, len(index) - start)
 
 
 def predict_rows(

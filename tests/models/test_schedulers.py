@@ -155,7 +155,7 @@ def test_betas_of_any_diffusion_scheduler_are_ddims(cls, prediction):
     config = image_config("somewhere", "sd_v").model
     family = family_class("stable_diffusion")(tiny_images.build("sd_v"), config, CPU)
     family.pipeline.scheduler = getattr(diffusers, f"{cls}Scheduler")(prediction_type=prediction, **BETAS)
-    own = diffusers.DDIMScheduler.from_config(family.pipeline.scheduler.config, clip_sample=False)
+    own: Any = diffusers.DDIMScheduler.from_config(family.pipeline.scheduler.config, clip_sample=False)
     own.set_timesteps(STEPS)
     levels = family.noise_levels(STEPS, "pipeline")
     assert list(levels.times) == own.timesteps.tolist()

@@ -83,6 +83,7 @@ def real_pipeline(kind: str, depth: dict[str, int]) -> Any:
     family = "wan" if kind.startswith("wan") else "hunyuan_15" if kind.startswith("hunyuan_15") else kind
     settings: dict[str, Any] = {**REAL[kind][0], **depth}
     vae_settings: dict[str, Any] = WAN_5B_VAE if "5b" in kind else {}
+    second: Any = None
     with torch.device("meta"):
         if family == "wan":
             transformer = diffusers.WanTransformer3DModel(**settings)
@@ -114,7 +115,8 @@ def real_pipeline(kind: str, depth: dict[str, int]) -> Any:
         parts["guider"] = diffusers.ClassifierFreeGuidance()
         if not kind.endswith("i2v"):
             return diffusers.HunyuanVideo15Pipeline(**parts)
-        return diffusers.HunyuanVideo15ImageToVideoPipeline(**parts, image_encoder=None, feature_extractor=None)
+        parts |= {"image_encoder": None, "feature_extractor": None}
+        return diffusers.HunyuanVideo15ImageToVideoPipeline(**parts)
     pipeline = diffusers.HunyuanSkyreelsImageToVideoPipeline if kind == "skyreels" else diffusers.HunyuanVideoPipeline
     return pipeline(**parts)
 

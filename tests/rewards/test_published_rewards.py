@@ -1,7 +1,7 @@
 """ImageReward, VideoAlign and GenEval: tiny random checkpoints in the published layouts and names, and their rules."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -70,7 +70,12 @@ def published(name):
 def test_image_reward_is_its_published_parts(clip_path, tmp_path):
     from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig
 
-    small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    small: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+    }
     vision = BlipVisionConfig(**small, image_size=32, patch_size=16, layer_norm_eps=1e-6)
     text = BlipTextConfig(**small, vocab_size=100, encoder_hidden_size=128, max_position_embeddings=40)
     model = randomised(ImageRewardModel(vision, text))
@@ -83,7 +88,7 @@ def test_image_reward_is_its_published_parts(clip_path, tmp_path):
     }
     save_file(state, tmp_path / "ImageReward.safetensors")
     options = {"tokenizer": str(clip_path)}
-    reward = load_reward(
+    reward: Any = load_reward(
         RewardSpec(name="image_reward", path=str(tmp_path / "ImageReward.safetensors"), options=options)
     )
     images = samples(32, 32)
@@ -145,7 +150,7 @@ def qwen(tmp_path_factory):
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.save_pretrained(path)
-    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in special}
+    ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in special}
     text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
             "intermediate_size": 64, "vocab_size": len(tokenizer) + 3, "bos_token_id": 1, "eos_token_id": 1,
             "rope_parameters": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3],
@@ -212,7 +217,7 @@ def test_videoalign_reads_old_and_new_names_and_a_lora(qwen, tmp_path):
 
 
 def test_videoalign_reads_its_three_tokens_in_one_pass(qwen, tmp_path):
-    rewards = [videoalign(f"videoalign_{d}", qwen, tmp_path, new_names(qwen[1])) for d in ("vq", "mq", "ta")]
+    rewards: list[Any] = [videoalign(f"videoalign_{d}", qwen, tmp_path, new_names(qwen[1])) for d in ("vq", "mq", "ta")]
     backbone = rewards[0].backbone
     assert all(r.backbone is backbone for r in rewards)
     passes, inner = [], backbone.judge
@@ -239,7 +244,7 @@ def test_videoalign_reads_its_three_tokens_in_one_pass(qwen, tmp_path):
 
 
 def test_videoaligns_frames_and_patches_are_qwens(qwen, tmp_path):
-    backbone: Backbone = videoalign("videoalign_vq", qwen, tmp_path, new_names(qwen[1])).backbone
+    backbone: Backbone = cast(Any, videoalign("videoalign_vq", qwen, tmp_path, new_names(qwen[1]))).backbone
     assert backbone.module is not None
     image = (samples(70, 126, 1) * 255).round() / 255
     processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=448 * 448)
@@ -406,7 +411,7 @@ def mask2former(tmp_path_factory):
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
     path = tmp_path_factory.mktemp("mask2former")
-    swin = SwinConfig(
+    swin = cast(Any, SwinConfig)(
         image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
@@ -425,7 +430,7 @@ def mask2former(tmp_path_factory):
 
 def test_geneval_finds_objects_with_a_detector_and_their_colours_with_clip(mask2former, clip_path, monkeypatch):
     monkeypatch.setattr("fastgrpo.rewards.geneval.THRESHOLD", 0.0)
-    reward = load_reward(RewardSpec(name="geneval", path=str(mask2former), options={"clip": str(clip_path)}))
+    reward: Any = load_reward(RewardSpec(name="geneval", path=str(mask2former), options={"clip": str(clip_path)}))
     images = samples(48, 40)
     prompts = [
         Prompt("a dog", metadata={"include": [{"class": "dog", "count": 1, "color": "red"}]}),

@@ -27,6 +27,10 @@ FLOORS = {
 }  # fmt: skip
 
 
+# Those that take longest, of the classes that the others are of.
+LONG = ("skyreels", "words_flux")
+
+
 def recipe_of(name: str) -> PretrainConfig:
     return load_settings(PretrainConfig, CONFIGS / f"pretrain-shapes-{name.replace('_', '-')}.yaml")
 
@@ -44,7 +48,7 @@ def test_shipped_weights_are_small_and_plain(name):
     assert sum(f.stat().st_size for f in files) <= SIZE_LIMIT
 
 
-@pytest.mark.parametrize("name", list(FLOORS))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in LONG else n for n in FLOORS])
 def test_shipped_pipeline_draws_held_out_prompts(name):
     recipe = recipe_of(name)
     config = recipe.evaluation(f"shapes:{name}", recipe.denoiser.guidance)
