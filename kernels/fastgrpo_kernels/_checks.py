@@ -16,8 +16,10 @@ Record = TypeVar("Record", bound=tuple)
 
 def replaced(record: Record, **changes: object) -> Record:
     """A named tuple with other values: `_replace`, which `torch.compile` of torch 2.8 does not trace."""
-    fields = record._fields  # pyright: ignore[reportAttributeAccessIssue]
-    return type(record)(*[changes.get(name, value) for name, value in zip(fields, record, strict=True)])
+    kind = type(record)
+    # Nor does it trace the instance's `_fields`.
+    fields = kind._fields  # pyright: ignore[reportAttributeAccessIssue]
+    return kind(*[changes.get(name, value) for name, value in zip(fields, record, strict=True)])
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
