@@ -316,7 +316,8 @@ def test_progress_can_be_silent(capsys):
 
 def test_chosen_iterations_are_traced_with_their_phases(tiny_flux, tmp_path):
     # Few samples: a trace has every operation of its iteration.
-    roll = {"prompts_per_iteration": 1, "group_size": 2, "steps": 3}
+    window = {"kind": "window", "size": 1, "start": 0}
+    roll = {"prompts_per_iteration": 1, "group_size": 2, "steps": 3, "trained": window}
     config = tiny_config(tiny_flux, tmp_path, rollout=roll, train={"iterations": 2}, telemetry={"profile": [1]})
     train(config)
     (trace,) = (tmp_path / "profile").iterdir()
