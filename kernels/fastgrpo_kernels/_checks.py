@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ Record = TypeVar("Record", bound=tuple)
 
 def replaced(record: Record, **changes: object) -> Record:
     """A named tuple with other values: `_replace`, which `torch.compile` of torch 2.8 does not trace."""
-    fields = record._fields  # pyright: ignore[reportAttributeAccessIssue]
-    values: list[Any] = [changes.get(name, value) for name, value in zip(fields, record, strict=True)]
-    return type(record)(*values)
+    kind = type(record)
+    # Nor does it trace the instance's `_fields`.
+    fields = kind._fields  # pyright: ignore[reportAttributeAccessIssue]
+    return kind(*[changes.get(name, value) for name, value in zip(fields, record, strict=True)])
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
