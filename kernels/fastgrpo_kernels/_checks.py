@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ Record = TypeVar("Record", bound=tuple)
 def replaced(record: Record, **changes: object) -> Record:
     """A named tuple with other values: `_replace`, which `torch.compile` of torch 2.8 does not trace."""
     fields = record._fields  # pyright: ignore[reportAttributeAccessIssue]
-    return type(record)(*[changes.get(name, value) for name, value in zip(fields, record, strict=True)])
+    values: list[Any] = [changes.get(name, value) for name, value in zip(fields, record, strict=True)]
+    return type(record)(*values)
 
 
 def is_eager(*tensors: Tensor | None) -> bool:

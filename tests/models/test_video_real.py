@@ -108,8 +108,8 @@ def real_pipeline(kind: str, depth: dict[str, int]) -> Any:
         return pipeline(**parts)
     if family == "ltx2":
         parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
-        absent = ("audio_vae", "text_encoder", "tokenizer", "connectors", "vocoder")
-        return diffusers.LTX2Pipeline(**parts, **dict.fromkeys(absent))
+        parts |= dict.fromkeys(("audio_vae", "text_encoder", "tokenizer", "connectors", "vocoder"))
+        return diffusers.LTX2Pipeline(**parts)
     parts |= dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     if family == "hunyuan_15":
         parts["guider"] = diffusers.ClassifierFreeGuidance()

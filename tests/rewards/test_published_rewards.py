@@ -293,7 +293,7 @@ def by_published_code(model, reward_ids, tokens, patches, grid, token_id):
 
 @torch.no_grad()
 def test_videoaligns_scores_are_those_of_the_published_forward(qwen, tmp_path):
-    backbone: Backbone = videoalign("videoalign_vq", qwen, tmp_path, new_names(qwen[1])).backbone
+    backbone: Backbone = cast(Any, videoalign("videoalign_vq", qwen, tmp_path, new_names(qwen[1]))).backbone
     ours = backbone.score(VIDEOS, TEXTS, 2.0).components
     frames = sampled(VIDEOS, 2.0, 2.0)
     patches, grid = to_patches(frames, *frame_size(30, 60, *backbone.pixels), backbone.vision)
@@ -362,7 +362,7 @@ def test_hpsv3s_head_stays_in_float32(preference):
 
 
 def test_hpsv3_at_its_published_size_has_the_parameters_that_are_billed():
-    config = Qwen2VLConfig(**QWEN2_VL_7B)
+    config: Any = Qwen2VLConfig(**QWEN2_VL_7B)
     with torch.device("meta"):
         model = RewardModel(config, preference_head(config.text_config.hidden_size))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(COSTS["hpsv3"].parameters, rel=0.01)

@@ -176,14 +176,16 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_when_it_does(tiny_flux, tmp
         assert time.monotonic() < limit
         time.sleep(0.2)
     time.sleep(1)
-    os.kill(ranks[1].pid, signal.SIGSTOP)
+    process = ranks[1].pid
+    assert process is not None
+    os.kill(process, signal.SIGSTOP)
     try:
         events = tmp_path / "run" / "events.jsonl"
         while '"stall"' not in events.read_text():
             assert time.monotonic() < limit
             time.sleep(0.2)
     finally:
-        os.kill(ranks[1].pid, signal.SIGCONT)
+        os.kill(process, signal.SIGCONT)
     codes, errors = ended(ranks, tmp_path)
     assert codes == [0, 0], errors
     assert "warning: rank 1 has given no sign of life for" in errors[0]
