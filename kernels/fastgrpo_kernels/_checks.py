@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ def replaced(record: Record, **changes: object) -> Record:
     kind = type(record)
     # Nor does it trace the instance's `_fields`.
     fields = kind._fields  # pyright: ignore[reportAttributeAccessIssue]
-    return kind(*[changes.get(name, value) for name, value in zip(fields, record, strict=True)])
+    values: list[Any] = [changes.get(name, value) for name, value in zip(fields, record, strict=True)]
+    return kind(*values)
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
