@@ -121,9 +121,11 @@ def make(case: str, out: Path) -> dict[str, Any]:
     predict = Flux.predict
     if case == "ratio-not-1":
         # What rollout and update disagree by where a model behaves otherwise with gradients.
-        Flux.predict = functools.wraps(predict)(
-            lambda self, *args: predict(self, *args) * (1 + 3e-2 * torch.is_grad_enabled())
-        )
+        @functools.wraps(predict)
+        def disagreeing(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return predict(*args, **kwargs) * (1 + 3e-2 * torch.is_grad_enabled())
+
+        Flux.predict = disagreeing
     try:
         fastgrpo.train(config)
     finally:

@@ -95,9 +95,9 @@ def loss_cases(folder: Path) -> dict[str, tuple[tuple[int, ...], Loss, Loss, Los
         return space["policy_loss"]
 
     def nft_exact(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, mixed: Tensor) -> Tensor:
-        outputs = (tensor.flatten(1) for tensor in (v, v_old, noise - x0))
+        new, old, target = (tensor.flatten(1) for tensor in (v, v_old, noise - x0))
         r = advantages.double().clamp(-clip, clip) / clip / 2 + 0.5
-        return nft_loss_reference(*outputs, t, r, torch.full((4,), 0.25).double(), beta=beta, clip=clip)
+        return nft_loss_reference(new, old, target, t, r, torch.full((4,), 0.25).double(), beta=beta, clip=clip)
 
     awm_file = folder / "advantage_weighted_matching/advantage_weighted_matching/scripts/train_sd3_awm.py"
     their_log_prob = functions_of(awm_file, "compute_log_prob_awm")["compute_log_prob_awm"]
@@ -121,13 +121,17 @@ def loss_cases(folder: Path) -> dict[str, tuple[tuple[int, ...], Loss, Loss, Los
         "DiffusionNFT, SD 3.5 at 512²": (
             (4, 16, 64, 64),
             nft,
-            lambda v, *rest: diffusion_nft.policy_loss(v, *rest[:3], t, advantages, beta=beta, adv_clip_max=clip),
+            lambda v, old, x0, noise, _: diffusion_nft.policy_loss(
+                v, old, x0, noise, t, advantages, beta=beta, adv_clip_max=clip
+            ),
             nft_exact,
         ),
         "AWM, SD 3.5 at 512², huber": (
             (4, 16, 64, 64),
             awm_theirs,
-            lambda v, *rest: awm.policy_loss(v, *rest[:3], t, advantages, weighting="huber", clip_range=CLIP),
+            lambda v, old, x0, noise, _: awm.policy_loss(
+                v, old, x0, noise, t, advantages, weighting="huber", clip_range=CLIP
+            ),
             awm_exact,
         ),
     }

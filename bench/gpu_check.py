@@ -23,7 +23,11 @@ from torch import Tensor
 
 import fastgrpo_kernels as fk
 from fastgrpo_kernels import _launch
-from fastgrpo_kernels.clipped_loss.reference import clipped_loss_reference
+from fastgrpo_kernels.clipped_loss.reference import (
+    awm_log_prob_reference,
+    clipped_loss_reference,
+    nft_loss_reference,
+)
 from fastgrpo_kernels.log_prob.reference import log_prob_reference
 
 from . import device_time, kernels, providers, tables
@@ -39,6 +43,8 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 # Share of a copy's bandwidth that the loss has to reach, forward alone and with its gradient.
 OF_COPY = {"flux": 0.7, "hunyuan": 0.8}
 RACES = 2 if CPU else 300
+# Of objectives against a target.
+TIME, BETA, ADVANTAGE_CLIP = 0.7, 1.0, 5.0
 
 started = time.monotonic()
 wrong: list[str] = []
@@ -76,6 +82,8 @@ class Case:
         self.eps = fk.normal(self.key, shape[1:])
         self.y = fk.gaussian_step(self.x, self.v_old, self.a, self.b, self.s, self.key)
         self.advantages = torch.linspace(-1, 1, shape[0], device=DEVICE)
+        # For x as clean latents.
+        self.target = fk.MatchingTarget(self.x, self.key)
 
     def step(self, v: Tensor) -> Tensor:
         return fk.gaussian_step(self.x, v, self.a, self.b, self.s, self.key)
@@ -98,6 +106,14 @@ class Case:
             0
         ]
 
+    def matching(self, v: Tensor) -> Tensor:
+        rows = self.target, self.advantages, 1.0 / len(v)
+        return fk.grpo_loss(v, self.v_old, TIME, TIME, *rows, clip_low=0.5, clip_high=0.5, ratio="matching")[0]
+
+    def nft(self, v: Tensor) -> Tensor:
+        rows = self.target, self.advantages, 1.0 / len(v)
+        return fk.nft_loss(v, self.v_old, TIME, *rows, beta=BETA, advantage_clip=ADVANTAGE_CLIP)[0]
+
     def on_policy(self, v: Tensor) -> Tensor:
         return fk.on_policy_gradient(self.advantages, self.b, self.s, self.key, v.shape, v.dtype)
 
@@ -106,8 +122,8 @@ class Case:
         return torch.autograd.grad(scale * operation(leaf).sum(), leaf)[0]
 
 
-OPERATIONS = ("step", "rollout", "log_prob", "moments", "loss", "on_policy")
-DIFFERENTIABLE = ("step", "log_prob", "moments", "loss")
+OPERATIONS = ("step", "rollout", "log_prob", "moments", "loss", "matching", "nft", "on_policy")
+DIFFERENTIABLE = ("step", "log_prob", "moments", "loss", "matching", "nft")
 
 
 def environment() -> None:
@@ -127,9 +143,10 @@ def numerics() -> None:
     for shape in ODD:
         for dtype, rounding in ROUNDING.items():
             case = Case(shape, 11, dtype)
-            errors = {name: _error(case, name) for name in ("log_ratio", "log_prob", "step", "gradient", "on_policy")}
+            bounds = {"log_ratio": 1e-9, "log_prob": 2e-6, "step": 1e-6}
+            bounds |= dict.fromkeys(("gradient", "matching", "nft", "on_policy"), rounding)
+            errors = {name: _error(case, name) for name in bounds}
             tell("numerics", shape=shape, dtype=str(dtype), **errors)
-            bounds = {"log_ratio": 1e-9, "log_prob": 2e-6, "step": 1e-6, "gradient": rounding, "on_policy": rounding}
             for name, bound in bounds.items():
                 expect(errors[name] <= bound, f"{name} of {list(shape)} {dtype}: {errors[name]:.1e} > {bound:.0e}")
             same = Case(shape, 11, dtype)
@@ -163,14 +180,27 @@ def _error(case: Case, name: str) -> float:
             case.advantages * elements, case.b, case.s, case.key, case.v.shape, case.v.dtype
         ).double()
         return float((found - expected).norm() / expected.norm())
-    leaf = v.clone().requires_grad_()
-    d = case.b / case.s * (leaf - v_old)
-    P, Q = (d * eps).flatten(1).mean(1), d.square().flatten(1).mean(1)
-    weight, s = torch.full_like(P, 1.0 / len(v)), torch.full_like(P, case.s)
-    loss = clipped_loss_reference(P, Q, s, case.advantages.double(), weight, clip_low=0.5, clip_high=0.5)
+    leaf, advantages = v.clone().requires_grad_(), case.advantages.double()
+    weight, time = torch.full_like(advantages, 1.0 / len(v)), torch.full_like(advantages, TIME)
+    outputs = leaf.flatten(1), v_old.flatten(1), (eps - x).flatten(1)
+    if name == "nft":
+        positive = (advantages / ADVANTAGE_CLIP).clamp(-1, 1) / 2 + 0.5
+        loss = nft_loss_reference(*outputs, time, positive, weight, beta=BETA, clip=ADVANTAGE_CLIP)
+        found = case.gradient(case.nft, elements)
+    elif name == "matching":
+        new, old = (awm_log_prob_reference(output, outputs[2], time, "t") for output in outputs[:2])
+        # A log-ratio is P - Q/2 of P alone.
+        loss = clipped_loss_reference(
+            new - old, torch.zeros_like(new), time, advantages, weight, clip_low=0.5, clip_high=0.5
+        )
+        found = case.gradient(case.matching, elements)
+    else:
+        d = case.b / case.s * (leaf - v_old)
+        P, Q = (d * eps).flatten(1).mean(1), d.square().flatten(1).mean(1)
+        loss = clipped_loss_reference(P, Q, time, advantages, weight, clip_low=0.5, clip_high=0.5)
+        found = case.gradient(lambda v: case.loss(v, 0.5), elements)
     (expected,) = torch.autograd.grad(elements * loss, leaf)
-    found = case.gradient(lambda v: case.loss(v, 0.5), elements).double()
-    return float((found - expected).norm() / expected.norm())
+    return float((found.double() - expected).norm() / expected.norm())
 
 
 def host() -> None:
@@ -230,7 +260,7 @@ def _expect_faster(row: tables.Row, rows: list[tables.Row], other: str, times: f
 def races() -> None:
     """The same bits 300 times, while another stream saturates the memory: a missed fence would move them."""
     case = Case(TINY if CPU else FLUX, 5)
-    firsts = {name: getattr(case, name)(case.v) for name in ("moments", "loss", "log_prob", "rollout")}
+    firsts = {name: getattr(case, name)(case.v) for name in ("moments", "loss", "nft", "log_prob", "rollout")}
     busy = torch.empty(1 << (10 if CPU else 28), dtype=torch.int8, device=DEVICE)
     side = None if CPU else torch.cuda.Stream()
     different = dict.fromkeys(firsts, 0)

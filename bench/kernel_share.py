@@ -102,7 +102,7 @@ def document() -> str:
 
         def milliseconds(step: float, loss: float, work: Work = work) -> float:
             moved = work.elements * (work.step_samples * step + work.loss_samples * loss)
-            return 1e3 * moved / DEVICE.bandwidth
+            return 1e3 * moved / DEVICE.gpu.bandwidth
 
         theirs, ours = milliseconds(step_bytes, loss_bytes), milliseconds(OURS_STEP, OURS_LOSS)
         launches = work.step_calls * step_launches + work.loss_calls * loss_launches

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +53,8 @@ def measure(path: str, iterations: int, overrides: Sequence[str] = ()) -> list[f
         trainer = Trainer.from_config(load_config(path, [*overrides, *constant, *quiet]))
         run, found = trainer.updater.run, []
 
-        def moved(batch: Batch, *rest):
-            result = run(batch, *rest)
+        def moved(batch: Batch, *rest: Any, **named: Any) -> Any:
+            result = run(batch, *rest, **named)
             found.append(movement(trainer.updater, batch))
             steps = np.unique(batch.trajectory.layout.row_step).tolist()
             print(f"{len(found):4} step {' '.join(map(str, steps))}: Q {found[-1]:.3g}", flush=True)

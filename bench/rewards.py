@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +51,7 @@ class Sleeps:
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
 
-    def score(self, samples: Tensor, prompts: list[Prompt], fps: float | None) -> Scores:
+    def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         time.sleep(self.seconds * len(prompts))
         values = samples.flatten(1).double().mean(dim=1).numpy()
         return Scores(values, np.ones(len(values), dtype=bool))
@@ -140,7 +140,8 @@ def throughput(seconds: int = 6, clients: int = 8, batch: int = 32) -> dict[str,
         remotes = [load_reward(RewardSpec(name="remote", options=options)) for _ in range(clients)]
         # In turns, so that whatever else this machine does meets both.
         alone, served = [], []
-        here(), remotes[0].score(images, texts, None)
+        here()
+        remotes[0].score(images, texts, None)
         for _ in range(3):
             alone.append(_rate([here], seconds / 3))
             served.append(_rate([lambda r=r: (r.score(images, texts, None), batch)[1] for r in remotes], seconds / 3))

@@ -58,7 +58,7 @@ class Bench:
     def metrics(self, warm_up: int) -> list[dict[str, float]]:
         """Those of each iteration after the warm-up."""
         self.trainer.flush()
-        return read_metrics(self.trainer.log.directory)[warm_up:]
+        return read_metrics(self.trainer.config.run.dir)[warm_up:]
 
     def result(self, warm_up: int) -> dict[str, Any]:
         """Medians over the iterations after the warm-up."""

@@ -157,7 +157,7 @@ def _per_element(figures: Row, scalar_bytes: float, least: int) -> Row:
 
 def _roofline(padding: float, row: Row, device: Any) -> Row:
     """Microseconds by bandwidth and by issue rate, the larger of them, and which it is."""
-    memory = row["bytes_per_element"] / device.bandwidth
+    memory = row["bytes_per_element"] / device.gpu.bandwidth
     issue = row["instructions_per_element"] * padding / device.issue_rate
     times = {f"{name}_us": round(math.prod(shape) * max(memory, issue) * 1e6, 2) for name, shape in SHAPES.items()}
     return times | {"bound": "bandwidth" if memory >= issue else "instructions"}
@@ -229,4 +229,4 @@ def show(rows: list[Row]) -> None:
         for row in (r for r in rows if r["target"] == target):
             table.add_row(*(str(row[c]) for c in ("case", "pass", *shown)))
         console.print(table)
-        console.print(f"Published figures: {device.source}", highlight=False)
+        console.print(f"Published figures: {device.gpu.source}", highlight=False)

@@ -158,8 +158,8 @@ def measure(model: str, size: str, point: dict[str, Any], iterations: int, seque
         row = _row(lines, bench.trainer.rollouts.samples, counted.flops, peak)
         if sequential:
             del bench
-            settings = dict(item.split("=", 1) for item in BASELINE) | {"run.dir": f"{folder}/sequential"}
-            plain = overridden(config, {key: parse_yaml(value, key) for key, value in settings.items()})
+            pairs = (item.split("=", 1) for item in (*BASELINE, f"run.dir={folder}/sequential"))
+            plain = overridden(config, {key: parse_yaml(value, key) for key, value in pairs})
             other = Bench(plain, *load, clock=clock)
             for _ in range(1 + iterations):
                 other.iterate()
@@ -240,7 +240,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, clock: Callable[[], flo
     best = math.inf
     for _ in range(30):
         begin = clock()
-        a @ b
+        torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, clock() - begin)

@@ -38,6 +38,7 @@ class Case:
 LORA = {"model.lora": {"rank": 64, "alpha": 128.0}}
 MODELS = {
     "flux": Case("shapes", {"guidance": 3.5, "max_sequence_length": 10}, "flux-fast-8xh100", LORA),
+    "flux_kontext": Case("editing", {"guidance": 2.5, "max_sequence_length": 10}, "flux-kontext-fast-8xh100", LORA),
     "stable_diffusion": Case("shapes", {"guidance": 3.0}, "sd-fast-8xh100", {"rollout.forward_batch": 16}),
     "sd3": Case("shapes", {"guidance": 3.0, "max_sequence_length": 10}, "sd3.5-large-fast-8xh100"),
     "qwen_image": Case("shapes", {"guidance": 1.0, "max_sequence_length": 14}, "qwen-image-fast-8xh100"),
@@ -49,6 +50,7 @@ MODELS = {
     "z_image": Case("shapes", {"guidance": 0.0, "max_sequence_length": 18}, "z-image-turbo-fast-8xh100"),
     "hunyuan_video": Case("moving", {"guidance": 6.0, "max_sequence_length": 8}, "hunyuan-video-fast-8xh100"),
     "hunyuan_video_1_5": Case("moving", {"guidance": 1.0, "max_sequence_length": 24}, "hunyuan-video-1.5-fast-8xh100"),
+    "ltx2": Case("moving", {"guidance": 1.0, "max_sequence_length": 16}, "ltx2-fast-8xh100"),
     "skyreels": Case("moving", {"guidance": 3.0, "max_sequence_length": 8}, "skyreels-fast-8xh100"),
     "wan": Case("moving", {"guidance": 3.0, "max_sequence_length": 14}, "wan-2.1-1.3b-fast-8xh100"),
 }
@@ -59,8 +61,8 @@ BUILT = {
     "qwen_image_2_1": ("tiny_qwen_image_2_1", None),
     "qwen_image_edit": ("tiny_qwen_image_edit", None),
     "flux2": ("tiny_flux2", "TinyFlux2Sizes"),
-    "z_image": ("tiny_z_image", "TinyZImageSizes"),
     "hunyuan_video_1_5": ("tiny_hunyuan_video_1_5", None),
+    "ltx2": ("tiny_ltx2", None),
     "wan": ("tiny_wan", None),
 }
 # Of each world.

@@ -25,6 +25,7 @@ ROOMS = (
     "rollout",
     "evaluation",
     "training",
+    "preflight",
     "planning",
     "commands",
     "__main__",

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -25,11 +26,11 @@ def rows() -> list[tuple[str, str, str]]:
 
 
 def is_setting(path: str) -> bool:
-    kind: type[BaseModel] = Config
+    kind: Any = Config
     for part in path.split("."):
         if part not in kind.model_fields:
             return False
-        options = [kind.model_fields[part].annotation]
+        options: list[Any] = [kind.model_fields[part].annotation]
         while options and not (isinstance(options[0], type) and issubclass(options[0], BaseModel)):
             options += getattr(options.pop(0), "__args__", ())
         kind = options[0] if options else Section
@@ -66,8 +67,10 @@ SILENT = {"use", "num", "number", "train", "sample", "enable", "type", "sec", "l
 
 
 def words_of(name: str) -> set[str]:
-    parts = re.findall(r"[0-9]*[a-z]+", name.lower().replace("8bit", "eightbit").replace("guidance_scale", "guidance"))
-    return set(" ".join(SAME_WORDS.get(part, part) for part in parts).split())
+    parts: list[str] = re.findall(
+        r"[0-9]*[a-z]+", name.lower().replace("8bit", "eightbit").replace("guidance_scale", "guidance")
+    )
+    return {word for part in parts for word in SAME_WORDS.get(part, part).split()}
 
 
 def abilities() -> list[tuple[str, set[str]]]:

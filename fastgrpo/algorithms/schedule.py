@@ -48,13 +48,6 @@ class NoiseLevels:
         return ((1 - following) / (1 - now) * (1 - now / following)) ** 0.5
 
 
-def flow_levels(sigmas: Sequence[float], modules: str | Sequence[str]) -> NoiseLevels:
-    """Levels of a flow through T + 1 sigmas, whose model is told σ itself. modules: one name, or one for each step."""
-    steps = len(sigmas) - 1
-    names = (modules,) * steps if isinstance(modules, str) else tuple(modules)
-    return NoiseLevels(tuple(sigmas[:-1]), tuple(sigmas[1:]), tuple(sigmas[:-1]), names)
-
-
 @dataclass(frozen=True)
 class StepSchedule:
     """What each of the T steps does in one iteration.

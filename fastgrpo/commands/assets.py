@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastgrpo.config import Config
-from fastgrpo.training.assets import Asset, download, find_assets, shown
+from fastgrpo.preflight.assets import Asset, download, find_assets, shown
 
 
 def assets(config: Config, get: bool, note: Callable[[str], None]) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from fastgrpo.config import load_config
 from fastgrpo.errors import UserError
 from fastgrpo.observe.progress import warn
 from fastgrpo.planning.plan import HARDWARE
-from fastgrpo.training.preflight import preflight
+from fastgrpo.preflight.checks import preflight
 
 
 def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> bool:

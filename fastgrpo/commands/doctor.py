@@ -114,7 +114,7 @@ def self_test(config: Config) -> SelfTest:
     deviation = float(result.first.max_deviation)
     return SelfTest(
         log_ratio=float(-np.log1p(-min(deviation, 1.0 - 1e-12))),
-        q_floor=q_floor(trajectory.v_old, layout.row_step, schedule, trainer.family.dtype),
+        q_floor=q_floor(trainer.family.of_policy(trajectory.v_old), layout.row_step, schedule, trainer.family.dtype),
         rollout_seconds=middle - begin,
         update_seconds=end - middle,
         peak_bytes=peak_memory_bytes(),

@@ -198,7 +198,7 @@ def watch(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200, b200, mi300x or rtx4090.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200, b200, mi300x, rtx4090 or rtx5090.")] = "h100",
     world: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
     node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node; else 8, or all where fewer.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

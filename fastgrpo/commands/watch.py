@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers GET and HEAD of `/`, by a name of this machine, and nothing else."""
 
     timeout = PATIENCE
-    server: Server
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
         if not self.server.slots.acquire(blocking=False):

@@ -25,6 +25,7 @@ FAMILIES = Registry(
         "flux_kontext": "fastgrpo.models.families.flux_kontext:FluxKontext",
         "hunyuan_video": "fastgrpo.models.families.hunyuan_video:HunyuanVideo",
         "hunyuan_video_1_5": "fastgrpo.models.families.hunyuan_video_1_5:HunyuanVideo15",
+        "ltx2": "fastgrpo.models.families.ltx2:LTX2",
         "qwen_image": "fastgrpo.models.families.qwen_image:QwenImage",
         "qwen_image_2_1": "fastgrpo.models.families.qwen_image_2_1:QwenImage21",
         "qwen_image_edit": "fastgrpo.models.families.qwen_image_edit:QwenImageEdit",

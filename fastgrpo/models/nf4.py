@@ -7,7 +7,7 @@ replay are one path, a dequantized weight and a matrix product, so that the rati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,34 +40,42 @@ class NF4Linear(nn.Linear):
         self.register_buffer("weight", packed)
         self.register_buffer("scale", scale)
         self.bias = layer.bias
-        # A plan, whose tensors are fake, has another.
-        self.dequantize: Callable[..., Tensor] = dequantize
 
     def forward(self, input: Tensor) -> Tensor:
         shape = self.out_features, self.in_features
-        return _Product.apply(input, self.weight, self.scale, self.bias, shape, self.dequantize)  # pyright: ignore
+        return _Product.apply(input, self.weight, self.scale, self.bias, shape)  # pyright: ignore
 
 
 class _Product(torch.autograd.Function):
     """x Wᵀ + bias. Backward dequantizes W again, which keeps it out of memory in between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Any, shape: Any, weight: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Any, shape: Any) -> Tensor:
         ctx.save_for_backward(packed, scale)
-        ctx.shape, ctx.dequantize = shape, weight
-        return nn.functional.linear(x, weight(packed, scale, shape, x.dtype), bias)
+        ctx.shape = shape
+        return nn.functional.linear(x, dequantize(packed, scale, shape, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         packed, scale = ctx.saved_tensors
-        return grads[0] @ ctx.dequantize(packed, scale, ctx.shape, grads[0].dtype), None, None, None, None, None
+        return grads[0] @ dequantize(packed, scale, ctx.shape, grads[0].dtype), None, None, None, None
 
 
-def dequantize(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+# An operator of ours, so that a plan needs no bitsandbytes: on fake tensors PyTorch takes what is registered below.
+@torch.library.custom_op(
+    "fastgrpo::dequantize_nf4", mutates_args=(),
+    schema="(Tensor packed, Tensor scale, int[] shape, ScalarType dtype) -> Tensor",
+)  # fmt: skip
+def dequantize(packed: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The weight [out, in] in `dtype`."""
     import bitsandbytes.functional  # noqa: F401  (registers the operation)
 
     return torch.ops.bitsandbytes.dequantize_4bit(packed, scale, BLOCK, "nf4", shape, dtype)
+
+
+@dequantize.register_fake
+def _(packed: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
 
 
 def _quantized(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

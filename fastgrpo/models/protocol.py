@@ -116,6 +116,23 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
     def latent_shape(self) -> tuple[int, ...]:
         """Of one sample, without the batch dimension, from model.height, width and frames."""
 
+    @property
+    def beside(self) -> int:
+        """How many elements of a sample's flat latents, its last, are denoised beside those that are trained: sound.
+
+        They take every step without noise, and no loss sees them.
+        """
+        return 0
+
+    @property
+    def policy_shape(self) -> tuple[int, ...]:
+        """Of the part of a sample's latents that is trained: `latent_shape`, without what is denoised beside it."""
+        return (self.latent_shape[0] - self.beside,) if self.beside else self.latent_shape
+
+    def of_policy(self, rows: Tensor) -> Tensor:
+        """The trained part of rows [R, *latent_shape]: [R, *policy_shape]."""
+        return rows[:, : -self.beside].contiguous() if self.beside else rows
+
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Encodes prompts' texts (and images) by `encoder`, [len(prompts), …] each; negative prompts alike."""

@@ -32,7 +32,7 @@ class Progress:
 
     def __init__(self, total: int, start: int = 0, enabled: bool = True, unit: str = "iteration") -> None:
         self.unit = unit
-        self._total, self._done, self._start, self._enabled = total, start, start, enabled
+        self._total, self._start, self._enabled = total, start, enabled
         self._begin = self._spoke = time.perf_counter()
         self._live: Any = None
         if not enabled:
@@ -57,7 +57,6 @@ class Progress:
         if not self._enabled:
             return
         now = time.perf_counter()
-        self._done = done
         pace = (now - self._begin) / max(1, done - self._start)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - done)))
         speaks = now - self._spoke >= self.SECONDS_BETWEEN_LINES or done == self._total

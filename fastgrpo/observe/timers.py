@@ -8,7 +8,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -113,9 +112,9 @@ def forget_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb", buffering=0) as file:
         # proc(5): resets the resident high-water mark, and nothing else.
-        file.write("5")
+        file.write(b"5")
 
 
 def peak_memory_bytes() -> int:
@@ -125,7 +124,7 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
         # Not getrusage: its maximum begins with that of the process which started this one.
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        with open("/proc/self/status", "rb", buffering=0) as file:
+            return int(file.read().partition(b"VmHWM:")[2].split(maxsplit=1)[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

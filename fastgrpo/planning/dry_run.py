@@ -180,8 +180,6 @@ class _Iteration:
 
     def _run(self, kept: Residency, decoded: dict[int, Any]) -> DryRun:
         config, family, world, meter, copies = self.config, self.family, self.world, self.meter, self.copies
-        for layer in quantized_layers(family.policy):
-            layer.dequantize = _unpacked
         family.memory = _PlannedMemory(meter)
         with meter.counting("parameters"):
             for name, part in family.pipeline.components.items():
@@ -306,13 +304,8 @@ class _PlannedAdamW8bit(AdamW8bit):
     def _maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.empty(256, device=device), torch.empty(256, device=device)
 
-    def _update(self, *_: Any) -> None:
+    def _update(self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], step: int, lr: float) -> None:
         pass
-
-
-def _unpacked(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """What bitsandbytes dequantizes to, without bitsandbytes."""
-    return torch.empty(shape, dtype=dtype, device=packed.device)
 
 
 def materialize(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ REGISTERED = {
     "clip": "fastgrpo.rewards.clip:ClipReward",
     "geneval": "fastgrpo.rewards.geneval:GenevalReward",
     "hps": "fastgrpo.rewards.clip:HPSReward",
+    "hpsv3": "fastgrpo.rewards.hpsv3:HPSv3Reward",
     "image_reward": "fastgrpo.rewards.image_reward:ImageRewardReward",
     "pickscore": "fastgrpo.rewards.clip:PickScoreReward",
     "editing": "fastgrpo.rewards.editing:EditingReward",

@@ -16,6 +16,8 @@ from fastgrpo.errors import UserError
 
 # Where checkpoints keep their tensors, when not at the top.
 WRAPPERS = ("state_dict", "model", "module")
+# The strings that a questionnaire consists of: VideoAlign's prompt_template.py, HPSv3's data_collator_qwen.py.
+QUESTIONNAIRES = (("DETAILED_PROMPT_WITH_SPECIAL_TOKEN",), ("INSTRUCTION", "prompt_with_special_token"))
 
 
 def convert_weights(source: Path, out: Path) -> Path:
@@ -51,16 +53,21 @@ def _tensors(content: object, source: Path) -> dict[str, Tensor]:
 
 
 def convert_template(source: Path, out: Path) -> Path:
-    """Writes VideoAlign's prompt template, a string of its prompt_template.py, to a text file; runs nothing of it."""
-    name = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
+    """Writes a reward's questionnaire, strings of its published Python file, to a text file; runs nothing of it."""
     try:
         tree = ast.parse(source.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read as Python: {error}") from None
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            text = ast.literal_eval(node.value)
+    strings = {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for names in QUESTIONNAIRES:
+        if all(name in strings for name in names):
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(text, encoding="utf-8")
+            out.write_text("".join(strings[name] for name in names), encoding="utf-8")
             return out
-    raise UserError(f"{source}: sets no {name}")
+    raise UserError(f"{source}: sets no {', nor '.join(' and '.join(names) for names in QUESTIONNAIRES)}")

@@ -24,6 +24,7 @@ HUB_BYTES = {
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": 4e6,
     "google-bert/bert-base-uncased": 1e6,
     "Qwen/Qwen2-VL-2B-Instruct": 12e6,
+    "Qwen/Qwen2-VL-7B-Instruct": 12e6,
 }
 
 # How the file that `path` names is made, where what is published is a pickle archive: (repository, file, bytes).
@@ -51,6 +52,7 @@ COSTS = {
     "clip": _VIT_L,
     "aesthetic": _VIT_L,
     "hps": _VIT_H,
+    "hpsv3": Cost(7.75e9, 12e12),
     "pickscore": _VIT_H,
     "image_reward": Cost(0.45e9, 0.16e12),
     "geneval": Cost(0.5e9, 0.3e12),

@@ -52,7 +52,8 @@ def score_samples(
     not finite has failed every reward.
     """
     scores = {}
-    finite = images.isfinite().flatten(1).all(dim=1).numpy()
+    # A sum of pixels in [0, 1] is finite where all of them are, and takes one pass.
+    finite = images.flatten(1).sum(dim=1).isfinite().numpy()
     if not finite.all():
         failures.failed(f"{int((~finite).sum())} of {len(finite)} samples are not finite and count as failed")
         images = images.nan_to_num(0.0, 0.0, 0.0)

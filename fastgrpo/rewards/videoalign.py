@@ -6,32 +6,35 @@ Frames never leave memory: they are sampled, resized and cut into patches by ten
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.base import Scores
-from fastgrpo.rewards.images import OPENAI_MEAN, OPENAI_STD, normalize
 from fastgrpo.rewards.neural import Dtype, NeuralReward, options
-from fastgrpo.rewards.weights import check_exists, load_strict, load_tokenizer, read_json, read_state, resolve
+from fastgrpo.rewards.qwen2_vl import (
+    AFTER,
+    BEFORE,
+    VIDEO,
+    frame_size,
+    load_model,
+    load_words,
+    picture_tokens,
+    read_template,
+    states,
+    to_patches,
+)
+from fastgrpo.rewards.weights import check_exists, read_json, read_state, resolve
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 REWARD_TOKENS = [f"<|{name}_reward|>" for name in DIMENSIONS]
 # Mean and standard deviation of each dimension, as published.
 PUBLISHED = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
-# Of the chat that the model was trained in.
-BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-AFTER = "<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
-VIDEO, VIDEO_TYPE = "<|video_pad|>", 2
 # Sampling: frames a second (even numbers of frames, at least four), and pixels of a frame.
 FPS, FEWEST = 2.0, 4
 MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 448 * 448
@@ -49,66 +52,36 @@ class Backbone(NeuralReward):
         super().__init__(path, batch, dtype, device, offload)
         check_exists(base)
         self.base, self.fps, self.pixels = base, fps, (min_pixels, max_pixels)
-        self.template = _template(Path(template))
+        self.template = read_template(Path(template), ["{text_prompt}", *REWARD_TOKENS])
         self._last: tuple[Tensor, list[str], float | None, Scores] | None = None
 
     def load(self) -> nn.Module:
-        from transformers import Qwen2VLConfig
-
-        config: Any = Qwen2VLConfig(**read_json(resolve(self.base, weights=False) / "config.json"))
         where = resolve(self.path)
         settings = where.parent / "model_config.json" if where.is_file() else where / "model_config.json"
         state = merged(read_state(where), read_json(settings) if settings.exists() else {}, where)
-        state = renamed(state)
-        words = "qwen.language_model.embed_tokens.weight"
-        if words not in state:
-            raise ConfigError(f"path: {where} does not fit the model: {words.removeprefix('qwen.')} is missing")
-        config.text_config.vocab_size = len(state[words])
-        self.tokenizer = load_tokenizer(self.base)
-        self.tokenizer.add_special_tokens({"additional_special_tokens": REWARD_TOKENS})
-        self.reward_ids = self.tokenizer.convert_tokens_to_ids(REWARD_TOKENS)
-        if max(self.reward_ids) >= len(state[words]):
-            raise ConfigError(f"base: the tokenizer of {self.base} has more words than the model at {where}")
+        model, config = load_model(self.base, reward_head, state, where)
+        self.tokenizer, self.reward_ids = load_words(self.base, REWARD_TOKENS, model, where)
         self.vision = config.vision_config
-        return load_strict(RewardModel(config), state, where, (r"^lm_head\.",))
+        return model
 
     def judge(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> dict[str, Tensor]:
         module: Any = self.module
         frames = sampled(samples, fps or FPS, self.fps)
         height, width = frame_size(frames.shape[-2], frames.shape[-1], *self.pixels)
-        patches, grid = self.patches(frames, height, width)
-        merge = self.vision.spatial_merge_size
-        video = VIDEO * (math.prod(grid) // merge**2)
+        patches, grid = to_patches(frames, height, width, self.vision)
+        video = VIDEO * picture_tokens(grid, self.vision)
         texts = [BEFORE + video + AFTER.format(text=self.template.format(text_prompt=p.text)) for p in prompts]
         tokens = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
         ids = tokens["input_ids"]
-        kinds = VIDEO_TYPE * (ids == self.tokenizer.convert_tokens_to_ids(VIDEO)).int()
-        states = module.qwen(
-            input_ids=ids, attention_mask=tokens["attention_mask"], mm_token_type_ids=kinds, use_cache=False,
-            pixel_values_videos=patches.to(self.dtype),
-            video_grid_thw=torch.tensor([grid] * len(texts), device=self.device),
-        ).last_hidden_state  # fmt: skip
+        found = states(module.qwen, ids, tokens["attention_mask"], patches.to(self.dtype), grid, "video")
         scores = {}
         rows = torch.arange(len(ids), device=self.device)
         for place, (name, token) in enumerate(zip(DIMENSIONS, self.reward_ids, strict=True)):
             # A prompt may quote a token. It stands after the questionnaire's VQ and MQ, and before its TA.
-            found = (ids == token).int()
-            where = found.argmax(dim=1) if name != "TA" else ids.shape[1] - 1 - found.flip(1).argmax(dim=1)
-            scores[name] = module.rm_head(states[rows, where])[:, place].float()
+            there = (ids == token).int()
+            where = there.argmax(dim=1) if name != "TA" else ids.shape[1] - 1 - there.flip(1).argmax(dim=1)
+            scores[name] = module.rm_head(found[rows, where])[:, place].float()
         return {"score": torch.zeros_like(scores["VQ"]), **scores}
-
-    def patches(self, frames: Tensor, height: int, width: int) -> tuple[Tensor, tuple[int, int, int]]:
-        """Qwen2-VL's patches [B · t · h · w, …] of frames [B, 3, F, H, W], and their grid (t, h, w)."""
-        v, batch, count = self.vision, len(frames), frames.shape[2]
-        flat = frames.transpose(1, 2).flatten(0, 1)
-        levels = F.interpolate(flat.float() * 255, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
-        pixels = normalize(levels / 255, OPENAI_MEAN, OPENAI_STD).unflatten(0, (batch, count))
-        if short := -count % v.temporal_patch_size:
-            pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, short, -1, -1, -1)], dim=1)
-        p, m, t = v.patch_size, v.spatial_merge_size, v.temporal_patch_size
-        grid = pixels.shape[1] // t, height // p, width // p
-        cut = pixels.reshape(batch, grid[0], t, 3, grid[1] // m, m, p, grid[2] // m, m, p)
-        return cut.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, 3 * t * p * p), grid
 
     def scores_of(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         """All dimensions of these samples; asked again for the very same tensor, as VQ, MQ and TA do, it remembers."""
@@ -124,15 +97,8 @@ class Backbone(NeuralReward):
         super().release()
 
 
-class RewardModel(nn.Module):
-    """Qwen2-VL without its language head, and the reward head."""
-
-    def __init__(self, config: Any) -> None:
-        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
-
-        super().__init__()
-        self.qwen = Qwen2VLModel(config)
-        self.rm_head = nn.Linear(config.text_config.hidden_size, len(DIMENSIONS), bias=False)
+def reward_head(width: int) -> nn.Module:
+    return nn.Linear(width, len(DIMENSIONS), bias=False)
 
 
 class VideoAlignReward:
@@ -202,18 +168,6 @@ def sampled(videos: Tensor, fps: float, wanted: float) -> Tensor:
     return videos.index_select(2, index.to(videos.device))
 
 
-def frame_size(height: int, width: int, fewest: int, most: int, factor: int = 28) -> tuple[int, int]:
-    """Multiples of `factor` near a frame's size, with `fewest` to `most` pixels and about its aspect."""
-    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
-    if h * w > most:
-        shrink = math.sqrt(height * width / most)
-        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif h * w < fewest:
-        grow = math.sqrt(fewest / (height * width))
-        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return h, w
-
-
 def merged(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: object) -> dict[str, Tensor]:
     """A checkpoint's tensors with its LoRA, where there is one, added to the weights it was trained on.
 
@@ -243,27 +197,3 @@ def merged(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: obje
 
 def _lora(state: Mapping[str, Tensor], stem: str, side: str) -> Tensor | None:
     return state.get(f"{stem}.lora_{side}.default.weight", state.get(f"{stem}.lora_{side}.weight"))
-
-
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of `RewardModel`: from transformers' old names (visual.…, model.layers.…) or new ones
-    (model.visual.…, model.language_model.…)."""
-    found = {}
-    for key, tensor in state.items():
-        name = re.sub(r"^model\.(?=(visual|language_model)\.)", "", key)
-        name = re.sub(r"^model\.(?=(layers|embed_tokens|norm)\b)", "language_model.", name)
-        inside = name.startswith(("visual.", "language_model."))
-        found[f"qwen.{name}" if inside else name] = tensor
-    return found
-
-
-def _template(path: Path) -> str:
-    """The questionnaire, which holds {text_prompt} and each reward token once. Raises ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"template: {path} cannot be read: {error.strerror}") from None
-    missing = [part for part in ("{text_prompt}", *REWARD_TOKENS) if text.count(part) != 1]
-    if missing:
-        raise ConfigError(f"template: {path} should hold {json.dumps(missing[0])} once")
-    return text

@@ -226,16 +226,17 @@ class Generator:
         conditioning = family.encode([prompts[i] for i in layout.prompts])
         trajectory = _nothing(family, layout)
         rows, pairs, shape = len(layout.row_step), len(layout.pair_row), family.latent_shape
+        trained_shape = family.policy_shape
         if self.config.objective.forward:
             trajectory.latents = torch.empty((len(samples), *shape), device=family.device)
             return Batch(iteration, drawn, schedule, trajectory, conditioning)
         trajectory.x = kept_empty(family, roll, (rows, *shape), torch.float32)
         trajectory.v_old = kept_empty(family, roll, (rows, *shape), family.dtype)
         if roll.old_values == "log_prob":
-            trajectory.y = kept_empty(family, roll, (pairs, *shape), torch.float32)
+            trajectory.y = kept_empty(family, roll, (pairs, *trained_shape), torch.float32)
             trajectory.log_prob = torch.empty(pairs, device=family.device)
         elif roll.keeps_noise(family.device.type):
-            trajectory.noise = kept_empty(family, roll, (pairs, *shape), torch.float32)
+            trajectory.noise = kept_empty(family, roll, (pairs, *trained_shape), torch.float32)
             for step in range(schedule.steps):
                 part = layout.pairs_of(step)
                 if part.stop > part.start:
@@ -243,7 +244,7 @@ class Generator:
                     key = noise.noise_key(
                         self.config.run.seed, owners, step, iteration, noise.STREAM_SDE, family.device
                     )
-                    trajectory.noise[part] = noise.normal(key, shape)
+                    trajectory.noise[part] = noise.normal(key, trained_shape)
         return Batch(iteration, drawn, schedule, trajectory, conditioning)
 
 

@@ -24,8 +24,8 @@ from fastgrpo_kernels import gaussian_step, log_prob, noise
 def forward_batches(index: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """`index` in batches of exactly `size`, the last one padded by repeating its end; and how many are real."""
     for start in range(0, len(index), size):
-        part = index[start : start + size]
-        yield np.pad(part, (0, size - len(part)), mode="edge"), len(part)
+        places = np.minimum(np.arange(start, start + size), len(index) - 1)
+        yield index[places], min(size, len(index) - start)
 
 
 def predict_rows(
@@ -71,9 +71,10 @@ def rollout(
     the components that act in place of the family's. Reads nothing back to the host.
     """
     device, shape, batch = family.device, family.latent_shape, config.forward_batch
+    trained, trained_shape = family.of_policy, family.policy_shape
     subtract = config.old_values == "log_prob"
     keep_noise = not subtract and config.keeps_noise(device.type)
-    rows_kept, pairs_kept = (len(layout.row_step), *shape), (len(layout.pair_row), *shape)
+    rows_kept, pairs_kept = (len(layout.row_step), *shape), (len(layout.pair_row), *trained_shape)
     x_kept = kept_empty(family, config, rows_kept, torch.float32)
     v_kept = kept_empty(family, config, rows_kept, family.dtype)
     noise_kept = kept_empty(family, config, pairs_kept, torch.float32) if keep_noise else None
@@ -105,16 +106,27 @@ def rollout(
         chosen = to_device(layout.pair_sample[pairs], device) if pairs.stop > pairs.start else None
         drawn: Tensor | noise.NoiseKey = key
         if noise_kept is not None and chosen is not None:
-            drawn = noise.normal(key, shape)
+            drawn = noise.normal(key, trained_shape)
             keep_rows(noise_kept[pairs], drawn, chosen)
-        y = gaussian_step(x, v, a, b, s, drawn)
+        y = gaussian_step(trained(x), trained(v), a, b, s, drawn)
         if y_kept is not None and log_prob_kept is not None and chosen is not None:
             keep_rows(y_kept[pairs], y, chosen)
             log_prob_kept[pairs] = log_prob(
-                x.index_select(0, chosen), v.index_select(0, chosen), y.index_select(0, chosen), a, b, s
+                trained(x).index_select(0, chosen),
+                trained(v).index_select(0, chosen),
+                y.index_select(0, chosen),
+                a,
+                b,
+                s,
             )
-        x = y
+        x = y if not family.beside else torch.cat([y, step_beside(family, schedule, step, x, v)], dim=1)
     return Trajectory(layout, x, x_kept, v_kept, noise_kept, y_kept, log_prob_kept)
+
+
+def step_beside(family: ModelFamily, schedule: StepSchedule, step: int, x: Tensor, v: Tensor) -> Tensor:
+    """What is denoised beside the trained latents, after a step that is stochastic for these and Euler's for it."""
+    part = slice(x.shape[1] - family.beside, None)
+    return gaussian_step(x[:, part].contiguous(), v[:, part].contiguous(), 1.0, -(schedule.gaps[step] ** 2), 0.0, None)
 
 
 def deterministic_step(

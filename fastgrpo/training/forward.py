@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.arithmetic import trained_samples
@@ -188,7 +188,9 @@ class ForwardTraining:
         eps = noise.normal(key, family.latent_shape) if keeps(family.device.type) else key
         x = gaussian_step(x0, x0, column["signal"], 0.0, column["noise"], eps)
         condition = batch.conditioning.rows(trajectory.layout.sample_prompt[inputs.local[places]])
-        evaluate = partial(family.predict, x, column["time"], condition)
+
+        def evaluate(module: nn.Module) -> Tensor:
+            return family.of_policy(family.predict(x, column["time"], condition, module))
 
         def other(policy: Reference) -> Tensor:
             with torch.no_grad(), policy() as modules:
@@ -199,10 +201,12 @@ class ForwardTraining:
         if self.objective.against == "old" and not fresh and self.old is not None:
             v_old = other(self.old)
         v = evaluate(family.modules[micro.module])
+        if isinstance(eps, Tensor):
+            eps = family.of_policy(eps)
+        old = v.detach() if v_old is None else v_old
         sums = matching_sums(
-            v, v.detach() if v_old is None else v_old, x0, eps, column["target_noise"], column["target_x0"],
-            self.objective.branches,
-        )  # fmt: skip
+            v, old, family.of_policy(x0), eps, column["target_noise"], column["target_x0"], self.objective.branches
+        )
         rows = RowInputs(column["advantage"], column["t"], column["clean"])
         found = self.objective.losses(sums, rows)
         loss, apart = found.loss, sums.Q
@@ -210,7 +214,7 @@ class ForwardTraining:
             loss = loss + self.config.objective.old_weight * sums.Q
         if kl_weight and v_reference is not None:
             # Q alone: what P would be held against does not matter, and no noise is made again for it.
-            _, apart = shift_moments(v, v_reference, 1.0, 1.0, x0)
+            _, apart = shift_moments(v, v_reference, 1.0, 1.0, family.of_policy(x0))
             loss = loss + kl_weight * apart
         weight = column["weight"]
         ratio, none = found.ratio.detach(), torch.zeros_like(weight)

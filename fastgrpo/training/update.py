@@ -174,17 +174,18 @@ class Updater:
         x = take_rows(trajectory.x, micro.rows, part.rows)
         model = self.family.modules[micro.module]
         condition = batch.conditioning.rows(trajectory.layout.row_prompt[micro.rows])
-        v = _per_pair(self.family.predict(x, part.time, condition, model), micro)
+        trained = self.family.of_policy
+        v = _per_pair(trained(self.family.predict(x, part.time, condition, model)), micro)
         if trajectory.log_prob is not None and trajectory.y is not None:
             y = take_rows(trajectory.y, micro.pairs.reshape(-1), part.pairs)
             layout = trajectory.layout
             steps = layout.row_step[layout.pair_row[micro.pairs.reshape(-1)]]
             # In float64: a is near 1, and log-probabilities are subtracted.
             a, b, s = (to_device(c, v.device) for c in np.array(batch.schedule.transitions, dtype=np.float64)[steps].T)
-            new = log_prob(_per_pair(x, micro), v, y, a, b, s)
+            new = log_prob(_per_pair(trained(x), micro), v, y, a, b, s)
             moved = new - trajectory.log_prob.index_select(0, part.pairs)
             return clipped_loss(log_ratio=moved, advantages=part.advantages, weight=part.weight, **objective)
-        v_old = _per_pair(take_rows(trajectory.v_old, micro.rows, part.rows), micro)
+        v_old = _per_pair(trained(take_rows(trajectory.v_old, micro.rows, part.rows)), micro)
         key: noise.NoiseKey | Tensor = part.key
         if trajectory.noise is not None:
             key = take_rows(trajectory.noise, micro.pairs.reshape(-1), part.pairs)
@@ -192,7 +193,7 @@ class Updater:
             return grpo_loss(v, v_old, part.b, part.s, key, part.advantages, part.weight, **objective)
         with torch.no_grad(), self.reference() as frozen:
             other = model if frozen is None else frozen[micro.module]
-            v_reference = _per_pair(self.family.predict(x, part.time, condition, other), micro)
+            v_reference = _per_pair(trained(self.family.predict(x, part.time, condition, other)), micro)
         if self.config.objective.kl == "gaussian":
             return grpo_loss(
                 v, v_old, part.b, part.s, key, part.advantages, part.weight, **objective, kl_weight=kl_weight,

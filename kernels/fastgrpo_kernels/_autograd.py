@@ -9,18 +9,15 @@ from torch import Tensor
 
 def save_arguments(ctx: Any, arguments: Sequence[object]) -> None:
     """Keep tensors where autograd can see them, the rest beside them."""
-    tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, Tensor)]
-    ctx.save_for_backward(*(arguments[i] for i in tensors))  # pyright: ignore[reportArgumentType]
-    ctx.rest = tensors, [None if isinstance(argument, Tensor) else argument for argument in arguments]
+    tensors = [argument if isinstance(argument, Tensor) else None for argument in arguments]
+    ctx.save_for_backward(*tensors)
+    ctx.rest = [None if tensor is argument else argument for tensor, argument in zip(tensors, arguments, strict=True)]
 
 
 def saved_arguments(ctx: Any) -> list[Any]:
     """What `save_arguments` kept, in order."""
-    tensors, rest = ctx.rest
-    arguments = list(rest)
-    for index, tensor in zip(tensors, ctx.saved_tensors, strict=True):
-        arguments[index] = tensor
-    return arguments
+    kept = zip(ctx.saved_tensors, ctx.rest, strict=True)
+    return [argument if tensor is None else tensor for tensor, argument in kept]
 
 
 def refuse_double_backward(operation: str) -> None:

@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,11 +11,29 @@ from torch import Tensor
 LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+Record = TypeVar("Record", bound=tuple)
+
+
+def replaced(record: Record, **changes: object) -> Record:
+    """A named tuple with other values: `_replace`, which `torch.compile` of torch 2.8 does not trace."""
+    fields = record._fields  # pyright: ignore[reportAttributeAccessIssue]
+    values: list[Any] = [changes.get(name, value) for name, value in zip(fields, record, strict=True)]
+    return type(record)(*values)
+
+
 def is_eager(*tensors: Tensor | None) -> bool:
     """Whether an operation may run its body directly: real tensors, and not being traced by torch.compile."""
     if torch.compiler.is_compiling():
         return False
-    return all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    for tensor in tensors:
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+    return True
+
+
+def elements_of(latents: Tensor) -> int:
+    """How many elements a sample of [B, ...] latents has."""
+    return math.prod(latents.shape[1:])
 
 
 def is_host_readable(tensor: Tensor) -> bool:
@@ -129,7 +148,7 @@ def _check_readable(name: str, value: Tensor, *, positive: bool) -> None:
         _check_values(name, value, bool(torch.isfinite(value).all()), not positive or bool((value > 0).all()))
         return
     # Of few numbers Python is done before two operations are.
-    numbers_ = value.flatten().tolist()
+    numbers_ = (value if value.ndim == 1 else value.flatten()).tolist()
     _check_values(name, value, all(map(math.isfinite, numbers_)), not positive or min(numbers_, default=1.0) > 0)
 
 

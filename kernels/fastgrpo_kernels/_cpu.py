@@ -3,7 +3,7 @@
 Latents are taken in tiles that stay in cache, so that temporaries cost neither memory nor bandwidth.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def difference(left: Tensor, right: Tensor) -> Tensor:
     """left - right as a new contiguous float32 tensor."""
     if left.dtype == right.dtype == torch.float32 and left.is_contiguous():
         return torch.sub(left, right)
-    return torch.empty(left.shape, dtype=torch.float32).copy_(left).sub_(right)
+    return left.to(torch.float32, copy=True, memory_format=torch.contiguous_format).sub_(right)
 
 
 def residual(y: Tensor, x: Tensor, v: Tensor, a_less_one: float | Tensor, b: float | Tensor) -> Tensor:
@@ -77,10 +77,18 @@ class BlockSums:
     """Several sums over dim 1 of [B, D] from tiles: partial sums of fixed blocks, so that a row's bits are its own."""
 
     def __init__(self, count: int, batch: int, elements: int) -> None:
-        self.partials = torch.empty((count, batch, -(-elements // _BLOCK)), dtype=torch.float32)
+        self.shape = count, batch, -(-elements // _BLOCK)
+        self.partials: Tensor | None = None
+        # Where one tile of one block is all, its sums, which need no place among others.
+        self.sums: list[Tensor | None] = [None] * count
 
     def add(self, index: int, tile: Tile | None, values: Tensor) -> None:
         """Take in the values of one tile (None: of all) for the sum `index`."""
+        if tile is None and self.shape[2] == 1:
+            self.sums[index] = values.sum(-1)
+            return
+        if self.partials is None:
+            self.partials = torch.empty(self.shape, dtype=torch.float32)
         partials, first = self.partials[index], 0
         if tile is not None:
             partials, first = partials[tile[0]], tile[1].start // _BLOCK
@@ -92,9 +100,11 @@ class BlockSums:
         if length != whole * _BLOCK:
             torch.sum(values[:, whole * _BLOCK :] if whole else values, -1, out=partials[:, first + whole])
 
-    def total(self) -> Tensor:
-        """The sums, float64 [count, B]."""
-        return self.partials.sum(2, dtype=torch.float64)
+    def total(self) -> Sequence[Tensor]:
+        """The sums, float64 [B] each; of one that was not added, no number that means anything."""
+        if self.partials is None:
+            return [torch.empty(0) if found is None else found.double() for found in self.sums]
+        return self.partials.sum(2, dtype=torch.float64).unbind(0)
 
 
 def sum_blocks(values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_latents, check_no_grad, per_sample
+from ._checks import check_latents, check_no_grad, elements_of, per_sample
 from .noise import NoiseKey, check_key, normal_cpu
 
 Noise = NoiseKey | Tensor | None
@@ -70,4 +70,4 @@ def noise_cpu(eps: Tensor | None, words: Tensor | None, seed: int, like: Tensor)
     if eps is not None:
         return eps.to(torch.float32)
     assert words is not None
-    return normal_cpu(words, seed, like[0].numel()).view(like.shape)
+    return normal_cpu(words, seed, elements_of(like)).view(like.shape)

@@ -167,13 +167,13 @@ def second_order_weight(
 
 def _float64(**values: Scalar) -> tuple:
     """The arguments as floats, or, if any is a tensor, as float64 tensors of one shape on its device."""
-    device = next((value.device for value in values.values() if isinstance(value, Tensor)), None)
-    if device is None:
+    devices = [value.device for value in values.values() if isinstance(value, Tensor)]
+    if not devices:
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: expected a float or a tensor, got {type(value).__name__}")
         return tuple(float(value) for value in values.values())
-    tensors = []
+    device, tensors = devices[0], []
     for name, value in values.items():
         if not isinstance(value, Tensor):
             # A fill, not a host-to-device copy.

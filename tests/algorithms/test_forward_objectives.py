@@ -6,13 +6,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.levels import flow_levels
 from torch.nn.functional import logsigmoid
 
 from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.forward import LevelSource, forward_levels
 from fastgrpo.algorithms.layout import epoch_samples, rank_samples
 from fastgrpo.algorithms.objectives import RowInputs, available, forward_objective
-from fastgrpo.algorithms.schedule import NoiseLevels, flow_levels, shifted
+from fastgrpo.algorithms.schedule import NoiseLevels, shifted
 from fastgrpo.config import Config, TrainingTimes, validate
 from fastgrpo.errors import ConfigError
 from fastgrpo.training.forward import best_and_worst, matching_sums
@@ -40,6 +41,7 @@ def rows(count: int, dtype: torch.dtype = torch.float32):
 
 def ours(config: Config, x0, eps, t, old, new, A) -> torch.Tensor:
     objective = forward_objective(config)
+    assert objective is not None
     one = torch.ones(len(x0))
     sums = matching_sums(new, old, x0, eps, one, -one, objective.branches)
     return objective.losses(sums, RowInputs(A, t, t)).loss.mean()
@@ -110,6 +112,7 @@ def test_on_policy_everything_is_exactly_zero(case, dtype):
     kind, settings, *_ = CASES[case]
     x0, eps, t, old, _, A = rows(6, dtype)
     objective, one = forward_objective(config_of(kind, **settings)), torch.ones(6)
+    assert objective is not None
     sums = matching_sums(old.clone().requires_grad_(), old, x0, eps, one, -one, objective.branches)
     assert sums.P.abs().max() == sums.Q.max() == 0
     assert torch.equal(objective.losses(sums, RowInputs(A, t, t)).ratio, one)

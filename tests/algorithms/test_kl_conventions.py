@@ -7,10 +7,11 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from support.levels import flow_levels
 from support.tiny import tiny_config
 from support.updates import prepare, run_update
 
-from fastgrpo.algorithms.schedule import flow_levels, kl_factors, linear_levels, schedule_steps, shifted
+from fastgrpo.algorithms.schedule import kl_factors, linear_levels, schedule_steps, shifted
 from fastgrpo.config import Rollout, SubsetSteps
 
 STEPS = 10

@@ -50,9 +50,8 @@ def test_loss_is_the_formula(config):
     P, Q, s, A, weight = moments()
     reference = torch.linspace(0, 1e-3, len(P), dtype=torch.float64) if config.kl_weight else None
     loss, _ = policy_loss(P, Q, s, A, weight, config, reference)
-    expected = oracle(
-        *(x.numpy() for x in (P, Q, s, A, weight)), config, None if reference is None else reference.numpy()
-    )
+    other = None if reference is None else reference.numpy()
+    expected = oracle(*(x.numpy() for x in (P, Q, s, A, weight)), config=config, Q_reference=other)
     assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
@@ -74,8 +73,9 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_the_advantage():
     loss, statistics = policy_loss(P, Q, s, A, weight, ObjectiveConfig())
     loss.backward()
     assert statistics.max_deviation.item() == 0
-    assert torch.equal(P.grad, -A * weight)
-    assert torch.equal(Q.grad, A * weight / 2)
+    for leaf, expected in ((P, -A * weight), (Q, A * weight / 2)):
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, expected)
 
 
 def test_statistics_are_weighted_sums():
@@ -97,7 +97,8 @@ def test_padding_of_weight_zero_changes_nothing():
     P, Q, s, A, weight = moments(32)
     loss, statistics = policy_loss(P, Q, s, A, weight, ObjectiveConfig())
     extra = [torch.cat([x, torch.full((5,), 3.0, dtype=torch.float64)]) for x in (P, Q, s, A)]
-    padded, same = policy_loss(*extra, torch.cat([weight, torch.zeros(5, dtype=torch.float64)]), ObjectiveConfig())
+    longer = torch.cat([weight, torch.zeros(5, dtype=torch.float64)])
+    padded, same = policy_loss(*extra, weight=longer, config=ObjectiveConfig())
     assert padded.item() == pytest.approx(loss.item(), rel=1e-14)
     assert torch.allclose(statistics.sums, same.sums, rtol=1e-14)
     assert statistics.max_deviation == same.max_deviation

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from support.levels import flow_levels
 
 from fastgrpo.algorithms.schedule import (
     NoiseLevels,
-    flow_levels,
     linear_levels,
     loss_scale,
     schedule_steps,

@@ -45,7 +45,7 @@ def test_chosen_stages_run_and_leave_their_findings(tmp_path):
         "torch.bfloat16",
         "torch.float16",
     ]
-    assert {"moments": 0, "loss": 0, "log_prob": 0, "rollout": 0} in [f.get("different") for f in findings]
+    assert dict.fromkeys(("moments", "loss", "nft", "log_prob", "rollout"), 0) in [f.get("different") for f in findings]
 
 
 def test_a_stage_that_fails_is_told_and_stops_no_other(tmp_path):

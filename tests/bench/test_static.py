@@ -14,8 +14,12 @@ REGISTERS, REGISTERS_WITH_NOISE = 40, 80
 # Every latent at once, none of them noise from a key, on MI300X: docs/kernels.md tells what was tried.
 REGISTERS_ON_MI300X = {"grpo_loss/all step": 48, "grpo_loss/all stored": 48, "gaussian_step/all stored": 42}
 
-# One target and dtype for each kernel; `make test-full` compiles the whole matrix.
-SMALL = (["sm_90"], None, ["bfloat16"])
+# One target and dtype for each kernel, in the forms that take most; `make test-full` compiles the whole matrix.
+FORMS = [
+    "clipped_loss/several", "gaussian_step/all", "gaussian_step/all stored", "grpo_loss/all step", "grpo_loss/key",
+    "grpo_loss/masked", "log_prob", "nft_loss/key", "normal", "on_policy_gradient/key", "shift_moments/key",
+]  # fmt: skip
+SMALL = (["sm_90"], FORMS, ["bfloat16"])
 
 # Every kernel of the package, by name; in a process of its own, for the interpreter replaces them.
 KERNELS = """

@@ -10,10 +10,10 @@ from support.tiny import tiny_config
 
 from fastgrpo.commands.main import main
 from fastgrpo.config import dump, load_config
+from fastgrpo.preflight.assets import find_assets, snapshot, wanted_files
 from fastgrpo.rewards import REGISTERED
 from fastgrpo.rewards.published import COSTS, FREE, cost
 from fastgrpo.shapes import weights_path
-from fastgrpo.training.assets import find_assets, snapshot, wanted_files
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

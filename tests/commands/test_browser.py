@@ -49,7 +49,7 @@ def addresses(tmp_path_factory):
 @pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("which", ["report", "watch"])
 def test_a_page_is_accessible_silent_and_as_wide_as_the_screen(chromium, addresses, which, screen, scheme):
-    from axe_playwright_python.sync_playwright import Axe
+    from axe_playwright_python.sync_playwright import Axe  # pyright: ignore[reportMissingImports]
 
     context = chromium.new_context(color_scheme=scheme, **SCREENS[screen])
     page = context.new_page()
@@ -70,7 +70,7 @@ def test_a_page_is_accessible_silent_and_as_wide_as_the_screen(chromium, address
 
 
 def test_the_live_page_takes_what_was_made_since_and_says_when_nobody_answers(chromium, tmp_path):
-    from playwright.sync_api import expect
+    from playwright.sync_api import expect  # pyright: ignore[reportMissingImports]
 
     run = make_run(tmp_path / "first", iterations=20)
     with Server(LivePage(run, every=0.0), 0) as server:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.processes import command_line, ended, start_ranks
 from support.tiny import tiny_config
 
 from fastgrpo.commands.main import main
@@ -170,17 +171,18 @@ def test_a_directory_without_a_run_is_refused(command, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(recipe, tmp_path):
-    command = [sys.executable, "-m", "fastgrpo", "train", str(recipe), "train.iterations=1000", "eval.every=0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    settings = "train.iterations=1000", "eval.every=0"
+    (process,) = start_ranks(tmp_path, command_line, "train", str(recipe), *settings, ranks=1)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 1):
         assert time.monotonic() < deadline, "no iteration was logged"
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive(), (tmp_path / "output 0.txt").read_text()
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    (code,), (said,) = ended([process], tmp_path)
+    assert code == 130
     assert "Traceback" not in said
     done = len(metrics.read_text().splitlines())
     assert (tmp_path / "run" / "checkpoints" / f"{done:06d}").is_dir()

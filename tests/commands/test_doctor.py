@@ -5,9 +5,10 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from support.levels import flow_levels
 from support.tiny import tiny_config
 
-from fastgrpo.algorithms.schedule import flow_levels, schedule_steps
+from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.commands.doctor import q_floor, self_test
 from fastgrpo.commands.main import main
 from fastgrpo.config import dump
@@ -60,12 +61,12 @@ def test_the_floor_is_what_rounding_adds_to_a_measured_q(tiny_flux, dtype):
     levels = flow_levels([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], "transformer")
     plan = schedule_steps(config.rollout, levels, 4, 0, 0)
     step = int(np.flatnonzero(plan.trained[:, 0])[0])
-    b, s = plan.transitions[step].b, plan.transitions[step].s
+    _, b, s = plan.transitions[step]
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(4, 32, 8192, generator=generator)
     # Some roundings wide, so that the two are independent; no wider, for the cross term is this test's own noise.
     new = old + 5 * torch.finfo(dtype).eps * torch.randn(old.shape, generator=generator)
-    coefficients = torch.full((4,), b, dtype=torch.float64), torch.full((4,), s, dtype=torch.float64)
+    coefficients = torch.full((4,), float(b), dtype=torch.float64), torch.full((4,), float(s), dtype=torch.float64)
     eps = torch.zeros_like(old)
     _, exact = shift_moments(new, old, *coefficients, eps)
     _, rounded = shift_moments(new.to(dtype).float(), old.to(dtype).float(), *coefficients, eps)

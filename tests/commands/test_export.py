@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ CASES = {
     "flux2": ("float32", "lora"),
     "hunyuan_video": ("bfloat16", "lora"),
     "hunyuan_15": ("float32", "merge"),
+    "ltx2": ("float32", "lora"),
     "skyreels": ("float32", "lora"),
     "wan_two": ("bfloat16", "lora"),
     "wan_i2v": ("float32", "merge"),
@@ -163,7 +164,7 @@ def test_comfyui_reads_the_same_update(kind):
         if f"{key}.alpha" in written:
             whole *= written[f"{key}.alpha"].item() / len(matrices["A"])
         for part in joined:
-            width = family.denoiser.get_submodule(part).out_features
+            width = cast(Any, family.denoiser.get_submodule(part)).out_features
             expected = delta(layers[part]) if part in layers else torch.zeros(1, dtype=torch.float64)
             assert torch.allclose(whole[row : row + width], expected, rtol=1e-6, atol=1e-9)
             row += width

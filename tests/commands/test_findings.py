@@ -39,13 +39,14 @@ def test_ten_of_twelve_causes_are_named_first():
 
 @pytest.mark.parametrize("case", LEARNS)
 def test_a_run_that_learns_is_no_false_alarm_at_any_evaluation(case):
-    run = recorded(case)
+    run, evidence = recorded(case), None
     for count in range(2, len(run.evaluations) + 1):
         last = run.evaluations[count - 1]["iteration"]
         metrics = [line for line in run.metrics if line["iteration"] < last]
         evidence = Evidence.of(dataclasses.replace(run, metrics=metrics, evaluations=run.evaluations[:count]))
         assert findings(evidence) == []
     # The record of faster-0 ends before its interval is above 0.
+    assert evidence is not None
     assert case == "faster-0" or evidence.rises
 
 

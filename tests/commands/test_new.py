@@ -1,16 +1,16 @@
 """From nothing to a trained LoRA with a reward of one's own, loaded in diffusers, in five commands."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.processes import run_ranks
 
 from fastgrpo.commands.main import main
 from fastgrpo.config import load_config
-from fastgrpo.training.preflight import preflight
+from fastgrpo.preflight.checks import preflight
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,13 +26,11 @@ def test_five_commands_to_a_lora_of_ones_own_reward_in_diffusers(tmp_path, monke
         words = command.split()
         assert words[0] == "fastgrpo"
         assert main([*words[1:], *(small if words[1] == "train" else [])]) == 0, capsys.readouterr().err
-    said = capsys.readouterr()
-    assert "96 prompts" in said.out
+    assert "96 prompts" in capsys.readouterr().out
     python, script = commands[3].split()
     assert python == "python"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    picture = np.asarray(Image.open(done.stdout.strip()))
+    (said,) = run_ranks(tmp_path, runpy.run_path, script, None, "__main__", ranks=1)
+    picture = np.asarray(Image.open(said.splitlines()[-1]))
     assert picture.shape == (32, 32, 3)
     assert picture.std() > 0
     assert list((tmp_path / "mine" / "exported").glob("*.safetensors"))

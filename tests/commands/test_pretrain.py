@@ -41,7 +41,7 @@ def chosen(family: str) -> list[str]:
 
 
 # The others differ by their pipelines alone.
-SOON = ("flux", "stable_diffusion", "hunyuan_video")
+SOON = ("flux", "hunyuan_video")
 
 
 @pytest.mark.parametrize("family", [f if f in SOON else pytest.param(f, marks=pytest.mark.full) for f in TINY])

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -88,16 +89,19 @@ def test_a_wrong_tensor_is_named_as_the_function_names_it():
             "timestep: expected 1 or 2",
         ),
     ]
+    untyped_flux: Any = flux_step
+    untyped_flow: Any = sde_step_with_logprob
+    untyped_ddim: Any = ddim_step_with_logprob
     calls += [
-        (lambda: flux_step(v, x, "0.3", SIGMAS, 0, y, True, True), TypeError, "eta: expected a number, got str"),
-        (lambda: flux_step(v, x, 0.3, list(SIGMAS), 0, y, True, True), TypeError, "sigmas: expected a tensor"),
+        (lambda: untyped_flux(v, x, "0.3", SIGMAS, 0, y, True, True), TypeError, "eta: expected a number, got str"),
+        (lambda: untyped_flux(v, x, 0.3, list(SIGMAS), 0, y, True, True), TypeError, "sigmas: expected a tensor"),
         (lambda: flux_step(v, x, 0.3, SIGMAS, 8, y, True, True), ValueError, r"index: must be in \[0, 8\), got 8"),
         (lambda: flux_step(v, x, 0.3, SIGMAS, torch.ones(2), y, True, True), TypeError, "index: expected integers"),
-        (lambda: sde_step_with_logprob(flow, v, None, x), TypeError, "timestep: expected"),
+        (lambda: untyped_flow(flow, v, None, x), TypeError, "timestep: expected"),
         (lambda: sde_step_with_logprob(flow, v, t, x, noise_level=math.nan), ValueError, "noise_level: must be finite"),
         (lambda: ddim_step_with_logprob(ddim_scheduler(), v, 1000, x, 1.0), ValueError, "timestep: must be in"),
         (lambda: ddim_step_with_logprob(ddim_scheduler(), v, -1, x, 1.0), ValueError, "timestep: must be in"),
-        (lambda: ddim_step_with_logprob(ddim_scheduler(), v, 1, x, None), TypeError, "eta: expected a number"),
+        (lambda: untyped_ddim(ddim_scheduler(), v, 1, x, None), TypeError, "eta: expected a number"),
     ]
     for call, error, message in calls:
         with pytest.raises(error, match=message):

@@ -1,12 +1,14 @@
 """GRPOLoss against the objective written out over float64 log-densities."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from fastgrpo_kernels import STREAM_SDE, StoredStep, noise_key, normal, transitions
 from fastgrpo_kernels.compat import GRPOLoss
 
-B, S = transitions.dance_sde(torch.tensor([0.9, 0.6, 0.4]), torch.tensor([0.8, 0.5, 0.3]), 0.3)[1:]
+_, B, S = map(torch.as_tensor, transitions.dance_sde(torch.tensor([0.9, 0.6, 0.4]), torch.tensor([0.8, 0.5, 0.3]), 0.3))
 ADVANTAGES = torch.tensor([1.5, -0.7, -9.0])
 
 
@@ -160,7 +162,7 @@ def test_advantages_may_stay_unclipped():
 
 def test_the_loss_of_each_sample():
     v, v_old, ref, key = inputs()
-    settings = {"clip_range": 0.2, "beta": 0.04}
+    settings: dict[str, Any] = {"clip_range": 0.2, "beta": 0.04}
     losses, metrics = GRPOLoss(**settings, reduction="none")(v, v_old, B, S, key, ADVANTAGES, ref)
     mean, expected = GRPOLoss(**settings)(v, v_old, B, S, key, ADVANTAGES, ref)
     assert losses.shape == (3,)

@@ -1,5 +1,7 @@
 """The losses of DiffusionNFT and AWM against those projects' formulas, written out in their order."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 from support.launches import aten, counting, triton
@@ -122,6 +124,6 @@ def test_errors_have_the_names_that_were_given(change, message):
 def test_awm_names_what_is_wrong():
     v, old, x0, key = inputs()
     with pytest.raises(ValueError, match="weighting: unknown 'huge'; one of: Uniform, t"):
-        awm.policy_loss(v, old, x0, key, TIME, ADVANTAGES, weighting="huge", clip_range=1e-4)
+        cast(Any, awm.policy_loss)(v, old, x0, key, TIME, ADVANTAGES, weighting="huge", clip_range=1e-4)
     with pytest.raises(ValueError, match="clip_range: must be at least 0"):
         awm.policy_loss(v, old, x0, key, TIME, ADVANTAGES, weighting="t", clip_range=-1.0)

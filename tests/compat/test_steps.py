@@ -125,12 +125,12 @@ def test_every_step_of_a_schedule_against_float32_and_float64(sde_type, steps):
     scheduler.timesteps = 1000 * scheduler.sigmas[:-1]
 
     def formula(index, y, dtype):
-        w, pair = v.to(dtype).requires_grad_(), scheduler.sigmas[index : index + 2]
+        w, sigma, following = v.to(dtype).requires_grad_(), scheduler.sigmas[index], scheduler.sigmas[index + 1]
         if sde_type == "sde":
-            mean, std, _ = oracles.flow_sde(w, x.to(dtype), 0.7, *pair, scheduler.sigmas[1])
+            mean, std, _ = oracles.flow_sde(w, x.to(dtype), 0.7, sigma, following, scheduler.sigmas[1])
             log_prob = oracles.gaussian_log_density(y.to(dtype), mean, std)
         else:
-            mean, std = oracles.flow_cps(w, x.to(dtype), 0.7, *pair)
+            mean, std = oracles.flow_cps(w, x.to(dtype), 0.7, sigma, following)
             log_prob = -oracles.mean_over_elements((y.to(dtype) - mean) ** 2)
         return mean, log_prob, torch.autograd.grad(log_prob.sum(), w)[0], std
 

@@ -85,7 +85,7 @@ def test_a_column_of_a_batchs_timesteps_costs_a_copy_at_most(function, most):
 
 def test_the_whole_loss_from_a_device_index_takes_three_launches_besides_the_kernels():
     x, v = meta(*SHAPE), meta(*SHAPE, requires_grad=True)
-    table = torch.stack(transitions.dance_sde(SIGMAS[:-1], SIGMAS[1:], 0.3)).float().to("meta")
+    table = torch.stack([*map(torch.as_tensor, transitions.dance_sde(SIGMAS[:-1], SIGMAS[1:], 0.3))]).float().to("meta")
     loss_fn, index, advantages = GRPOLoss(), meta(3, dtype=torch.int64), meta(3)
     with counting() as counted:
         _, b, s = table.index_select(1, index)
@@ -123,7 +123,7 @@ def test_a_changed_schedule_has_new_coefficients():
 def test_tables_are_made_once_and_dropped_with_their_schedule():
     x, v, y = latents()
     scheduler, steps = scheduler_on(), torch.tensor([1, 2, 3])
-    made = []
+    made, kept = [], []
     for _ in range(2):
         flux_step(v, x, 0.3, scheduler.sigmas, steps, y, True, True)
         sde_step_with_logprob(scheduler, v, scheduler.timesteps[:3], x, 0.7, y)

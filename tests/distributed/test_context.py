@@ -4,14 +4,13 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from support import tiny_images
+from support.processes import run_ranks
 from support.tiny import tiny_config
 from support.tiny_images import image_config
 from support.tiny_video import build, video_config
@@ -89,7 +88,6 @@ def sampled(kind: str, split: bool) -> list[torch.Tensor]:
 
 
 def main(out: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found = {}
     for kind in KINDS:
@@ -97,15 +95,12 @@ def main(out: str) -> None:
         found[kind] = [float((a - b).norm() / a.norm()) for a, b in zip(whole, split, strict=True)]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory):
     out = tmp_path_factory.mktemp("context") / "differences.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, __file__, str(out)], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_ranks(out.parent, main, str(out))
     return json.loads(out.read_text())
 
 
@@ -184,7 +179,3 @@ def test_a_backend_is_what_every_attention_uses(monkeypatch):
     assert len(seen) == len(family.blocks(family.denoiser))
     with pytest.raises(ConfigError, match="Linear takes no backend of diffusers"):
         set_backend(torch.nn.Linear(1, 1), "native")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

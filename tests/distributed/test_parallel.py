@@ -2,35 +2,21 @@
 cannot be is one line before anything loads. Two processes on gloo."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.processes import run_ranks
 from support.runs import metrics
 from support.tiny import tiny_config
-from support.two_ranks import PLANNED, finished
+from support.two_ranks import PLANNED, finished, measured, runs_of
 
 from fastgrpo.distributed.fsdp import hold_weights, unsharded
 from fastgrpo.distributed.world import World, check_world
 from fastgrpo.errors import ConfigError
 from fastgrpo.planning.dry_run import dry_run
 from fastgrpo.training.residency import residency
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import torch
-from support.two_ranks import PLANNED, finished, measured
-torch.set_num_threads(1)
-path, folder = sys.argv[1:3]
-# First, while this process holds nothing else.
-measured(path, Path(folder) / "measured 2", PLANNED)
-for name, settings in json.loads(sys.argv[3]).items():
-    finished(path, Path(folder) / name, settings)
-"""
 
 UPDATE = {"optimizer_steps": 2, "ema_decay": 0.9}
 ALONE = {"update": UPDATE}
@@ -73,18 +59,9 @@ FORWARD = {
 def runs(tiny_flux, tmp_path_factory):
     """Every variant on two ranks, and the run of one rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(folder / "script.py"), str(tiny_flux), str(folder), json.dumps(VARIANTS | FROZEN | FORWARD)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_ranks(folder, runs_of, tiny_flux, folder, VARIANTS | FROZEN | FORWARD)
     # In a process of its own: the tensors that earlier tests hold would count.
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from support.two_ranks import PLANNED, measured; import torch; torch.set_num_threads(1)\n"
-        "measured(Path(sys.argv[1]), Path(sys.argv[2]), PLANNED)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tiny_flux), str(folder / "measured 1")], check=True)
+    run_ranks(folder, measured, tiny_flux, folder / "measured 1", PLANNED, ranks=1)
     finished(tiny_flux, folder / "alone", ALONE)
     finished(tiny_flux, folder / "alone lora", FROZEN["frozen sharded"])
     for name, settings in FORWARD.items():

@@ -13,7 +13,7 @@ from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import draw
 from fastgrpo.models import family_class, load_family
-from fastgrpo.training.preflight import preflight
+from fastgrpo.preflight.checks import preflight
 
 ALONE = World(0, 1, torch.device("cpu"))
 PROMPTS = [Prompt("a red circle"), Prompt("a red circle left of a green square")]

@@ -1,10 +1,11 @@
 """clipped_loss: equal to fastgrpo's objective and to the float64 oracle in value, gradient, statistics; refusals."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
-from support.kernel_cases import KERNEL_DEVICE, make_case
+from support.kernel_cases import KERNEL_DEVICE, gradient_of, make_case
 from support.objective import SUMMED, policy_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -13,8 +14,8 @@ from fastgrpo_kernels import clipped_loss, shift_moments
 from fastgrpo_kernels.clipped_loss import LossStatistics, op
 from fastgrpo_kernels.clipped_loss.reference import clipped_loss_reference
 
-CLIP = {"clip_low": 1e-3, "clip_high": 2e-3}
-FORMS = [
+CLIP: dict[str, Any] = {"clip_low": 1e-3, "clip_high": 2e-3}
+FORMS: list[dict[str, Any]] = [
     {"ratio": ratio, "dual_clip": dual, "dppo_threshold": threshold, "kl_weight": kl}
     for ratio, dual, threshold, kl in itertools.product(
         ("gaussian", "unit", "ratio_norm"), (None, 1.001), (None, 1e-3), (0.0, 0.03)
@@ -37,7 +38,7 @@ def run_eager(rows, form, **more):
     P, Q, s, A, weight, reference = rows
     leaves = [t.clone().requires_grad_() for t in (P, Q, reference)]
     Q_reference = leaves[2] if form["kl_weight"] else None
-    loss, statistics = clipped_loss(*leaves[:2], s, A, weight, **CLIP, **form, Q_reference=Q_reference, **more)
+    loss, statistics = clipped_loss(leaves[0], leaves[1], s, A, weight, **CLIP, **form, Q_reference=Q_reference, **more)
     loss.backward()
     return loss, statistics, gradients_of(leaves, form)
 
@@ -60,7 +61,9 @@ def run_definition(rows, form):
     P, Q, s, A, weight, reference = rows
     leaves = [t.clone().requires_grad_() for t in (P, Q, reference)]
     config = ObjectiveConfig(**CLIP, **form)
-    loss, statistics = policy_loss(*leaves[:2], s, A, weight, config, leaves[2] if form["kl_weight"] else None)
+    loss, statistics = policy_loss(
+        leaves[0], leaves[1], s, A, weight, config, leaves[2] if form["kl_weight"] else None
+    )  # fmt: skip
     loss.backward()
     return loss, statistics, gradients_of(leaves, form)
 
@@ -155,7 +158,7 @@ def test_trains_through_the_shift_moments():
         v = case.v.clone().requires_grad_()
         P, Q = shift_moments(v, case.v_old, case.b, case.s, case.key)
         objective(P, Q).backward()
-        return v.grad
+        return gradient_of(v)
 
     def definition(P, Q):
         return policy_loss(P, Q, case.s.float(), A, weight, ObjectiveConfig(**CLIP, **form))[0]
@@ -202,17 +205,18 @@ def test_runs_under_fake_tensors():
         P, Q, row = torch.rand(4, requires_grad=True), torch.rand(4), torch.rand(4)
         loss, statistics = clipped_loss(P, Q, row, row, row, **CLIP)
         loss.backward()
-        assert P.grad.shape == (4,)
+        assert gradient_of(P).shape == (4,)
         assert statistics.clipped.shape == ()
         objective = op.Objective("unit", 1e-3, 1e-3, 2.0, 1e-3, 0.0, 1.0)
         # The ATen body itself reads no value either.
-        assert op.clipped_loss_cpu(P.detach(), Q, row, row, row, Q, objective)[2].shape == (3, 4)
+        factors = op.clipped_loss_cpu(P.detach(), Q, row, row, row, Q, objective)[2]
+        assert [factor.shape for factor in factors] == [(4,)] * 3
 
 
 def refusals():
     P, Q, s, A, w, _ = moments(3)
 
-    def call(P=P, Q=Q, s=s, advantages=A, weight=w, **settings):
+    def call(P: Any = P, Q=Q, s: Any = s, advantages: Any = A, weight=w, **settings):
         return lambda: clipped_loss(P, Q, s, advantages, weight, **{**CLIP, **settings})
 
     return [

@@ -1,8 +1,10 @@
 """gaussian_step: CPU path and Triton kernel against the float64 oracle, gradient, registration, refusals."""
 
+from typing import Any
+
 import pytest
 import torch
-from support.kernel_cases import DTYPES, KERNEL_DEVICE, SHAPES, ULP, assert_within, make_case
+from support.kernel_cases import DTYPES, KERNEL_DEVICE, SHAPES, ULP, assert_within, gradient_of, make_case, on_device
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels import NoiseKey, gaussian_step
@@ -14,11 +16,7 @@ FLOAT32 = 4e-7
 
 
 def kernel_arguments(case, eps, words, out_dtype):
-    def move(t):
-        return None if t is None else t.to(KERNEL_DEVICE)
-
-    coefficients = (move(c) for c in (case.a, case.b, case.s))
-    return paths.Step(move(case.x), move(case.v), *coefficients, move(eps), move(words), case.key.seed, out_dtype)
+    return on_device(paths.Step(case.x, case.v, case.a, case.b, case.s, eps, words, case.key.seed, out_dtype))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -65,10 +63,8 @@ def test_floats_none_and_strided_inputs():
     wide = torch.cat([case.v, case.v], dim=1)[:, :6]
     turned = case.x.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(gaussian_step(turned, wide, case.a, case.b, case.s, case.key), dense)
-    strided, *_ = paths.launch_gaussian_step(paths.Step(
-        *(t.to(KERNEL_DEVICE) for t in (turned, wide, case.a, case.b, case.s)),
-        None, case.key.words.to(KERNEL_DEVICE), case.key.seed, torch.float32,
-    ))  # fmt: skip
+    step = paths.Step(turned, wide, case.a, case.b, case.s, None, case.key.words, case.key.seed, torch.float32)
+    strided, *_ = paths.launch_gaussian_step(on_device(step))
     assert_within(strided, dense, relative=0, of_largest=1e-6)
 
 
@@ -94,9 +90,9 @@ def test_gradient_is_the_coefficient(dtype, compiled):
 
     (torch.compile(loss, fullgraph=True) if compiled else loss)(x, v).backward()
     column = (-1, 1, 1)
-    assert v.grad.dtype == dtype
-    assert_within(x.grad, case.a.view(column) * weight, relative=0, of_largest=FLOAT32)
-    assert_within(v.grad, case.b.view(column) * weight, relative=ULP[dtype], of_largest=FLOAT32)
+    assert gradient_of(v).dtype == dtype
+    assert_within(gradient_of(x), case.a.view(column) * weight, relative=0, of_largest=FLOAT32)
+    assert_within(gradient_of(v), case.b.view(column) * weight, relative=ULP[dtype], of_largest=FLOAT32)
 
 
 def test_registration():
@@ -123,21 +119,23 @@ def test_runs_under_fake_tensors():
 def refusals():
     case = make_case((2, 3, 20), torch.float32)
     x, v, key, abs_ = case.x, case.v, case.key, (case.a, case.b, case.s)
+    # Types that it does not have, too.
+    call: Any = gaussian_step
     return [
-        (TypeError, lambda: gaussian_step([1.0], v, *abs_, key), "x: expected a tensor"),
+        (TypeError, lambda: call([1.0], v, *abs_, key), "x: expected a tensor"),
         (TypeError, lambda: gaussian_step(x.double(), v, *abs_, key), "x: expected float32"),
         (ValueError, lambda: gaussian_step(x[:, 0, 0], v, *abs_, key), "x: expected .* 2 to 5 dimensions"),
         (ValueError, lambda: gaussian_step(x[:0], v[:0], *abs_, key), "x: has no elements"),
         (ValueError, lambda: gaussian_step(x, v[:, :2], *abs_, key), r"v: expected shape \[2, 3, 20\]"),
         (ValueError, lambda: gaussian_step(x, v, case.a[:1], case.b, case.s, key), "a: expected a scalar or shape"),
         (TypeError, lambda: gaussian_step(x, v, case.a.half(), case.b, case.s, key), "a: expected float64 or float32"),
-        (TypeError, lambda: gaussian_step(x, v, None, case.b, case.s, key), "a: expected a float or a"),
+        (TypeError, lambda: call(x, v, None, case.b, case.s, key), "a: expected a float or a"),
         (ValueError, lambda: gaussian_step(x, v, 1.0, float("nan"), 0.1, key), "b: must be finite"),
         (ValueError, lambda: gaussian_step(x, v, 1.0, 1.0, case.s * float("inf"), key), "s: must be finite"),
         (ValueError, lambda: gaussian_step(x, v, 1.0, 1.0, 0.1, None), "noise: s = 0.1 needs noise"),
         (ValueError, lambda: gaussian_step(x, v, *abs_, case.eps[:1]), "noise: expected shape"),
         (ValueError, lambda: gaussian_step(x, v, *abs_, NoiseKey(0, key.words[:1])), "noise: key has 1 rows"),
-        (TypeError, lambda: gaussian_step(x, v, *abs_, 3), "noise: expected a tensor"),
+        (TypeError, lambda: call(x, v, *abs_, 3), "noise: expected a tensor"),
         (TypeError, lambda: gaussian_step(x, v, *abs_, key, out_dtype=torch.int8), "out_dtype: expected"),
         (ValueError, lambda: gaussian_step(x, v, case.a.clone().requires_grad_(), 1.0, 0.1, key), "a: requires a grad"),
     ]

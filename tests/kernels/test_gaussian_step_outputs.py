@@ -1,8 +1,10 @@
 """gaussian_step's guidance and its other outputs: against the oracle, the kernel, the replay, and their refusals."""
 
+from typing import Any
+
 import pytest
 import torch
-from support.kernel_cases import KERNEL_DEVICE, ULP, assert_within, make_case
+from support.kernel_cases import ULP, assert_within, gradient_of, make_case, on_device
 
 from fastgrpo_kernels import gaussian_step, log_prob, shift_moments
 from fastgrpo_kernels.gaussian_step import paths
@@ -34,11 +36,14 @@ def test_every_output_on_both_paths(dtype, explicit):
     step = paths.Step(
         case.x, v, case.a, case.b, case.s, eps, words, case.key.seed, dtype, uncond, SCALE, *CLEAN, True, True
     )
-    moved = paths.Step(*(t.to(KERNEL_DEVICE) if isinstance(t, torch.Tensor) else t for t in step))
+    moved = on_device(step)
     expected = gaussian_step_reference(case.x, guided, case.a, case.b, case.s, case.eps)
     clean = gaussian_step_reference(case.x, guided, *CLEAN, 0.0, case.eps)
     relative = 0 if dtype == torch.float32 else ULP[dtype]
     for y, value, sample, kept in (found, paths.launch_gaussian_step(moved)):
+        assert sample is not None
+        assert kept is not None
+        assert value is not None
         assert y.dtype == sample.dtype == kept.dtype == dtype
         assert_within(y, expected, relative=relative, of_largest=2e-6)
         assert_within(sample, clean, relative=relative, of_largest=1e-6)
@@ -51,8 +56,9 @@ def test_every_output_on_both_paths(dtype, explicit):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_replay_with_the_same_guidance_is_exactly_on_policy(dtype):
     case = make_case((3, 5, 1001), dtype)
-    guidance = {"v_uncond": case.v_old, "guidance_scale": 4.5}
+    guidance: dict[str, Any] = {"v_uncond": case.v_old, "guidance_scale": 4.5}
     step = gaussian_step(case.x, case.v, case.a, case.b, case.s, case.key, return_all=True, **guidance)
+    assert step.v is not None
     p, q = shift_moments(case.v, step.v, case.b, case.s, case.key, **guidance)
     assert torch.count_nonzero(p) == torch.count_nonzero(q) == 0
 
@@ -77,7 +83,7 @@ def test_gradients_reach_both_branches(compiled):
     (torch.compile(loss, fullgraph=True) if compiled else loss)(*leaves).backward()
     a, b, g = (c.view(-1, 1, 1, 1) for c in (case.a, case.b, SCALE))
     for leaf, factor in zip(leaves, (a, b * g, b * (1 - g)), strict=True):
-        assert_within(leaf.grad, factor * weight, relative=ULP[leaf.dtype], of_largest=4e-7)
+        assert_within(gradient_of(leaf), factor * weight, relative=ULP[leaf.dtype], of_largest=4e-7)
 
 
 def test_registration():
@@ -94,13 +100,14 @@ def refusals():
     case = make_case((2, 3, 20), torch.float32)
     x, v, key, rows = case.x, case.v, case.key, (case.a, case.b, case.s)
     grad = v.clone().requires_grad_()
+    call: Any = gaussian_step
     return [
         (lambda: gaussian_step(x, v, *rows, key, v_uncond=v), "guidance_scale: v_uncond needs a scale"),
         (lambda: gaussian_step(x, v, *rows, key, guidance_scale=2.0), "v_uncond: guidance_scale needs"),
         (lambda: gaussian_step(x, v, *rows, key, v_uncond=v[:1], guidance_scale=2.0), "v_uncond: expected shape"),
         (lambda: gaussian_step(x, grad, *rows, key, return_all=True), "return_all: has no gradient"),
         (lambda: gaussian_step(x, v, 1.0, 1.0, 0.0, key, return_all=True), "s: must be positive"),
-        (lambda: gaussian_step(x, v, *rows, key, clean=CLEAN), "clean: is returned with return_all=True"),
+        (lambda: call(x, v, *rows, key, clean=CLEAN), "clean: is returned with return_all=True"),
         (lambda: gaussian_step(x, v, *rows, key, clean=(1.0, float("inf")), return_all=True), "clean: must be finite"),
     ]
 
@@ -115,8 +122,9 @@ def test_refuses(index):
 def test_refuses_other_types():
     case = make_case((2, 3, 20), torch.float32)
     arguments = case.x, case.v, case.a, case.b, case.s, case.key
+    call: Any = gaussian_step
     for clean in (1.0, [1.0]):
         with pytest.raises(TypeError, match="clean: expected the coefficients"):
-            gaussian_step(*arguments, return_all=True, clean=clean)
+            call(*arguments, return_all=True, clean=clean)
     with pytest.raises(TypeError, match="return_all: expected True or False, got str"):
-        gaussian_step(*arguments, return_all="yes")
+        call(*arguments, return_all="yes")

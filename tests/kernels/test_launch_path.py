@@ -9,6 +9,7 @@ import gc
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from fastgrpo_kernels import (
 
 # More than one block a row.
 SHAPE = (3, 3, 700)
-CLIP = {"clip_low": 1e-3, "clip_high": 2e-3}
+CLIP: dict[str, Any] = {"clip_low": 1e-3, "clip_high": 2e-3}
 ALL = {"dual_clip": 1.5, "dppo_threshold": 1e-3, "kl_weight": 0.1}
 
 
@@ -114,6 +115,10 @@ CALLS = {
     "nft_loss": (lambda i: nft(i, **guided(i), v_reference=i["v_reference"], kl_weight=0.1), ("v", "v_uncond")),
     "on_policy_gradient": (lambda i: [on_policy_gradient(i["advantages"], i["b"], i["s"], key(i), SHAPE)], ()),
 }
+# Of calls whose operators differ in arguments alone, one is registered and captured in every run of the tests.
+VARIANTS = ("gaussian_step-all", "shift_moments-guided", "shift_moments-step", "shift_moments-target",
+            "grpo_loss-huber", "grpo_loss-all", "nft_loss")  # fmt: skip
+OPERATORS = [pytest.param(n, marks=pytest.mark.full) if n in VARIANTS else n for n in CALLS]
 
 
 def run(call, inputs, leaves):
@@ -155,7 +160,7 @@ def operator_calls(call, inputs, leaves):
     return found
 
 
-@pytest.mark.parametrize("name", list(CALLS))
+@pytest.mark.parametrize("name", OPERATORS)
 def test_compile_registration(name, launch_path):
     """opcheck, of forward and backward operators, where they launch."""
     calls = operator_calls(CALLS[name][0], values(), CALLS[name][1])
@@ -215,15 +220,11 @@ def recorded(graph):
         yield
 
 
-# Of operators that differ in arguments alone, one is captured in every run of the tests.
-VARIANTS = ("gaussian_step-all", "shift_moments-guided", "shift_moments-step", "grpo_loss-huber")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in VARIANTS else n for n in CALLS])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_compile_captures_and_replays(name, launch_path, monkeypatch):
     """What torch.compile's graph trees do with an operator: run it in the pool, check that nothing of the pool is left
     but its results, capture it there, replay it on other inputs."""
-    calls = operator_calls(*CALLS[name][:1], values(), CALLS[name][1])
+    calls = operator_calls(CALLS[name][0], values(), CALLS[name][1])
     for operator, arguments in calls:
         # The first call on this device and stream.
         monkeypatch.setattr(_launch, "_arrivals", {})
@@ -234,7 +235,8 @@ def test_compile_captures_and_replays(name, launch_path, monkeypatch):
         with recorded(warm):
             result = body(*static)
         results = result if isinstance(result, tuple) else (result,)
-        warm.memory.clear(), warm.work.clear()
+        warm.memory.clear()
+        warm.work.clear()
         assert warm.live() <= {t.untyped_storage()._cdata for t in results}
 
         graph = Graph()

@@ -1,10 +1,12 @@
 """Moments and losses against a MatchingTarget: the sums of forward-process objectives."""
 
+from typing import Any
+
 import pytest
 import torch
-from support.kernel_cases import DTYPES, KERNEL_DEVICE, ULP, assert_within, make_case, modules_with
+from support.kernel_cases import DTYPES, KERNEL_DEVICE, ULP, assert_within, gradient_of, make_case, modules_with
 
-from fastgrpo_kernels import MatchingTarget, grpo_loss, nft_loss, shift_moments
+from fastgrpo_kernels import MatchingTarget, NoiseKey, grpo_loss, nft_loss, shift_moments
 from fastgrpo_kernels.clipped_loss.reference import awm_log_prob_reference, nft_loss_reference
 from fastgrpo_kernels.shift_moments.reference import matching_residual_reference, shift_moments_reference
 
@@ -58,7 +60,7 @@ def test_moments_match_the_oracle(shape, scales, noise, dtype):
     assert not found.R.requires_grad
     relative = 0 if dtype == torch.float32 else ULP[dtype]
     floor = 6e-8 / float(grad.abs().max()) if dtype == torch.float16 else 0
-    assert_within(v.grad, grad, relative=relative, of_largest=1e-6 + floor)
+    assert_within(gradient_of(v), grad, relative=relative, of_largest=1e-6 + floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,7 +69,7 @@ def test_equal_outputs_have_not_moved(dtype):
     found = shift_moments(v, v.clone(), 1.0, 1.0, target, residuals=BETA)
     assert torch.count_nonzero(found.P) == torch.count_nonzero(found.Q) == 0
     assert torch.equal(found.positive, found.negative)
-    clip = {"clip_low": 1e-4, "clip_high": 1e-4}
+    clip: dict[str, Any] = {"clip_low": 1e-4, "clip_high": 1e-4}
     for _, statistics in (
         grpo_loss(v, v.clone(), TIME, TIME, target, ADVANTAGES, WEIGHT, **clip, ratio="matching"),
         grpo_loss(v, v.clone(), TIME, TIME, target, ADVANTAGES, WEIGHT, **clip, ratio="huber"),
@@ -107,7 +109,7 @@ def test_awm_matches_the_oracle(weighting, compiled):
     loss, statistics = (torch.compile(run, fullgraph=True) if compiled else run)(v)
     loss.backward()
     assert_within(loss, expected, relative=1e-6, of_largest=0)
-    assert_within(v.grad, grad, relative=0, of_largest=1e-6)
+    assert_within(gradient_of(v), grad, relative=0, of_largest=1e-6)
     assert_within(statistics.ratio, (WEIGHT * ratio).sum(), relative=1e-6, of_largest=0)
 
 
@@ -131,7 +133,7 @@ def test_nft_matches_the_oracle(several, compiled):
     loss, statistics = (torch.compile(run, fullgraph=True) if compiled else run)(v)
     loss.backward()
     assert_within(loss, expected, relative=1e-6, of_largest=0)
-    assert_within(v.grad, grad.view_as(v), relative=0, of_largest=1e-6)
+    assert_within(gradient_of(v), grad.view_as(v), relative=0, of_largest=1e-6)
     # The advantage of 9, of one sample or in halves of two, is beyond the clip range.
     assert float(statistics.clipped) == pytest.approx(0.3)
 
@@ -148,8 +150,9 @@ def run_all(masked, several, device):
     v, v_old, target, _ = make(SHAPES[1], torch.float32, SCALES["v"])
     mask = torch.rand(3, 4, 10, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
     advantages = torch.stack([ADVANTAGES, ADVANTAGES.flip(0)], 1) if several else ADVANTAGES
-    key = target.key._replace(words=target.key.words.to(device))
-    target = MatchingTarget(target.x0.to(device), key, *(c.float().to(device) for c in target[2:]))
+    assert isinstance(target.key, NoiseKey)
+    key = NoiseKey(target.key.seed, target.key.words.to(device))
+    target = MatchingTarget(target.x0.to(device), key, *(torch.as_tensor(c).float().to(device) for c in target[2:]))
     v, v_old, a, w, t = (value.to(device) for value in (v, v_old, advantages, WEIGHT, TIME))
     more = {"mask": None if mask is None else mask.to(device), "guidance_scale": 1.5}
     reference = {"v_reference": v_old.flip(2).contiguous(), "kl_weight": 0.1}
@@ -168,7 +171,7 @@ def run_all(masked, several, device):
             loss, rest = grpo_loss(leaves[0], v_old, t, t, target, a, w, ratio=form, **clip, **more, **reference)
         (2 * loss).backward()
         rest = rest if isinstance(rest, torch.Tensor) else rest.values
-        found.append([x.detach().cpu() for x in (loss, rest, leaves[0].grad, leaves[1].grad)])
+        found.append([x.detach().cpu() for x in (loss, rest, gradient_of(leaves[0]), gradient_of(leaves[1]))])
     return found
 
 

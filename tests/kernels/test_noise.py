@@ -1,5 +1,7 @@
 """NOISE_V1: words to the bit, normals to 1e-6, and statistics; independent of batch, threads and implementation."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +174,12 @@ def test_runs_under_fake_tensors_and_compile():
     torch.library.opcheck(torch.ops.fastgrpo_kernels.normal.default, (key.words, key.seed, 10))
 
 
+# With types that they do not have, too.
+make_key: Any = noise_key
+draw: Any = normal
+draw_uniform: Any = uniform
+
+
 @pytest.mark.parametrize(
     "error, call, message",
     [
@@ -181,16 +189,16 @@ def test_runs_under_fake_tensors_and_compile():
         (ValueError, lambda: noise_key(0, [0], 1 << 24, 0, 0, "cpu"), "step: must be in"),
         (ValueError, lambda: noise_key(0, [0, 1], [0], 0, 0, "cpu"), r"step: expected an int or shape \[2\]"),
         (TypeError, lambda: noise_key(0, torch.rand(2), 0, 0, 0, "cpu"), "sample: expected integers"),
-        (TypeError, lambda: noise_key(0, [0.5], 0, 0, 0, "cpu"), "sample: expected integers"),
-        (TypeError, lambda: noise_key(1.5, [0], 0, 0, 0, "cpu"), "seed: expected an integer"),
+        (TypeError, lambda: make_key(0, [0.5], 0, 0, 0, "cpu"), "sample: expected integers"),
+        (TypeError, lambda: make_key(1.5, [0], 0, 0, 0, "cpu"), "seed: expected an integer"),
         (ValueError, lambda: noise_key(0, [0, 1], [0, 1 << 24], 0, 0, "cpu"), r"step: must be in \[0, 2\*\*24\)"),
         (ValueError, lambda: noise_key(0, [0], torch.tensor([-1]), 0, 0, "cpu"), "step: must be in"),
         (TypeError, lambda: normal(key_of(2), (3,), torch.int8), "dtype: expected float32"),
-        (TypeError, lambda: normal(key_of(2), 3), "shape_per_row: expected a sequence of integers"),
+        (TypeError, lambda: draw(key_of(2), 3), "shape_per_row: expected a sequence of integers"),
         (ValueError, lambda: random_words(key_of(2), 0), "count: must be in"),
-        (TypeError, lambda: uniform(key_of(2), 2.0), "count: expected an integer"),
+        (TypeError, lambda: draw_uniform(key_of(2), 2.0), "count: expected an integer"),
         (ValueError, lambda: normal(key_of(2), (3, 0)), "shape_per_row: has no elements"),
-        (TypeError, lambda: normal((0, torch.zeros(1, 3)), (3,)), "noise: expected a NoiseKey"),
+        (TypeError, lambda: draw((0, torch.zeros(1, 3)), (3,)), "noise: expected a NoiseKey"),
         (ValueError, lambda: normal(noise.NoiseKey(0, torch.zeros(2, 3)), (3,)), "noise: expected int32 words"),
     ],
 )

@@ -1,8 +1,10 @@
 """on_policy_gradient: against autograd through the ratio, against the loss it replaces, registration, refusals."""
 
+from typing import Any
+
 import pytest
 import torch
-from support.kernel_cases import DTYPES, KERNEL_DEVICE, SHAPES, ULP, assert_within, make_case
+from support.kernel_cases import DTYPES, KERNEL_DEVICE, SHAPES, ULP, assert_within, gradient_of, make_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels import NoiseKey, on_policy_backward, on_policy_gradient, shift_moments
@@ -29,8 +31,8 @@ def test_cpu_path_and_kernel_match_autograd_through_the_ratio(shape, dtype, expl
     assert grad.dtype == dtype
     assert_within(grad, expected, relative=relative, of_largest=FLOAT32 + floor)
     eps, words = (case.eps.to(KERNEL_DEVICE), None) if explicit else (None, case.key.words.to(KERNEL_DEVICE))
-    rows = (t.to(KERNEL_DEVICE) for t in (advantage, case.b, case.s))
-    kernel = op.launch_on_policy_gradient(*rows, eps, words, case.key.seed, shape, dtype)
+    weight, b, s = (t.to(KERNEL_DEVICE) for t in (advantage, case.b, case.s))
+    kernel = op.launch_on_policy_gradient(weight, b, s, eps, words, case.key.seed, shape, dtype)
     assert kernel.dtype == dtype
     assert_within(kernel, expected, relative=relative, of_largest=FLOAT32 + 1e-6 * (not explicit) + floor)
 
@@ -42,10 +44,10 @@ def test_equals_the_gradient_of_the_loss_it_replaces():
     v = parameter * 2
     p, q = shift_moments(v, v.detach().clone(), case.b, case.s, case.key)
     (-(weight * advantage) * torch.exp(p - q / 2)).sum().backward()
-    expected, parameter.grad = parameter.grad, None
+    expected, parameter.grad = gradient_of(parameter), None
     on_policy_backward(parameter * 2, weight * advantage, case.b, case.s, case.key)
-    assert parameter.grad[2].count_nonzero() == 0
-    assert_within(parameter.grad, expected, relative=0, of_largest=FLOAT32)
+    assert gradient_of(parameter)[2].count_nonzero() == 0
+    assert_within(gradient_of(parameter), expected, relative=0, of_largest=FLOAT32)
 
 
 def test_ascends_the_likelihood_of_a_good_sample():
@@ -109,8 +111,9 @@ def test_runs_under_fake_tensors():
 def refusals():
     case, advantage = make_case((2, 3, 20), torch.float32), advantages(2)
     b, s, key, shape = case.b, case.s, case.key, (2, 3, 20)
+    call: Any = on_policy_gradient
     return [
-        (TypeError, lambda: on_policy_gradient(1.0, b, s, key, shape), "advantage_weight: expected a "),
+        (TypeError, lambda: call(1.0, b, s, key, shape), "advantage_weight: expected a "),
         (
             ValueError,
             lambda: on_policy_gradient(advantage[:1], b, s, key, shape),

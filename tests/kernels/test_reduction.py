@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from support.kernel_cases import KERNEL_DEVICE, make_case
+from support.kernel_cases import KERNEL_DEVICE, make_case, on_device
 
 from fastgrpo_kernels import _launch, reduction
 from fastgrpo_kernels.shift_moments import op
@@ -24,7 +24,7 @@ def _sum_kernel(out_ptr, values_ptr, partials_ptr, arrivals_ptr, blocks):
 def test_the_last_program_of_a_row_adds_its_slots(blocks):
     values = torch.randn(2, blocks, generator=torch.Generator().manual_seed(0)).to(KERNEL_DEVICE)
     counters = torch.zeros(5, dtype=torch.int32, device=KERNEL_DEVICE)
-    sums = []
+    sums, out = [], torch.empty(0)
     for _ in range(2):
         # What is not written shows.
         out, partials = torch.full((2,), float("nan")).to(values), torch.full_like(values, float("nan"))
@@ -41,7 +41,7 @@ def test_counters_of_an_earlier_call_serve_the_next(monkeypatch):
     monkeypatch.setattr(op, "arrivals", lambda count, device, kept: counters)
     for batch, elements in ((3, 5000), (2, 1), (3, 5000)):
         case = make_case((batch, elements), torch.float32)
-        shift = Shift(*(t.to(KERNEL_DEVICE) for t in (case.v, case.v_old, case.b, case.s, case.eps)))
+        shift = on_device(Shift(case.v, case.v_old, case.b, case.s, case.eps))
         found = op.launch_shift_moments(shift)
         wanted = op.moments_cpu(Shift(*case[1:3], case.b, case.s, case.eps), mean_of_masked=True)
         for moment, expected in zip(found[:2], wanted[:2], strict=True):

@@ -1,8 +1,10 @@
 """shift_moments from a stored step and with guidance, and grpo_loss, the same fused with the objective."""
 
+from typing import Any
+
 import pytest
 import torch
-from support.kernel_cases import DTYPES, KERNEL_DEVICE, ULP, assert_within, make_case
+from support.kernel_cases import DTYPES, KERNEL_DEVICE, ULP, assert_within, gradient_of, make_case, on_device
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo_kernels import StoredStep, clipped_loss, gaussian_step, grpo_loss, shift_moments
@@ -13,7 +15,7 @@ from fastgrpo_kernels.shift_moments.inputs import Shift
 from fastgrpo_kernels.shift_moments.reference import shift_moments_reference
 
 SCALE = 4.5
-CLIP = {"clip_low": 1e-3, "clip_high": 2e-3}
+CLIP: dict[str, Any] = {"clip_low": 1e-3, "clip_high": 2e-3}
 # Of the largest.
 GRADIENT = 1e-6
 
@@ -21,7 +23,7 @@ GRADIENT = 1e-6
 def make_shift(noise, guidance, dtype, shape=(3, 4, 10, 25), reference=False):
     """(arguments of one call, its ε in float64 or as drawn) for the noise and guidance asked for."""
     case = make_case(shape, dtype)
-    fields = {"v": case.v, "v_old": case.v_old, "b": case.b, "s": case.s}
+    fields: dict[str, Any] = {"v": case.v, "v_old": case.v_old, "b": case.b, "s": case.s}
     if guidance:
         generator = torch.Generator().manual_seed(9)
         # Multiples of an eighth: guided sums are exact in every dtype, so that the interpreter's truncation is one too.
@@ -44,10 +46,6 @@ def make_shift(noise, guidance, dtype, shape=(3, 4, 10, 25), reference=False):
     else:
         fields["eps"] = case.eps
     return Shift(**fields), eps
-
-
-def on_device(shift):
-    return Shift(*(t.to(KERNEL_DEVICE) if isinstance(t, torch.Tensor) else t for t in shift))
 
 
 def oracle(shift, eps):
@@ -146,13 +144,13 @@ def run_unfused(shift, advantage, weight, settings):
     v = shift.v.clone().requires_grad_()
     uncond = None if shift.v_uncond is None else shift.v_uncond.clone().requires_grad_()
     noise, guidance = public_noise(shift, shift.seed), {"v_uncond": uncond, "guidance_scale": shift.guidance}
-    P, Q = shift_moments(v, *shift[1:4], noise, **guidance)
+    P, Q = shift_moments(v, shift.v_old, shift.b, shift.s, noise, **guidance)
     reference = None
     if shift.v_reference is not None:
-        reference = shift_moments(v, shift.v_reference, *shift[2:4], noise, **guidance)[1]
+        reference = shift_moments(v, shift.v_reference, shift.b, shift.s, noise, **guidance)[1]
     loss, statistics = clipped_loss(P, Q, shift.s, advantage, weight, **settings, Q_reference=reference)
     loss.backward()
-    return loss.detach(), statistics, [v.grad] + ([] if uncond is None else [uncond.grad])
+    return loss.detach(), statistics, [gradient_of(leaf) for leaf in (v, uncond) if leaf is not None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -173,7 +171,7 @@ def test_fused_loss_equals_the_two_operations(noise, guidance, reference, dtype)
     assert torch.equal(loss.detach(), expected)
     assert torch.equal(found.values, statistics.values)
     moved = on_device(shift)
-    objective = Objective("gaussian", *CLIP.values(), None, None, settings["kl_weight"], 1.0)
+    objective = Objective("gaussian", CLIP["clip_low"], CLIP["clip_high"], None, None, settings["kl_weight"], 1.0)
     rows = advantage.to(KERNEL_DEVICE), weight.to(KERNEL_DEVICE)
     kernel, numbers, factors = fused.launch_grpo_loss(*rows, objective, False, moved)
     torch.testing.assert_close(kernel.cpu(), expected, rtol=1e-5, atol=2e-6)
@@ -181,11 +179,12 @@ def test_fused_loss_equals_the_two_operations(noise, guidance, reference, dtype)
         torch.testing.assert_close(number, value, rtol=1e-5, atol=2e-6, msg=name)
     grad_p, grad_q, *grad_reference = factors.unbind(0)
     device = op.launch_shift_moments_backward(
-        grad_p, grad_q, moved, *(grad_reference or [None]), torch.full((), 2.0, device=KERNEL_DEVICE)
+        grad_p, grad_q, moved, grad_reference[0] if grad_reference else None, torch.full((), 2.0, device=KERNEL_DEVICE)
     )
     for index, gradient in enumerate(gradients):
-        cpu = (v if index == 0 else uncond).grad
-        for actual in (cpu, device[index]):
+        leaf = v if index == 0 else uncond
+        assert leaf is not None
+        for actual in (leaf.grad, device[index]):
             relative = 0 if dtype == torch.float32 else ULP[dtype]
             assert_within(actual, 2 * gradient.double(), relative=relative, of_largest=GRADIENT)
 
@@ -208,6 +207,7 @@ def test_fused_sum_convention():
 def test_fused_compiles_with_gradient(noise):
     shift, advantage, weight, settings = loss_arguments(noise, True, torch.bfloat16, True)
     _, _, gradients = run_unfused(shift, advantage, weight, settings)
+    assert shift.v_uncond is not None
     v, uncond = shift.v.clone().requires_grad_(), shift.v_uncond.clone().requires_grad_()
 
     @torch.compile(fullgraph=True)
@@ -218,12 +218,13 @@ def test_fused_compiles_with_gradient(noise):
         )[0]  # fmt: skip
 
     loss(v, uncond).backward()
-    assert_within(v.grad, gradients[0], relative=ULP[torch.bfloat16], of_largest=GRADIENT)
-    assert_within(uncond.grad, gradients[1], relative=ULP[torch.bfloat16], of_largest=GRADIENT)
+    assert_within(gradient_of(v), gradients[0], relative=ULP[torch.bfloat16], of_largest=GRADIENT)
+    assert_within(gradient_of(uncond), gradients[1], relative=ULP[torch.bfloat16], of_largest=GRADIENT)
 
 
 def test_registration():
     shift, advantage, weight, _ = loss_arguments("step", True, torch.bfloat16, True)
+    assert shift.v_uncond is not None
     shift.v.requires_grad_()
     shift.v_uncond.requires_grad_()
     torch.library.opcheck(torch.ops.fastgrpo_kernels.shift_moments.default, op.without_reference(shift))
@@ -241,7 +242,7 @@ def test_fused_runs_under_fake_tensors():
         step = StoredStep(x, x, 1.0)
         loss, statistics = grpo_loss(v, v.detach(), row, row, step, row, 0.25, **CLIP)
         loss.backward()
-        assert v.grad.shape == v.shape
+        assert gradient_of(v).shape == v.shape
         assert statistics.kl.dtype == torch.float32
 
 

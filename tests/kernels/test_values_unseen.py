@@ -1,8 +1,10 @@
 """Coefficients that a call cannot read: NaN from the kernels, ValueError from compiled code; and layouts of models."""
 
+from typing import Any
+
 import pytest
 import torch
-from support.kernel_cases import KERNEL_DEVICE, make_case
+from support.kernel_cases import KERNEL_DEVICE, gradient_of, make_case, on_device
 
 from fastgrpo_kernels import (
     StoredStep,
@@ -23,7 +25,7 @@ from fastgrpo_kernels.shift_moments import op as moments
 from fastgrpo_kernels.shift_moments.inputs import Shift
 from fastgrpo_kernels.shift_moments.reference import shift_moments_reference
 
-CLIP = {"clip_low": 1e-3, "clip_high": 1e-3}
+CLIP: dict[str, Any] = {"clip_low": 1e-3, "clip_high": 1e-3}
 
 
 def test_a_deviation_that_is_none_gives_nan_in_its_row_alone():
@@ -134,9 +136,8 @@ def test_any_layout_gives_the_numbers_of_the_contiguous_one(layout):
 
     for found, expected in zip(results(v, v_old, x), results(*dense), strict=True):
         assert torch.equal(found, expected)
-    rows = (t.to(KERNEL_DEVICE) for t in (case.b.float(), case.s.float()))
-    moved = [t.to(KERNEL_DEVICE) for t in (v, v_old)]
-    p, q, *_ = moments.launch_shift_moments(Shift(*moved, *rows, case.eps.to(KERNEL_DEVICE)))
+    shift = on_device(Shift(v, v_old, case.b.float(), case.s.float(), case.eps))
+    p, q, *_ = moments.launch_shift_moments(shift)
     expected = shift_moments_reference(dense[0], dense[1], case.b, case.s, case.eps)
     torch.testing.assert_close(p.cpu().double(), expected[0], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(q.cpu().double(), expected[1], rtol=1e-6, atol=0)
@@ -150,12 +151,12 @@ def test_gradients_in_bfloat16_are_within_one_ulp():
     reference = case.v.double().requires_grad_()
     p, q = shift_moments_reference(reference, case.v_old, case.b, case.s, case.eps)
     (p - q / 2).sum().backward()
-    expected = reference.grad
+    expected = gradient_of(reference)
     ulp = 2.0 ** (expected.abs().log2().floor() - 7)
-    device = Shift(*(t.to(KERNEL_DEVICE) for t in (case.v, case.v_old, case.b.float(), case.s.float(), case.eps)))
+    device = on_device(Shift(case.v, case.v_old, case.b.float(), case.s.float(), case.eps))
     one = torch.ones(3, device=KERNEL_DEVICE)
     kernel, _ = moments.launch_shift_moments_backward(one, -0.5 * one, device)
-    for found in (v.grad, kernel.cpu()):
+    for found in (gradient_of(v), kernel.cpu()):
         assert ((found.double() - expected).abs() <= ulp + 1e-6 * expected.abs().max()).all()
 
 
@@ -168,17 +169,17 @@ def test_short_steps_keep_their_digits():
     v, reference = case.v.clone().requires_grad_(), case.v.double().requires_grad_()
     log_prob(x, v, y, a, b, s).sum().backward()
     log_prob_reference(x, reference, y, a, b, s).sum().backward()
-    device = [t.to(KERNEL_DEVICE) for t in (one, x, case.v, y)]
-    kernel = density.launch_log_prob_backward(*device, a - 1, b, s)
-    for found in (v.grad, kernel.cpu()):
-        assert (found - reference.grad).abs().max() <= 3e-7 * reference.grad.abs().max()
+    grad, moved_x, moved_v, moved_y = (t.to(KERNEL_DEVICE) for t in (one, x, case.v, y))
+    kernel = density.launch_log_prob_backward(grad, moved_x, moved_v, moved_y, a - 1, b, s)
+    for found in (gradient_of(v), kernel.cpu()):
+        assert (found - gradient_of(reference)).abs().max() <= 3e-7 * gradient_of(reference).abs().max()
 
     stored = case.v.double().requires_grad_()
     eps = (y.double() - a * x.double() - b * v_old.double()) / s
     shift_moments_reference(stored, v_old, b, s, eps)[0].sum().backward()
     v.grad = None
     shift_moments(v, v_old, b, s, StoredStep(x, y, a))[0].sum().backward()
-    shift = Shift(*device[2:3], v_old.to(KERNEL_DEVICE), b, s, x=device[1], y=device[3], a_less_one=a - 1)
-    kernel, _ = moments.launch_shift_moments_backward(device[0], 0 * device[0], shift)
-    for found in (v.grad, kernel.cpu()):
-        assert (found - stored.grad).abs().max() <= 3e-7 * stored.grad.abs().max()
+    shift = Shift(moved_v, v_old.to(KERNEL_DEVICE), b, s, x=moved_x, y=moved_y, a_less_one=a - 1)
+    kernel, _ = moments.launch_shift_moments_backward(grad, 0 * grad, shift)
+    for found in (gradient_of(v), kernel.cpu()):
+        assert (found - gradient_of(stored)).abs().max() <= 3e-7 * gradient_of(stored).abs().max()

@@ -1,5 +1,7 @@
 """The FLUX family: levels as its scheduler has them, what is trained, what is kept."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,8 @@ def test_noise_levels_are_the_schedulers(tiny_flux, settings):
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     family = load_family(tiny_config(tiny_flux).model, CPU)
-    scheduler = family.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**settings)
+    family.pipeline.scheduler = scheduler
     c = scheduler.config
     mu = calculate_shift(16, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     scheduler.set_timesteps(sigmas=list(np.linspace(1.0, 1 / 10, 10)), mu=mu)

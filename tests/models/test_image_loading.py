@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.processes import run_ranks
 from support.tiny_images import PROMPTS, build, by_pipeline, drawn, image_config, use_ddim
 
 from fastgrpo.data.prompts import Prompt
@@ -143,27 +142,21 @@ def test_other_encoders_or_settings_have_embeddings_of_their_own(saved, tmp_path
     assert folder(saved("flux"), guidance=7.0) == folder(saved("flux"))
 
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-from fastgrpo.models.embeddings import EmbeddingCache
-from fastgrpo.data.prompts import Prompt
-for turn in range(60):
-    prompt = Prompt(f"prompt {turn % 5}")
-    wanted = torch.full((64, 64), float(turn % 5))
-    found = EmbeddingCache(Path(sys.argv[1])).get(prompt)
-    assert found is None or torch.equal(found["text"], wanted)
-    EmbeddingCache(Path(sys.argv[1])).put(prompt, {"text": wanted})
-"""
+def share_a_cache(folder: Path) -> None:
+    for turn in range(60):
+        prompt = Prompt(f"prompt {turn % 5}")
+        wanted = torch.full((64, 64), float(turn % 5))
+        found = EmbeddingCache(folder).get(prompt)
+        assert found is None or torch.equal(found["text"], wanted)
+        EmbeddingCache(folder).put(prompt, {"text": wanted})
 
 
 def test_several_processes_share_a_cache(tmp_path):
     """Every file is whole whenever it is read, and nothing is left over."""
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)]) for _ in range(2)]
-    assert [worker.wait() for worker in workers] == [0, 0]
-    assert len(list(tmp_path.iterdir())) == 5
-    found = EmbeddingCache(tmp_path).get(Prompt("prompt 3"))
+    cache = tmp_path / "cache"
+    run_ranks(tmp_path, share_a_cache, cache)
+    assert len(list(cache.iterdir())) == 5
+    found = EmbeddingCache(cache).get(Prompt("prompt 3"))
     assert found is not None
     assert found["text"].unique().tolist() == [3.0]
     assert key_of(Prompt("prompt 3")) == ("prompt 3", None)

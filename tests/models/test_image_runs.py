@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -54,8 +55,9 @@ def test_a_unet_in_bfloat16_is_sharded_and_trains(tmp_path: Path):
     trainer = Trainer.from_config(
         image_config(tmp_path / "base", "sd_v", tmp_path / "run", model={"dtype": "bfloat16"})
     )
-    before = [p.full_tensor().clone() for p in trainer.family.policy.parameters()]
+    weights: list[Any] = list(trainer.family.policy.parameters())
+    before = [p.full_tensor().clone() for p in weights]
     trainer.run()
-    after = [p.full_tensor() for p in trainer.family.policy.parameters()]
+    after = [p.full_tensor() for p in weights]
     assert all(torch.isfinite(p).all() for p in after)
     assert any((p != q).any() for p, q in zip(before, after, strict=True))

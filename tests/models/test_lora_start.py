@@ -1,6 +1,7 @@
 """model.lora.path: training goes on from a LoRA, whoever wrote it."""
 
 import copy
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def deltas(family):
     for name, layer in family.policy.named_modules():
         if isinstance(layer, BaseTunerLayer):
             A, B = (getattr(layer, f"lora_{x}")["default"].weight.flatten(1).double() for x in "AB")
-            found[name] = layer.scaling["default"] * (B @ A)
+            found[name] = cast(Any, layer).scaling["default"] * (B @ A)
     return found
 
 

@@ -9,7 +9,7 @@ from support.tiny import tiny_config
 
 from fastgrpo.commands.export import export_run
 from fastgrpo.errors import ConfigError, UserError
-from fastgrpo.models.nf4 import NF4Linear, quantized_layers
+from fastgrpo.models.nf4 import NF4Linear, dequantize, quantized_layers
 from fastgrpo.planning.dry_run import dry_run
 from fastgrpo.training.trainer import Trainer
 
@@ -22,7 +22,7 @@ def test_a_layer_and_its_gradient(shape, dtype):
     torch.manual_seed(0)
     layer = torch.nn.Linear(shape[1], shape[0]).to(dtype)
     packed = NF4Linear(layer, torch.device("cpu"))
-    weight = packed.dequantize(packed.weight, packed.scale, shape, dtype).double()
+    weight = dequantize(packed.weight, packed.scale, shape, dtype).double()
     # The rounding error of NF4 on evenly spread values, as RMS ratio; 0.1 on normal ones.
     assert 0 < (weight - layer.weight).norm() / layer.weight.double().norm() < 0.12
     x = torch.randn(7, shape[1], dtype=dtype, requires_grad=True)

@@ -8,7 +8,7 @@ from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.algorithms.schedule import trained_steps
 from fastgrpo.config import SubsetSteps, WindowSteps, load_config
 from fastgrpo.models import check_family
-from fastgrpo.training.preflight import preflight
+from fastgrpo.preflight.checks import preflight
 
 VIDEOS = (
     "hunyuan-video-parity-32xh100",
@@ -19,6 +19,7 @@ VIDEOS = (
     "wan-2.1-1.3b-fast-8xh100",
     "wan-2.1-1.3b-lora-1x24gb",
     "hunyuan-video-1.5-fast-8xh100",
+    "ltx2-fast-8xh100",
     "wan-2.2-a14b-parity-8xh100",
     "wan-2.2-a14b-fast-8xh100",
 )
@@ -191,6 +192,7 @@ def test_the_forward_recipes_hold_their_projects_numbers(name, prompts, steps, t
     assert (objective.times.draw, objective.times.count) == times
     assert (objective.old_decay.rate, objective.old_decay.most, config.model.guidance) == (0.001, most, 1.0)
     assert (update.optimizer.lr, update.max_grad_norm, update.optimizer_steps) == (3e-4, clip, 1)
+    assert config.model.lora is not None
     assert (config.advantage.normalize, config.model.lora.rank, config.model.lora.alpha) == ("global", 32, 64)
 
 

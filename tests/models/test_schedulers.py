@@ -18,7 +18,7 @@ from fastgrpo.models import ModelFamily, family_class
 
 CPU = torch.device("cpu")
 STEPS = 4
-KINDS = ("flux", "flux_kontext", "flux2", "sd3", "qwen_image", "z_image", "hunyuan_video", "hunyuan_15", "wan")
+KINDS = ("flux", "flux_kontext", "flux2", "sd3", "qwen_image", "z_image", "hunyuan_video", "hunyuan_15", "ltx2", "wan")
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # Of each scheduler: its class, its settings, and whether its levels are those of a flow that falls to 0.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -155,7 +155,7 @@ def test_betas_of_any_diffusion_scheduler_are_ddims(cls, prediction):
     config = image_config("somewhere", "sd_v").model
     family = family_class("stable_diffusion")(tiny_images.build("sd_v"), config, CPU)
     family.pipeline.scheduler = getattr(diffusers, f"{cls}Scheduler")(prediction_type=prediction, **BETAS)
-    own = diffusers.DDIMScheduler.from_config(family.pipeline.scheduler.config, clip_sample=False)
+    own: Any = diffusers.DDIMScheduler.from_config(family.pipeline.scheduler.config, clip_sample=False)
     own.set_timesteps(STEPS)
     levels = family.noise_levels(STEPS, "pipeline")
     assert list(levels.times) == own.timesteps.tolist()

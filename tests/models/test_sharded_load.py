@@ -2,12 +2,11 @@
 that; and 8-bit AdamW's state goes on with as many ranks."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from support.processes import run_ranks
 from support.runs import metrics
-from support.sharded import EIGHT
+from support.sharded import EIGHT, ranks
 from support.tiny import tiny_config
 
 from fastgrpo.distributed.world import check_world
@@ -15,25 +14,11 @@ from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.models.sharded_load import weight_files
 from fastgrpo.training.trainer import Trainer
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from support.sharded import ranks
-torch.set_num_threads(1)
-ranks(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-
 
 @pytest.fixture(scope="module")
 def two(tiny_flux, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(folder / "script.py"), str(tiny_flux), str(folder)], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_ranks(folder, ranks, tiny_flux, folder)
     return folder
 
 

@@ -29,6 +29,8 @@ from fastgrpo_kernels import noise
 
 CPU = torch.device("cpu")
 KINDS = list(MODELS)
+# Its image to video takes all that it takes.
+HUNYUAN_15 = pytest.param("hunyuan_15", marks=pytest.mark.full)
 FROM_IMAGE = ("skyreels", "wan_i2v", "wan_5b_i2v", "wan_two_i2v", "hunyuan_15_i2v")
 
 
@@ -101,6 +103,18 @@ def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps
         if kind == "skyreels":
             settings |= {"true_cfg_scale": scale, "negative_prompt": "", "guidance_scale": 1.0}
             settings["generator"] = [torch.Generator().manual_seed(0)]
+        elif kind == "ltx2":
+            flat, sound = settings["latents"], family.beside
+            apart = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0, "guidance_scale": scale}
+            settings |= apart | {f"audio_{name}": value for name, value in apart.items()}
+            settings["frame_rate"] = float(family.config.fps)
+            settings["latents"] = family.of_policy(flat).unflatten(1, (-1, pipeline.transformer.config.in_channels))
+            # The pipeline takes sound as its autoencoder has it.
+            vae, tokens = (
+                pipeline.audio_vae,
+                flat[:, -sound:].unflatten(1, (-1, pipeline.audio_vae.latents_std.numel())),
+            )
+            settings["audio_latents"] = tokens * vae.latents_std + vae.latents_mean
         elif kind == "hunyuan_video_1_5":
             pipeline.guider = pipeline.guider.new(guidance_scale=scale)
             for name in ("max_sequence_length", *(("height", "width") if "image" in settings else ())):
@@ -109,7 +123,7 @@ def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps
             settings["guidance_scale"] = scale
             if family.config.guidance_2 is not None:
                 settings["guidance_scale_2"] = family.config.guidance_2
-        if kind in ("wan", "hunyuan_video_1_5"):
+        if kind in ("wan", "hunyuan_video_1_5", "ltx2"):
             settings["negative_prompt"] = prompt.negative if prompt.negative is not None else ""
         videos.append(pipeline(**settings).frames)
     return torch.cat(videos).transpose(1, 2)
@@ -131,7 +145,7 @@ def test_a_rollout_is_the_pipelines_video(saved, families, kind, monkeypatch):
     assert (ours[0] - ours[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("kind", ["wan", "wan_two", "hunyuan_15", "hunyuan_15_i2v"])
+@pytest.mark.parametrize("kind", ["wan", "wan_two", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"])
 def test_a_negative_prompt_is_the_pipelines_too(saved, families, kind, monkeypatch):
     path, pipeline = saved(kind)
     family = families(kind)
@@ -144,20 +158,21 @@ def test_a_negative_prompt_is_the_pipelines_too(saved, families, kind, monkeypat
     assert (ours - drawn(family, config, [without])).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "wan", "wan_two", "hunyuan_15"])
+@pytest.mark.parametrize("kind", ["hunyuan_video", "wan", "wan_two", "hunyuan_15", "ltx2"])
 def test_another_size_is_the_pipelines_too(saved, kind, monkeypatch):
     path, pipeline = saved(kind)
-    config = video_config(path, kind, model={**MODELS[kind], "height": 48, "width": 32, "frames": 5})
+    height = 64 if kind == "ltx2" else 48
+    config = video_config(path, kind, model={**MODELS[kind], "height": height, "width": 32, "frames": 5})
     family = load_family(config.model, CPU)
     if family.name == "wan":
         for one in (pipeline, family.pipeline):
             monkeypatch.setattr(one, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))
     ours, theirs = drawn(family, config, PROMPTS[:1]), by_pipeline(pipeline, family, PROMPTS[:1])
-    assert ours.shape == theirs.shape == (1, 3, 5, 48, 32)
+    assert ours.shape == theirs.shape == (1, 3, 5, height, 32)
     assert (ours - theirs).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan", "hunyuan_15"])
+@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan", "hunyuan_15", "ltx2_3"])
 def test_without_guidance_too(saved, kind, monkeypatch):
     path, pipeline = saved(kind)
     config = video_config(path, kind, model={**MODELS[kind], "guidance": 1.0})
@@ -168,7 +183,7 @@ def test_without_guidance_too(saved, kind, monkeypatch):
     assert (drawn(family, config, PROMPTS[:1]) - by_pipeline(pipeline, family, PROMPTS[:1])).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "wan"])
+@pytest.mark.parametrize("kind", ["hunyuan_video", "wan", "ltx2"])
 def test_any_word_changes_the_conditioning(families, kind):
     family = families(kind)
     caption = "a red circle moves right, a blue square stands"
@@ -200,6 +215,39 @@ def test_the_first_frame_changes_the_video(families, kind):
     assert (v[0] - v[1]).abs().max() > 1e-4
     with pytest.raises(ConfigError, match="'a red circle stands' has no image"):
         family.encode([Prompt("a red circle stands")])
+
+
+def test_sound_takes_euler_steps_beside_a_video_that_does_not(saved):
+    """It stands with the video at each trained step, and no loss sees it."""
+    config = video_config(saved("ltx2")[0], "ltx2", update={"optimizer": {"lr": 1e-4, "weight_decay": 0.0}})
+    family = load_family(config.model, CPU)
+    family.policy.requires_grad_(True)
+    plan, trajectory, conditioning = updated(family, config, PROMPTS)
+    layout, sound = trajectory.layout, family.beside
+    assert 0 < sound < family.latent_shape[0]
+    before, after = (trajectory.layout.rows_of(step) for step in (1, 2))
+    row = torch.from_numpy(layout.sample_prompt)
+    x, v, y = trajectory.x[before][row], trajectory.v_old[before][row], trajectory.x[after]
+    euler = x + (plan.times[2] - plan.times[1]) * v
+    torch.testing.assert_close(y[:, -sound:], euler[:, -sound:], rtol=1e-5, atol=1e-6)
+    assert (family.of_policy(y) - family.of_policy(euler)).abs().mean() > 0.1
+    # A group's samples part in the video at the first trained step, and in what is heard of it after the second.
+    assert torch.equal(y[0, -sound:], y[1, -sound:])
+    assert not torch.equal(trajectory.latents[0, -sound:], trajectory.latents[1, -sound:])
+    model: Any = family.denoiser
+    heads = {name: getattr(model, name).weight.detach().clone() for name in ("proj_out", "audio_proj_out")}
+    updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
+    run_update(updater, plan, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
+    assert not torch.equal(model.proj_out.weight, heads["proj_out"])
+    assert torch.equal(model.audio_proj_out.weight, heads["audio_proj_out"])
+
+
+def test_texts_are_as_long_as_the_connectors_registers_allow(saved):
+    family = load_family(
+        video_config(saved("ltx2")[0], "ltx2", model={**MODELS["ltx2"], "max_sequence_length": 14}).model, CPU
+    )
+    with pytest.raises(ConfigError, match=r"model\.max_sequence_length: 14 is not a multiple of 4"):
+        family.encode(PROMPTS)
 
 
 def test_a_given_first_frame_of_the_5b_comes_out_as_it_went_in(families):
@@ -240,7 +288,7 @@ def test_the_first_ratio_is_one_and_the_update_moves_the_weights(saved, kind):
     assert sum(moved) > len(moved) / 3
 
 
-@pytest.mark.parametrize("kind", ["wan_two", "wan_two_i2v", "hunyuan_15", "hunyuan_15_i2v"])
+@pytest.mark.parametrize("kind", ["wan_two", "wan_two_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2", "ltx2_3"])
 def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     config = video_config(saved(kind)[0], kind, model={**MODELS[kind], "dtype": "bfloat16"})
     family = load_family(config.model, CPU)
@@ -252,7 +300,7 @@ def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     assert float(result.first.max_deviation) == 0
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan_5b_i2v", "hunyuan_15", "hunyuan_15_i2v"])
+@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan_5b_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"])
 def test_the_gradient_is_a_finite_difference(saved, kind):
     """Autograd against a central difference in float64; guidance is added in float32, so that much less exactly."""
     config = video_config(saved(kind)[0], kind)
@@ -355,6 +403,7 @@ def test_each_transformer_of_two_has_its_guidance_and_its_gradient(saved):
         ("wan", {"frames": 1 + 2}, r"model\.frames: 3 is not 4k \+ 1"),
         ("wan", {"height": 40}, r"model\.height: 40 is not a multiple of 16"),
         ("wan", {"guidance_2": 3.0}, r"model\.guidance_2: 3, but '.*' has one transformer; leave it out"),
+        ("ltx2", {"frames": 8}, r"model\.frames: 8 is not 2k \+ 1"),
         ("wan_i2v", {"max_sequence_length": 14}, r"model\.max_sequence_length: 14, but Wan 2\.1's image"),
     ],
 )
@@ -418,7 +467,7 @@ def test_tiling_is_switched_on_by_the_config(saved):
     assert load_family(config.model, CPU).pipeline.vae.use_tiling
 
 
-@pytest.mark.parametrize("kind", ["skyreels", "wan_5b_i2v"])
+@pytest.mark.parametrize("kind", ["skyreels", "wan_5b_i2v", "ltx2"])
 def test_encoded_prompts_and_first_frames_are_cached_on_disk(saved, tmp_path, kind, monkeypatch):
     model = {**MODELS[kind], "embedding_cache": str(tmp_path)}
     config = video_config(saved(kind)[0], kind, model=model)
@@ -450,7 +499,7 @@ def test_trained_weights_load_into_the_pipeline(saved, tmp_path, dtype):
     assert (videos.float() - drawn(family, config, PROMPTS[:1])).abs().max() <= bound
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan"])
+@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan", "ltx2"])
 def test_a_lora_loads_into_the_pipeline(saved, tmp_path, kind, monkeypatch):
     path, pipeline = saved(kind)
     config = video_config(path, kind, model={**MODELS[kind], "lora": {"rank": 2, "alpha": 4.0}})

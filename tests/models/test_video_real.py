@@ -42,6 +42,17 @@ REAL: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, tuple[int, ...]]
         },
         32,
     ),
+    "ltx2": (
+        {},
+        {"num_layers": 48},
+        {
+            "text": (256, 3840),
+            "sound_text": (256, 3840),
+            "negative_text": (256, 3840),
+            "negative_sound_text": (256, 3840),
+        },
+        128,
+    ),
     "skyreels": (
         {"in_channels": 32},
         {"num_layers": 20, "num_single_layers": 40},
@@ -72,11 +83,15 @@ def real_pipeline(kind: str, depth: dict[str, int]) -> Any:
     family = "wan" if kind.startswith("wan") else "hunyuan_15" if kind.startswith("hunyuan_15") else kind
     settings: dict[str, Any] = {**REAL[kind][0], **depth}
     vae_settings: dict[str, Any] = WAN_5B_VAE if "5b" in kind else {}
+    second: Any = None
     with torch.device("meta"):
         if family == "wan":
             transformer = diffusers.WanTransformer3DModel(**settings)
             second = diffusers.WanTransformer3DModel(**settings) if "two" in kind else None
             vae = diffusers.AutoencoderKLWan(**vae_settings)
+        elif family == "ltx2":
+            transformer = diffusers.LTX2VideoTransformer3DModel(**settings)
+            vae = diffusers.AutoencoderKLLTX2Video(spatial_compression_ratio=32, temporal_compression_ratio=8)
         elif family == "hunyuan_15":
             transformer = diffusers.HunyuanVideo15Transformer3DModel(**settings)
             vae = diffusers.AutoencoderKLHunyuanVideo15()
@@ -91,12 +106,17 @@ def real_pipeline(kind: str, depth: dict[str, int]) -> Any:
         # Two steps, one on each side.
         parts |= {"transformer_2": second, "boundary_ratio": 0.875} if second else {}
         return pipeline(**parts)
+    if family == "ltx2":
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
+        parts |= dict.fromkeys(("audio_vae", "text_encoder", "tokenizer", "connectors", "vocoder"))
+        return diffusers.LTX2Pipeline(**parts)
     parts |= dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     if family == "hunyuan_15":
         parts["guider"] = diffusers.ClassifierFreeGuidance()
         if not kind.endswith("i2v"):
             return diffusers.HunyuanVideo15Pipeline(**parts)
-        return diffusers.HunyuanVideo15ImageToVideoPipeline(**parts, image_encoder=None, feature_extractor=None)
+        parts |= {"image_encoder": None, "feature_extractor": None}
+        return diffusers.HunyuanVideo15ImageToVideoPipeline(**parts)
     pipeline = diffusers.HunyuanSkyreelsImageToVideoPipeline if kind == "skyreels" else diffusers.HunyuanVideoPipeline
     return pipeline(**parts)
 
@@ -122,9 +142,13 @@ SLOW = ("wan", "wan_two", "wan_5b_i2v", "hunyuan_15")
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.full) if k in SLOW else k for k in REAL])
 def test_one_layer_of_the_real_width(kind):
     shapes = run(kind, dict.fromkeys(REAL[kind][1], 1), None)
+    assert shapes["images"] == (2, 3, 9, 384, 384)
+    if kind == "ltx2":
+        # 128 channels of two frames of 12 × 12 latents; at 8 frames a second, 28 tokens of sound.
+        assert shapes["latents"] == (2, 128 * (2 * 12 * 12 + 28))
+        return
     factor = 16 if "5b" in kind or "_15" in kind else 8
     assert shapes["latents"] == (2, REAL[kind][3], 3, 384 // factor, 384 // factor)
-    assert shapes["images"] == (2, 3, 9, 384, 384)
 
 
 @pytest.mark.full
@@ -140,6 +164,7 @@ def test_the_whole_model(kind, lora):
         "wan_i2v": 16.4,
         "wan_5b_i2v": 5.0,
         "hunyuan_15": 8.3,
+        "ltx2": 18.9,
         "hunyuan_15_i2v": 8.3,
     }[kind] == pytest.approx(size, abs=0.2)
     assert run(kind, REAL[kind][1], lora)["images"] == (2, 3, 9, 384, 384)

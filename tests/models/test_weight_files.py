@@ -11,7 +11,7 @@ from support.tiny_images import build, image_config
 
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import load_family
-from fastgrpo.training.preflight import preflight
+from fastgrpo.preflight.checks import preflight
 
 CPU = torch.device("cpu")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

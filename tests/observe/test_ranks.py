@@ -3,6 +3,7 @@
 import math
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ class FakeError(Exception):
 @pytest.fixture
 def driver(monkeypatch):
     """A pynvml of one GPU: 700 W, 1755 MHz, held back by its power cap and by nothing that counts as idle."""
-    module = ModuleType("pynvml")
+    module: Any = ModuleType("pynvml")
     board = SimpleNamespace(millijoules=5_000_000, reasons=0x04 | 0x01)
     handles = {"GPU-1234": board}
     module.NVMLError = FakeError

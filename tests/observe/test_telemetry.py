@@ -249,12 +249,13 @@ def test_the_live_table_shows_phases_memory_and_who_is_behind(monkeypatch):
     metrics = {"reward/mean": 0.5, "time/rollout": 3.0, "time/update": 1.0, "time/total": 4.0}
     metrics |= {"memory/update_bytes": 3.0 * 2**30, "ranks/last": 5.0, "ranks/behind_seconds": 0.5}
     metrics |= {"gpu/power_w": 650.0, "gpu/clock_mhz": 1755.0, "gpu/limited": 0.5}
-    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    written = io.StringIO()
+    screen = Console(file=written, force_terminal=True, width=100)
     monkeypatch.setattr("rich.console.Console", lambda stderr: screen)
     with Progress(total=10) as progress:
         progress.update(1, metrics)
         progress.note("a note")
-    shown = screen.file.getvalue()
+    shown = written.getvalue()
     for words in (
         "reward 0.500",
         "rollout",
@@ -314,7 +315,10 @@ def test_progress_can_be_silent(capsys):
 
 
 def test_chosen_iterations_are_traced_with_their_phases(tiny_flux, tmp_path):
-    config = tiny_config(tiny_flux, tmp_path, train={"iterations": 2}, telemetry={"profile": [1]})
+    # Few samples: a trace has every operation of its iteration.
+    window = {"kind": "window", "size": 1, "start": 0}
+    roll = {"prompts_per_iteration": 1, "group_size": 2, "steps": 3, "trained": window}
+    config = tiny_config(tiny_flux, tmp_path, rollout=roll, train={"iterations": 2}, telemetry={"profile": [1]})
     train(config)
     (trace,) = (tmp_path / "profile").iterdir()
     assert trace.name == "iteration-000001-rank-0.json.gz"

@@ -132,6 +132,7 @@ SIZES = {
     "stabilityai/stable-diffusion-3.5-medium": ("sd3", 2.24),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ("wan", 28.6),
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": ("hunyuan_video_1_5", 8.33),
+    "Lightricks/LTX-2": ("ltx2", 18.9),
     "Qwen/Qwen-Image-Edit-2509": ("qwen_image_edit", 20.4), "Qwen/Qwen-Image-2.1": ("qwen_image_2_1", 7.1),
     "Tongyi-MAI/Z-Image-Turbo": ("z_image", 6.15), "black-forest-labs/FLUX.2-klein-base-4B": ("flux2", 3.88),
     "black-forest-labs/FLUX.2-klein-base-9B": ("flux2", 9.08),

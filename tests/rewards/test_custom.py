@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.processes import command_line, run_ranks
 from support.tiny import tiny_config
 
 from fastgrpo.config import RewardSpec, dump
@@ -47,6 +49,8 @@ def with_gradient(means):
     return found
 
 
+# Any column will do.
+scores_of: Any = Scores
 TAKEN = {
     "tensor": lambda means: means,
     "bfloat16": lambda means: means.to(torch.bfloat16),
@@ -57,7 +61,7 @@ TAKEN = {
     "array": lambda means: means.numpy().astype(np.float16),
     "Scores of a tensor": lambda means: Scores(means),
     "Scores of columns": lambda means: Scores(means[:, None], valid=np.ones((4, 1), bool)),
-    "Scores with flags as a tensor": lambda means: Scores(means, valid=torch.ones(4)),
+    "Scores with flags as a tensor": lambda means: scores_of(means, valid=torch.ones(4)),
 }
 
 
@@ -73,7 +77,7 @@ def test_what_is_not_finite_or_missing_is_not_valid():
     assert ask(Answers(lambda m: [1.0, None, float("nan"), 2]), IMAGES, PROMPTS, None).valid.tolist() == [
         True, False, False, True
     ]  # fmt: skip
-    flags = Scores([1.0, 2.0], valid=[True, None], components={"half": torch.tensor([0.5, 1.0])})
+    flags = scores_of([1.0, 2.0], valid=[True, None], components={"half": torch.tensor([0.5, 1.0])})
     assert flags.valid.tolist() == [True, False]
     assert np.isnan(flags.components["half"]).tolist() == [False, True]
 
@@ -236,13 +240,14 @@ def test_an_option_that_a_class_does_not_take_is_named_with_the_nearest(own):
 
 
 @pytest.mark.parametrize(
-    "start",
+    "start, name",
     [
-        pytest.param(["-m", "fastgrpo"], id="python -m", marks=pytest.mark.full),
-        pytest.param(["{bin}/fastgrpo"], id="fastgrpo"),
+        pytest.param(["{bin}/fastgrpo"], "mine:Bright", id="fastgrpo module"),
+        pytest.param(["{bin}/fastgrpo"], "mine.py:bright", id="fastgrpo file", marks=pytest.mark.full),
+        pytest.param(["-m", "fastgrpo"], "mine:Bright", id="python -m", marks=pytest.mark.full),
     ],
 )
-def test_a_reward_in_the_working_directory_is_found_as_a_user_would_type_it(start, tmp_path):
+def test_a_reward_in_the_working_directory_is_found_as_a_user_would_type_it(start, name, tmp_path):
     """The console script's own folder is first on sys.path, not the working directory."""
     (tmp_path / "mine.py").write_text(
         inspect.cleandoc(OWN).replace("import neighbour", "neighbour = __import__('os'); neighbour.ONE = 1")
@@ -251,11 +256,10 @@ def test_a_reward_in_the_working_directory_is_found_as_a_user_would_type_it(star
     script = tmp_path / "bin" / "fastgrpo"
     script.parent.mkdir()
     script.write_text("import sys\nfrom fastgrpo.commands.main import main\nsys.exit(main())\n")
-    for name in ("mine:Bright", "mine.py:bright"):
-        command = [sys.executable, *(part.format(bin=script.parent) for part in start), "train"]
-        config = [str(root / "configs" / "shapes-flux.yaml"), "--check", f"rewards=[{{name: '{name}'}}]"]
-        done = subprocess.run([*command, *config], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, *(part.format(bin=script.parent) for part in start), "train"]
+    config = [str(root / "configs" / "shapes-flux.yaml"), "--check", f"rewards=[{{name: '{name}'}}]"]
+    done = subprocess.run([*command, *config], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
 
 
 BROKEN_ON_ONE_RANK = """
@@ -268,18 +272,16 @@ def bright(samples, prompts, fps):
 """
 
 
-def test_a_failure_on_another_rank_is_told_once_with_its_rank(tiny_flux, tmp_path):
+def test_a_failure_on_another_rank_is_told_once_with_its_rank(tiny_flux, tmp_path, monkeypatch):
     (tmp_path / "one_rank.py").write_text(BROKEN_ON_ONE_RANK)
     config = tiny_config(
         tiny_flux, tmp_path / "run", rewards=[{"name": "one_rank.py:bright"}],
         telemetry={"progress": True}, rollout={"group_size": 4},
     )  # fmt: skip
     (tmp_path / "config.yaml").write_text(dump(config))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "fastgrpo", "train", "config.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if "CUDA out of memory on this rank" in line]
+    monkeypatch.chdir(tmp_path)
+    said = run_ranks(tmp_path, command_line, "train", "config.yaml")
+    told = [line for text in said for line in text.splitlines() if "CUDA out of memory on this rank" in line]
     (line,) = told
     assert line.startswith("rank 1: reward 'one_rank.py:bright' failed for 4 samples: RuntimeError: ")
     assert "in bright" in Path(line.partition("; traceback: ")[2]).read_text()

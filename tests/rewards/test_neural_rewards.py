@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_the_clip_processor_equals_pils(clip_path, height, width):
     ours = ImageProcessor.of(json.loads((clip_path / "preprocessor_config.json").read_text()), "processor")(images)
     # In units of the 256 levels: normalised by 0.5.
     assert ((ours - theirs).abs() * 127.5).max() <= 2.01
-    reward = load_reward(RewardSpec(name="clip", path=str(clip_path)))
+    reward: Any = load_reward(RewardSpec(name="clip", path=str(clip_path)))
     embeddings = []
     for pixels in (ours, theirs):
         assert reward.module is not None
@@ -60,7 +61,7 @@ def test_clip_score_is_transformers_own_cosine_batched_or_single(clip_path):
     from transformers import AutoTokenizer, CLIPModel
 
     images, texts = samples(32, 32), [p.text for p in PROMPTS]
-    reward = load_reward(RewardSpec(name="clip", path=str(clip_path), options={"batch": 3}))
+    reward: Any = load_reward(RewardSpec(name="clip", path=str(clip_path), options={"batch": 3}))
     assert reward._module is None
     scores = reward.score(images, PROMPTS, None)
     model = CLIPModel.from_pretrained(clip_path, dtype=torch.float32)
@@ -75,7 +76,7 @@ def test_clip_score_is_transformers_own_cosine_batched_or_single(clip_path):
 
 
 def test_text_is_encoded_once_for_each_prompt(clip_path):
-    reward = load_reward(RewardSpec(name="clip", path=str(clip_path)))
+    reward: Any = load_reward(RewardSpec(name="clip", path=str(clip_path)))
     encoded = []
     inner = reward.texts.encode
     reward.texts.encode = lambda texts: encoded.extend(texts) or inner(texts)
@@ -89,7 +90,9 @@ def test_text_is_encoded_once_for_each_prompt(clip_path):
 def test_weights_are_offloaded_between_phases_and_bfloat16_is_close(clip_path):
     images = samples(32, 32)
     exact = load_reward(RewardSpec(name="clip", path=str(clip_path))).score(images, PROMPTS, None)
-    reward = load_reward(RewardSpec(name="clip", path=str(clip_path), options={"dtype": "bfloat16", "offload": True}))
+    reward: Any = load_reward(
+        RewardSpec(name="clip", path=str(clip_path), options={"dtype": "bfloat16", "offload": True})
+    )
     first = reward.score(images, PROMPTS, None)
     reward.release()
     assert reward._away

@@ -1,20 +1,29 @@
 """ImageReward, VideoAlign and GenEval: tiny random checkpoints in the published layouts and names, and their rules."""
 
 import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from support.neural import SIZES, samples
+from transformers import Qwen2VLConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from fastgrpo.config import RewardSpec
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import load_reward
+from fastgrpo.rewards.convert import convert_template
 from fastgrpo.rewards.geneval import Found, conditions, relations
+from fastgrpo.rewards.hpsv3 import PIXELS
+from fastgrpo.rewards.hpsv3 import reward_head as preference_head
 from fastgrpo.rewards.image_reward import MEAN, STD, ImageRewardModel
-from fastgrpo.rewards.videoalign import Backbone, RewardModel, frame_size, sampled
+from fastgrpo.rewards.images import to_pil
+from fastgrpo.rewards.published import COSTS
+from fastgrpo.rewards.qwen2_vl import RewardModel, frame_size, to_patches
+from fastgrpo.rewards.videoalign import Backbone, reward_head, sampled
 from fastgrpo.shapes.tiny_clip import build_clip, save
 
 PROMPTS = [Prompt(t) for t in ("a red circle", "two blue squares", "a red circle", "a cross left of a square")]
@@ -61,7 +70,12 @@ def published(name):
 def test_image_reward_is_its_published_parts(clip_path, tmp_path):
     from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig
 
-    small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    small: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+    }
     vision = BlipVisionConfig(**small, image_size=32, patch_size=16, layer_norm_eps=1e-6)
     text = BlipTextConfig(**small, vocab_size=100, encoder_hidden_size=128, max_position_embeddings=40)
     model = randomised(ImageRewardModel(vision, text))
@@ -74,7 +88,7 @@ def test_image_reward_is_its_published_parts(clip_path, tmp_path):
     }
     save_file(state, tmp_path / "ImageReward.safetensors")
     options = {"tokenizer": str(clip_path)}
-    reward = load_reward(
+    reward: Any = load_reward(
         RewardSpec(name="image_reward", path=str(tmp_path / "ImageReward.safetensors"), options=options)
     )
     images = samples(32, 32)
@@ -107,7 +121,7 @@ TEMPLATE = "watch <|VQ_reward|> END move <|MQ_reward|> END text {text_prompt} ra
 def qwen(tmp_path_factory):
     """A tiny Qwen2-VL's config and tokenizer, a template, and the weights of a reward model over it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
+    from transformers import PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("qwen")
     words = [
@@ -133,22 +147,23 @@ def qwen(tmp_path_factory):
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]")
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.save_pretrained(path)
-    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in special}
+    ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in special}
     text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
             "intermediate_size": 64, "vocab_size": len(tokenizer) + 3, "bos_token_id": 1, "eos_token_id": 1,
             "rope_parameters": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3],
                                 "rope_theta": 10000.0}}  # fmt: skip
     vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32, "patch_size": 14, "mlp_ratio": 2}
     config = Qwen2VLConfig(
-        text_config=text, vision_config=vision, video_token_id=ids["<|video_pad|>"], image_token_id=0,
+        text_config=text, vision_config=vision, video_token_id=ids["<|video_pad|>"],
+        image_token_id=ids["<|image_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
     config.save_pretrained(path)
     (path / "template.txt").write_text(TEMPLATE)
-    return path, randomised(RewardModel(config), seed=2)
+    return path, randomised(RewardModel(config, reward_head(32)), seed=2)
 
 
 def old_names(model):
@@ -202,7 +217,7 @@ def test_videoalign_reads_old_and_new_names_and_a_lora(qwen, tmp_path):
 
 
 def test_videoalign_reads_its_three_tokens_in_one_pass(qwen, tmp_path):
-    rewards = [videoalign(f"videoalign_{d}", qwen, tmp_path, new_names(qwen[1])) for d in ("vq", "mq", "ta")]
+    rewards: list[Any] = [videoalign(f"videoalign_{d}", qwen, tmp_path, new_names(qwen[1])) for d in ("vq", "mq", "ta")]
     backbone = rewards[0].backbone
     assert all(r.backbone is backbone for r in rewards)
     passes, inner = [], backbone.judge
@@ -229,18 +244,14 @@ def test_videoalign_reads_its_three_tokens_in_one_pass(qwen, tmp_path):
 
 
 def test_videoaligns_frames_and_patches_are_qwens(qwen, tmp_path):
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    from fastgrpo.rewards.images import to_pil
-
-    backbone: Backbone = videoalign("videoalign_vq", qwen, tmp_path, new_names(qwen[1])).backbone
+    backbone: Backbone = cast(Any, videoalign("videoalign_vq", qwen, tmp_path, new_names(qwen[1]))).backbone
     assert backbone.module is not None
     image = (samples(70, 126, 1) * 255).round() / 255
     processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=448 * 448)
     theirs = processor(to_pil(image), return_tensors="pt")
     height, width = frame_size(70, 126, 28 * 28, 448 * 448)
     still = image[:, :, None].expand(-1, -1, 2, -1, -1)
-    ours, grid = backbone.patches(still, height, width)
+    ours, grid = to_patches(still, height, width, backbone.vision)
     assert [list(grid)] == theirs["image_grid_thw"].tolist()
     assert ours.shape == theirs["pixel_values"].shape
     assert (ours - theirs["pixel_values"]).abs().max() < 0.03
@@ -249,6 +260,112 @@ def test_videoaligns_frames_and_patches_are_qwens(qwen, tmp_path):
     assert sampled(frames, 8.0, 2.0).flatten().tolist() == torch.linspace(0, 52, 12).round().tolist()
     assert sampled(frames[:, :, :9], 8.0, 2.0).shape[2] == 4
     assert frame_size(720, 1280, 128 * 28 * 28, 448 * 448) == (336, 588)
+    for size in ((512, 512), (720, 1280), (1328, 1328), (30, 60)):
+        assert frame_size(*size, PIXELS, PIXELS) == smart_resize(*size, 28, PIXELS, PIXELS)
+
+
+CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{}<|vision_end|>{}"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
+QWEN2_VL_7B: dict[str, Any] = {
+    "text_config": {
+        "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "intermediate_size": 18944, "vocab_size": 151658,
+    },
+    "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 3584, "patch_size": 14},
+}  # fmt: skip
+
+
+def by_published_code(model, reward_ids, tokens, patches, grid, token_id):
+    """The reward models' own forward, as transformers 4.45 had it: the language model is given embeddings alone, and so
+    numbers its tokens one after the other."""
+    ids, qwen = tokens["input_ids"], model.qwen
+    words = qwen.get_input_embeddings()(ids)
+    seen = qwen.visual(patches, grid_thw=torch.tensor([grid] * len(ids))).pooler_output
+    words = words.masked_scatter((ids == token_id)[..., None].expand_as(words), seen)
+    found = qwen.language_model(inputs_embeds=words, attention_mask=tokens["attention_mask"]).last_hidden_state
+    chosen = torch.zeros_like(ids, dtype=torch.bool)
+    for token in reward_ids:
+        chosen |= ids == token
+    return model.rm_head(found)[chosen].view(len(ids), len(reward_ids), -1)
+
+
+@torch.no_grad()
+def test_videoaligns_scores_are_those_of_the_published_forward(qwen, tmp_path):
+    backbone: Backbone = cast(Any, videoalign("videoalign_vq", qwen, tmp_path, new_names(qwen[1]))).backbone
+    ours = backbone.score(VIDEOS, TEXTS, 2.0).components
+    frames = sampled(VIDEOS, 2.0, 2.0)
+    patches, grid = to_patches(frames, *frame_size(30, 60, *backbone.pixels), backbone.vision)
+    video = "<|video_pad|>" * (grid[0] * grid[1] * grid[2] // 4)
+    texts = [CHAT.format(video, TEMPLATE.format(text_prompt=p.text)) for p in TEXTS]
+    tokens = backbone.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    video_id = backbone.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    theirs = by_published_code(qwen[1], backbone.reward_ids, tokens, patches, grid, video_id)
+    for place, name in enumerate(("VQ", "MQ", "TA")):
+        assert ours[name] == pytest.approx(theirs[:, place, place].numpy(), abs=1e-5)
+
+
+QUESTIONNAIRE = "rate END {text_prompt} text "
+
+
+@pytest.fixture(scope="module")
+def preference(qwen, tmp_path_factory):
+    """A reward model of HPSv3's layout over the same tiny Qwen2-VL, and a reward of it."""
+    path = tmp_path_factory.mktemp("hpsv3")
+    source = path / "data_collator_qwen.py"
+    source.write_text(f'INSTRUCTION = """{QUESTIONNAIRE}"""\nprompt_with_special_token = "watch: <|Reward|> END"\n')
+    convert_template(source, path / "template.txt")
+    model = randomised(RewardModel(qwen[1].qwen.config, preference_head(32)), seed=4)
+    with torch.no_grad():
+        model.rm_head[-1].weight.mul_(100)  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
+    save_file(old_names(model) | {"lm_head.weight": torch.zeros(2, 32)}, path / "HPSv3.safetensors")
+    options = {"template": str(path / "template.txt"), "base": str(qwen[0]), "pixels": 6 * 28 * 28}
+    return model, RewardSpec(name="hpsv3", path=str(path / "HPSv3.safetensors"), options=options)
+
+
+@torch.no_grad()
+def test_hpsv3s_score_is_the_published_forwards_mean(preference):
+    model, spec = preference
+    reward: Any = load_reward(spec)
+    # Of the size that they are resized to, and of whole levels: nothing is rounded on the way.
+    images = (samples(56, 84, 2) * 255).round() / 255
+    scores = reward.score(images, TEXTS, None)
+    patches = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=2**20)(to_pil(images), return_tensors="pt")
+    grid = tuple(patches["image_grid_thw"][0].tolist())
+    assert grid == (1, 4, 6)
+    question = QUESTIONNAIRE + "watch: <|Reward|> END"
+    texts = [
+        CHAT.format("<|image_pad|>" * (grid[1] * grid[2] // 4), question.format(text_prompt=p.text)) for p in TEXTS
+    ]
+    tokens = reward.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    image_id = reward.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    theirs = by_published_code(model, [reward.reward_id], tokens, patches["pixel_values"], grid, image_id)[:, 0]
+    assert scores.values == pytest.approx(theirs[:, 0].numpy(), abs=1e-4)
+    assert scores.components["spread"] == pytest.approx(theirs[:, 1].numpy(), abs=1e-4)
+    assert abs(scores.values[0] - scores.values[1]) > 0.01
+    # A prompt that quotes the token does not answer for the questionnaire; its neighbours change nothing.
+    quoting = reward.score(images, [Prompt("a <|Reward|> circle"), TEXTS[1]], None).values
+    assert quoting[1] == pytest.approx(scores.values[1], abs=1e-4)
+    assert quoting[0] != pytest.approx(scores.values[0], abs=1e-3)
+    # A video is its middle frame.
+    video = torch.stack([images.flip(0), images, images.flip(0)], dim=2)
+    assert reward.score(video, TEXTS, 8.0).values == pytest.approx(scores.values, abs=1e-5)
+
+
+def test_hpsv3s_head_stays_in_float32(preference):
+    model, spec = preference
+    reward: Any = load_reward(spec.model_copy(update={"options": {**spec.options, "dtype": "bfloat16"}}))
+    assert reward.score(samples(30, 60, 2), TEXTS, None).valid.all()
+    assert {p.dtype for p in reward.module.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(a, b) for a, b in zip(reward.head.parameters(), model.rm_head.parameters(), strict=True))
+
+
+def test_hpsv3_at_its_published_size_has_the_parameters_that_are_billed():
+    config: Any = Qwen2VLConfig(**QWEN2_VL_7B)
+    with torch.device("meta"):
+        model = RewardModel(config, preference_head(config.text_config.hidden_size))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(COSTS["hpsv3"].parameters, rel=0.01)
 
 
 def boxes(*edges, sure=0.95):
@@ -294,7 +411,7 @@ def mask2former(tmp_path_factory):
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
     path = tmp_path_factory.mktemp("mask2former")
-    swin = SwinConfig(
+    swin = cast(Any, SwinConfig)(
         image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
@@ -313,7 +430,7 @@ def mask2former(tmp_path_factory):
 
 def test_geneval_finds_objects_with_a_detector_and_their_colours_with_clip(mask2former, clip_path, monkeypatch):
     monkeypatch.setattr("fastgrpo.rewards.geneval.THRESHOLD", 0.0)
-    reward = load_reward(RewardSpec(name="geneval", path=str(mask2former), options={"clip": str(clip_path)}))
+    reward: Any = load_reward(RewardSpec(name="geneval", path=str(mask2former), options={"clip": str(clip_path)}))
     images = samples(48, 40)
     prompts = [
         Prompt("a dog", metadata={"include": [{"class": "dog", "count": 1, "color": "red"}]}),

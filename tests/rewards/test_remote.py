@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -317,7 +318,7 @@ def test_a_run_completes_while_a_third_of_its_calls_fail_hang_or_lie(tiny_flux, 
             scoring={"max_failure_rate": 0.9},
         )  # fmt: skip
         trainer = Trainer.from_config(config)
-        reward = trainer.rewards["r"]
+        reward: Any = trainer.rewards["r"]
         asked = reward.score
         reward.score = lambda *a: scored.append((a, asked(*a))) or scored[-1][1]
         trainer.run()

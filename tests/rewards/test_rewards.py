@@ -1,6 +1,7 @@
 """The protocol of rewards: names, options, scores and their validity, routing and composites."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ class Brightness:
         self.released += 1
 
 
-BRIGHTNESS = {"name": "test_rewards:Brightness"}
+BRIGHTNESS: dict[str, Any] = {"name": "test_rewards:Brightness"}
 
 
 def test_scores_are_made_consistent():
@@ -74,11 +75,12 @@ def test_a_package_adds_a_reward_by_an_entry_point(tmp_path, monkeypatch):
 def test_a_routed_reward_is_asked_for_its_prompts_only():
     reward = load_reward(RewardSpec(**BRIGHTNESS, when={"category": ["odd"]}))
     scores = reward.score(IMAGES, PROMPTS, None)
+    assert scores.asked is not None
     assert scores.asked.tolist() == [False, True, False, True, False]
     assert scores.valid.all()
     assert scores.values.tolist() == pytest.approx([0, 0.25, 0, 0.75, 0])
     assert np.isnan(scores.components["half"]).tolist() == [True, False, True, False, True]
-    nobody = load_reward(RewardSpec(**BRIGHTNESS, when={"category": ["prime"]}))
+    nobody: Any = load_reward(RewardSpec(**BRIGHTNESS, when={"category": ["prime"]}))
     assert not nobody.score(IMAGES, PROMPTS, None).counted.any()
     assert nobody.reward.calls == 0
 
@@ -88,7 +90,7 @@ def test_a_composite_sums_its_parts_and_routes():
         {**BRIGHTNESS, "label": "a", "weight": 2.0},
         {**BRIGHTNESS, "label": "b", "weight": -1.0, "options": {"scale": 10.0}, "when": {"category": ["even"]}},
     ]
-    reward = load_reward(RewardSpec(name="composite", options={"of": of, "aggregate": "reward"}))
+    reward: Any = load_reward(RewardSpec(name="composite", options={"of": of, "aggregate": "reward"}))
     scores = reward.score(IMAGES, PROMPTS, None)
     assert scores.valid.tolist() == [False, True, True, True, True]
     assert scores.values[1:].tolist() == pytest.approx([0.5, 1.0 - 5.0, 1.5, 2.0 - 10.0])

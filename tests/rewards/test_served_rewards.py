@@ -5,6 +5,7 @@ import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_binary_takes_a_percentile_of_another_runs_evaluation(tmp_path):
     path = tmp_path / "000000.json"
     path.write_text(json.dumps({"values": {"test_rewards:Brightness": [0.0, 0.2, None, 0.4, 0.6, 0.8]}}))
     options = {"of": BRIGHTNESS, "percentile": 75.0, "reference": str(path)}
-    reward = load_reward(RewardSpec(name="binary", options=options))
+    reward: Any = load_reward(RewardSpec(name="binary", options=options))
     assert reward.threshold == pytest.approx(0.6)
     with pytest.raises(ConfigError, match=r"rewards\.binary: reference: .* has no 'test_rewards:Bright'"):
         load_reward(
@@ -81,9 +82,16 @@ def test_ocr_reads_real_pictures():
     assert scores.values[3] == 0
 
 
+class JudgeServer(ThreadingHTTPServer):
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Judge)
+        self.bodies: list[Any] = []
+
+
 class Judge(BaseHTTPRequestHandler):
     """Answers with the picture's brightness from 1 to 10; nonsense for a prompt that names some."""
 
+    server: JudgeServer  # pyright: ignore[reportIncompatibleVariableOverride]
     broken = ("{", '{"score": 11}', '{"score": "5"}', '{"score": 5, "reason": "x"}', '{"grade": 5}')
 
     def do_POST(self):
@@ -103,14 +111,13 @@ class Judge(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(reply)
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 
 @pytest.fixture
 def judge():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    server.bodies = []
+    server = JudgeServer()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -143,6 +150,7 @@ def test_a_judge_of_edits_sees_the_source_and_then_the_result(judge):
         files = [io.BytesIO(base64.b64decode(p["image_url"]["url"].split(",")[1])) for p in pictures]
         shown = [np.array(Image.open(file)) for file in files]
         assert len(shown) == 2
+        assert edit.image is not None
         np.testing.assert_array_equal(shown[0], np.asarray(open_image(edit.image)))
         np.testing.assert_array_equal(shown[1], (sample * 255).round().byte().permute(1, 2, 0).numpy())
         assert edit.text in text["text"]
@@ -212,7 +220,7 @@ def answering():
                 self.end_headers()
                 self.wfile.write(json.dumps({"choices": [{"message": {"content": answer}}]}).encode())
 
-            def log_message(self, *args):
+            def log_message(self, format, *args):
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Recorded)

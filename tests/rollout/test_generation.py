@@ -122,13 +122,13 @@ def test_the_best_of_n_keeps_the_extremes_of_each_prompt_in_any_chunks(tiny_flux
     assert [line["samples/trained"] for line in metrics(tmp_path / "1")] == [8, 8]
 
 
-def test_the_best_of_n_trains_on_the_best_and_the_worst(tiny_flux, tmp_path):
+def test_the_best_of_n_trains_on_the_best_and_the_worst(tiny_flux, tmp_path, monkeypatch):
     trainer = Trainer.from_config(
         tiny_config(tiny_flux, tmp_path / "run", rewards=REDNESS, rollout=BEST, scoring={"chunks": 4})
     )
     seen = []
     inner = trainer.updater.run
-    trainer.updater.run = lambda *arguments: seen.append(arguments) or inner(*arguments)
+    monkeypatch.setattr(trainer.updater, "run", lambda *arguments: seen.append(arguments) or inner(*arguments))
     trainer.run()
     for batch, advantages, *_ in seen:
         score, trajectory, trainable = batch.scored, batch.trajectory, advantages.valid
@@ -159,7 +159,7 @@ def test_what_cannot_be_is_named(tiny_flux, settings, message):
         tiny_config(tiny_flux, **settings)
 
 
-@pytest.mark.parametrize("variant", ["plain", "best_of", "spread"])
+@pytest.mark.parametrize("variant", [pytest.param("plain", marks=pytest.mark.full), "best_of", "spread"])
 def test_one_update_of_staleness_resumes_to_the_bit(tiny_flux, tmp_path, variant):
     sections = {
         "plain": {"scoring": {"staleness": 1, "chunks": 2}},

@@ -1,6 +1,7 @@
 """Rollouts: equal to the pipeline; independent of batch, rank and prefix sharing; what they keep is what was used."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,10 +125,11 @@ def test_compiled_blocks_run_the_code_of_the_update(compile):
         seen.append(torch.is_grad_enabled())
         return model(x)
 
-    family = SimpleNamespace(
+    family: Any = SimpleNamespace(
         config=SimpleNamespace(compile=compile), dtype=torch.float32, modules={"transformer": torch.nn.Linear(3, 3)}
     )
-    prompts, x = SimpleNamespace(rows=lambda index: index), torch.randn(5, 3)
+    prompts: Any = SimpleNamespace(rows=lambda index: index)
+    x = torch.randn(5, 3)
     with torch.no_grad():
         v = predict_rows(family, x, 0.5, "transformer", prompts, np.arange(5), 2, predict)
     assert seen == [compile == "blocks"] * 3

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.levels import flow_levels
 from support.tiny import tiny_config, tiny_rollout_inputs
 
 from fastgrpo.algorithms.schedule import (
     NoiseLevels,
     clean_sample,
     deterministic_transition,
-    flow_levels,
     linear_levels,
     schedule_steps,
     second_order_weights,

@@ -125,7 +125,9 @@ def test_a_change_that_was_not_asked_for_is_seen(truth):
     base = scenes[rows]
 
     def spoiled(change) -> np.ndarray:
-        spoilt = EditScenes(*(a.copy() for a in (base.shape, base.color, base.center)), base.radius, base.background)
+        spoilt = EditScenes(
+            base.shape.copy(), base.color.copy(), base.center.copy(), base.radius, base.background
+        )  # fmt: skip
         change(spoilt)
         return to_float(spoilt.draw(result=True))
 

@@ -232,7 +232,7 @@ def test_the_rewards_are_the_verdicts_parts():
     samples[2] = 0
     result = verify(samples, [parse(p.text) for p in rows])
     for name, part in (("shapes", "score"), ("motion", "motion"), ("aesthetics", "aesthetics")):
-        scores = load_reward(RewardSpec(name=f"moving_{name}")).score(samples, rows)
+        scores = load_reward(RewardSpec(name=f"moving_{name}")).score(samples, rows, 8.0)
         np.testing.assert_array_equal(scores.values, getattr(result, part))
         np.testing.assert_array_equal(scores.components["strict"], result.strict)
         assert scores.valid.all()
@@ -286,7 +286,7 @@ def test_a_reward_asks_for_outlines_where_told(truth):
     samples[1, :, 2:4] = torch.from_numpy(gaussian_filter(samples[1, :, 2:4].numpy(), (0, 0, 1.6, 1.6)))
     parsed = [parse(p.text) for p in rows]
     spec = RewardSpec(name="moving_shapes", options={"outlines": True})
-    scores = load_reward(spec).score(samples, rows)
+    scores = load_reward(spec).score(samples, rows, 8.0)
     np.testing.assert_array_equal(scores.values, verify(samples, parsed, outlines=True).score)
     assert scores.components["shape"][1] < scores.components["shape"][0]
     with pytest.raises(ConfigError, match="outline"):

@@ -23,8 +23,12 @@ SIZE_LIMIT = 4_000_000
 # Strict pass that a shipped pipeline reaches at least, of few images: below its measured rate by three deviations.
 FLOORS = {
     "flux": 0.35, "flux_kontext": 0.45, "stable_diffusion": 0.55, "hunyuan_video": 0.25, "skyreels": 0.35,
-    "words_flux": 0.1,
+    "words_flux": 0.1, "z_image": 0.2,
 }  # fmt: skip
+
+
+# Those that take longest, of the classes that the others are of.
+LONG = ("skyreels", "words_flux")
 
 
 def recipe_of(name: str) -> PretrainConfig:
@@ -39,11 +43,12 @@ def test_every_shipped_pipeline_is_tested():
 @pytest.mark.parametrize("name", list(FLOORS))
 def test_shipped_weights_are_small_and_plain(name):
     files = [f for f in weights_path(name).rglob("*") if f.is_file()]
-    assert {f.suffix for f in files} == {".json", ".safetensors"}
+    # A tokenizer's chat template is text.
+    assert {f.suffix for f in files} - {".jinja"} == {".json", ".safetensors"}
     assert sum(f.stat().st_size for f in files) <= SIZE_LIMIT
 
 
-@pytest.mark.parametrize("name", list(FLOORS))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in LONG else n for n in FLOORS])
 def test_shipped_pipeline_draws_held_out_prompts(name):
     recipe = recipe_of(name)
     config = recipe.evaluation(f"shapes:{name}", recipe.denoiser.guidance)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ SIZE_LIMIT = 4_000_000
 
 @pytest.fixture(scope="module")
 def untrained() -> FluxPipeline:
-    return build_pipeline(world.vocabulary(), TinyFluxSizes(), seed=0)
+    pipeline = build_pipeline(world.vocabulary(), TinyFluxSizes(), seed=0)
+    assert isinstance(pipeline, FluxPipeline)
+    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,8 @@ def sample(pipeline: FluxPipeline, texts: list[str], seed: int, **settings) -> t
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 10, "output_type": "pt", "guidance_scale": 3.5, **settings}
     generator = torch.Generator().manual_seed(seed)
-    return pipeline(texts, height=32, width=32, max_sequence_length=10, generator=generator, **settings).images
+    found: Any = pipeline(texts, height=32, width=32, max_sequence_length=10, generator=generator, **settings)
+    return found.images
 
 
 def test_tokenizers_know_every_prompt(untrained):

@@ -66,7 +66,7 @@ def serve_hub(repositories: Mapping[str, Path], gated: Collection[str] = ()) -> 
             if body:
                 self.wfile.write(data)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

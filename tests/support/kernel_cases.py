@@ -1,7 +1,7 @@
 """Inputs and tolerances shared by the kernel tests."""
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ SHAPES = ((3, 1, 1), (2, 7, 9), (3, 4, 10, 25), (2, 1, 17, 241), (2, 3, 5, 8, 35
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
+Fields = TypeVar("Fields", bound=tuple)
+
+
 class Case(NamedTuple):
     x: Tensor
     v: Tensor
@@ -36,11 +39,29 @@ def make_case(shape: tuple[int, ...], dtype: torch.dtype, *, shift: float = 0.05
     generator = torch.Generator().manual_seed(seed)
     x, v, delta = (torch.randn(shape, generator=generator) for _ in range(3))
     sigma = torch.linspace(0.95, 0.3, shape[0], dtype=torch.float64)
-    a, b, s = transitions.dance_sde(sigma, sigma - 0.1, 0.3)
+    a, b, s = map(torch.as_tensor, transitions.dance_sde(sigma, sigma - 0.1, 0.3))
     ids = torch.arange(shape[0]) * 7 + 5
     key = noise_key(2**40 + seed, ids, torch.arange(shape[0]), 3, STREAM_SDE, "cpu")
     v_old = v + shift * delta
     return Case(x, v.to(dtype), v_old.to(dtype), a, b, s, key, normal(key, shape[1:]))
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """A leaf's gradient, which it must have."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def on_device(fields: Fields, device: str = KERNEL_DEVICE) -> Fields:
+    """A NamedTuple with its tensors, and those of its keys, on a device."""
+    values: dict[str, object] = cast(Any, fields)._asdict()
+    return cast(Any, fields)._replace(**{name: _moved(value, device) for name, value in values.items()})
+
+
+def _moved(value: object, device: str) -> object:
+    if isinstance(value, NoiseKey):
+        return NoiseKey(value.seed, value.words.to(device))
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def modules_with(name):
@@ -49,8 +70,10 @@ def modules_with(name):
     return [m for n, m in list(sys.modules.items()) if n.startswith(prefix) and name in vars(m)]
 
 
-def assert_within(actual: Tensor, expected: Tensor, *, relative: float, of_largest: float) -> None:
-    """|actual - expected| <= relative·|expected| + of_largest·max|expected|, element by element; NaN fails."""
+def assert_within(actual: Tensor | None, expected: Tensor | None, *, relative: float, of_largest: float) -> None:
+    """|actual - expected| <= relative·|expected| + of_largest·max|expected|, element by element; NaN and None fail."""
+    assert actual is not None
+    assert expected is not None
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     assert actual.shape == expected.shape
     bound = relative * expected.abs() + of_largest * expected.abs().max()

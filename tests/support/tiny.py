@@ -14,7 +14,7 @@ from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.models import Conditioning, ModelFamily, load_family
 
 
-def tiny_config(path: Path, run_dir: Path | str = "runs/none", **sections: dict[str, Any]) -> Config:
+def tiny_config(path: Path | str, run_dir: Path | str = "runs/none", **sections: Any) -> Config:
     """A valid config over a pipeline directory; keyword arguments update whole sections."""
     data: dict[str, Any] = {
         "run": {"dir": str(run_dir), "seed": 7},

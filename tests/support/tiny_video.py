@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import Config, validate
-from fastgrpo.shapes import moving_world, tiny_hunyuan_video_1_5, tiny_wan
+from fastgrpo.shapes import moving_world, tiny_hunyuan_video_1_5, tiny_ltx2, tiny_wan
 from fastgrpo.shapes.tiny_hunyuan_video import TinyHunyuanVideoSizes, build_pipeline
 
 MODELS: dict[str, dict[str, Any]] = {
     "hunyuan_video": {"family": "hunyuan_video", "guidance": 6.018, "max_sequence_length": 14},
     "hunyuan_15": {"family": "hunyuan_video_1_5", "guidance": 3.0, "max_sequence_length": 24},
     "hunyuan_15_i2v": {"family": "hunyuan_video_1_5", "guidance": 3.0, "max_sequence_length": 24},
+    "ltx2": {"family": "ltx2", "guidance": 3.0, "max_sequence_length": 16},
+    "ltx2_3": {"family": "ltx2", "guidance": 3.0, "max_sequence_length": 16},
     "skyreels": {"family": "skyreels", "guidance": 3.0, "max_sequence_length": 14},
     "wan": {"family": "wan", "guidance": 3.0, "max_sequence_length": 14},
     "wan_5b": {"family": "wan", "guidance": 3.0, "max_sequence_length": 14},
@@ -34,6 +36,8 @@ def build(kind: str, seed: int = 0) -> Any:
         pipeline.tokenizer_max_length = MODELS[kind]["max_sequence_length"]
         pipeline.vision_num_semantic_tokens = 16
         return pipeline
+    if kind.startswith("ltx2"):
+        return tiny_ltx2.build_pipeline(moving_world.vocabulary(), seed, per_modality=kind == "ltx2_3")
     from_image, per_token, two = kind.endswith("i2v"), "5b" in kind, "two" in kind
     return tiny_wan.build_pipeline(moving_world.vocabulary(), seed, from_image, per_token, two)
 

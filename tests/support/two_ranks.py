@@ -54,6 +54,14 @@ def measured(path: Path, folder: Path, settings: dict) -> None:
         (folder / "cost.json").write_text(json.dumps(cost))
 
 
+def runs_of(path: Path, folder: Path, variants: dict[str, dict]) -> None:
+    """What an iteration of two ranks costs, and a run of each variant."""
+    # First, while this process holds nothing else.
+    measured(path, folder / "measured 2", PLANNED)
+    for name, settings in variants.items():
+        finished(path, folder / name, settings)
+
+
 def finished(path: Path, folder: Path, settings: dict) -> None:
     """A short run with evaluations, and its whole weights."""
     settings = {**settings, "rollout": {"group_size": 4, **settings.get("rollout", {})}}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 
 from fastgrpo.algorithms.advantages import Advantages
-from fastgrpo.algorithms.schedule import loss_scale
+from fastgrpo.algorithms.schedule import StepSchedule, loss_scale
 from fastgrpo.distributed.world import World
-from fastgrpo.models import Conditioning
+from fastgrpo.models import Conditioning, ModelFamily
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import forward_batches, rollout
+from fastgrpo.rollout.trajectory import Trajectory
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.update import Updater
 from fastgrpo_kernels import noise, shift_moments
@@ -25,7 +29,7 @@ class Recorder(OptimizerState):
 
     def __init__(self, policy, config):
         super().__init__(policy, config, 1)
-        self.seen = []
+        self.seen: list[list[Any]] = []
 
     def step(self):
         self.seen.append([None if p.grad is None else p.grad.clone() for p in self.parameters])
@@ -34,7 +38,9 @@ class Recorder(OptimizerState):
         return torch.zeros(()), torch.zeros(())
 
 
-def prepare(config, move=0.0, optimizer=Recorder):
+def prepare(
+    config, move=0.0, optimizer: Callable[..., Any] = Recorder
+) -> tuple[ModelFamily, StepSchedule, Trajectory, Conditioning, Any]:
     """A rollout, then weights moved by `move` standard deviations, and an updater."""
     family, plan, layout, conditioning, _ = tiny_rollout_inputs(config)
     family.policy.to(family.dtype)
@@ -58,7 +64,7 @@ def advantages(config, zeros=0):
 
 def textbook_loss(transformer, family, plan, trajectory, conditioning, A, config):
     """DanceGRPO's loss in float64, by subtracting two log densities pair by pair."""
-    layout, total = trajectory.layout, 0.0
+    layout, total = trajectory.layout, torch.zeros((), dtype=torch.float64)
     masks = family.mask_names
     rows = {
         name: tensor if name.removeprefix("negative_") in masks else tensor.double()
@@ -80,25 +86,48 @@ def textbook_loss(transformer, family, plan, trajectory, conditioning, A, config
     return total / len(layout.pair_row)
 
 
-def oracle_gradients(updater, schedule, trajectory, conditioning, A, kl_weight=0.0):
+def oracle_gradients(updater, schedule, trajectory, conditioning, A, kl_weight=0.0, iteration=0):
     """Loss and gradients by the objective in PyTorch, of float64 coefficients, over all pairs at once."""
     config, layout, device = updater.config, trajectory.layout, trajectory.x.device
     coefficients = torch.tensor([schedule.transitions[t] for t in layout.row_step], dtype=torch.float64)
-    _, b, s = coefficients[torch.from_numpy(layout.pair_row)].unbind(1)
+    pair_row = torch.from_numpy(layout.pair_row)
+    _, b, s = coefficients[pair_row].unbind(1)
     terms = torch.from_numpy(np.asarray(A, dtype=np.float64).reshape(len(A), -1)[layout.samples[layout.pair_sample]])
     times = torch.tensor(schedule.times, dtype=torch.float32)[torch.from_numpy(layout.row_step)]
-    v = torch.cat([
-        updater.family.predict(trajectory.x[part], times[part], conditioning.rows(layout.row_prompt[part]))[:real]
-        for part, real in forward_batches(np.arange(len(layout.row_step)), config.rollout.forward_batch)
-    ])  # fmt: skip
-    pair_row = torch.from_numpy(layout.pair_row)
+
+    def outputs(model):
+        rows = forward_batches(np.arange(len(layout.row_step)), config.rollout.forward_batch)
+        predict = updater.family.predict
+        parts = [
+            predict(trajectory.x[part], times[part], conditioning.rows(layout.row_prompt[part]), model)[:real]
+            for part, real in rows
+        ]
+        return torch.cat(parts)[pair_row]
+
     samples, steps = layout.samples[layout.pair_sample], layout.row_step[layout.pair_row]
-    key = noise.noise_key(config.run.seed, samples.tolist(), torch.from_numpy(steps), 0, noise.STREAM_SDE, device)
-    P, Q = shift_moments(v[pair_row], trajectory.v_old[pair_row], b, s, key)
-    loss, _ = policy_loss(P, Q, s.float(), terms.float(), torch.ones(len(P)), config.objective)
+    key = noise.noise_key(
+        config.run.seed, samples.tolist(), torch.from_numpy(steps), iteration, noise.STREAM_SDE, device
+    )  # fmt: skip
+    [(name, model)] = updater.family.modules.items()
+    to_reference = None
+    v = outputs(model)
+    P, Q = shift_moments(v, trajectory.v_old[pair_row], b, s, key)
+    if updater.reference is not None:
+        with torch.no_grad(), updater.reference() as frozen:
+            v_reference = outputs(model if frozen is None else frozen[name])
+        _, to_reference = shift_moments(v, v_reference, b, s, key)
+    objective = config.objective.model_copy(update={"kl_weight": kl_weight})
+    loss, _ = policy_loss(P, Q, s.float(), terms.float(), torch.ones(len(P)), objective, to_reference)
     scale = loss_scale(config.objective, schedule) / len(P)
-    (loss * scale).backward()
-    return float(loss), [p.grad for p in updater.optimizer.parameters]
+    return float(loss.detach()), torch.autograd.grad(loss * scale, updater.optimizer.parameters, allow_unused=True)
+
+
+def apart(found, expected):
+    """How far gradients are from others, in norms of these."""
+    known = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
+    norm = torch.stack([b.norm() for _, b in known]).norm()
+    assert norm > 0
+    return float(torch.stack([(a - b).norm() for a, b in known]).norm() / norm)
 
 
 def run_update(updater, schedule, trajectory, conditioning, A, kl_weight=None):

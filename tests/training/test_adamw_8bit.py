@@ -29,6 +29,7 @@ def optimized(kind, steps=20, spoiled=None):
         x = torch.randn(32, 100, generator=generator)
         (layer(x) - x).square().mean().backward()
         if step == spoiled:
+            assert layer.weight.grad is not None
             layer.weight.grad[3, 3] = float("nan")
             before = {name: t.clone() for name, t in _held(layer, state).items()}
         skips.append(float(state.step()[1]))
@@ -50,6 +51,7 @@ def test_near_adamw_in_a_quarter_of_its_memory():
     moved, apart = (full.weight - start).norm(), (full.weight - eight.weight).norm()
     assert 0 < apart < 0.05 * moved
     assert torch.allclose(full.bias, eight.bias, rtol=0.01, atol=1e-3)
+    assert state.eight_bit is not None
     held = sum(t.numel() * t.element_size() for t in state.eight_bit.moments["weight"].values())
     assert held == pytest.approx(STATE_BYTES * 100 * 100, rel=0.01)
     assert list(state.full) == ["bias"]

@@ -63,5 +63,6 @@ def test_an_update_averages_once_an_iteration(tiny_flux):
     for A in (advantages(config), advantages(config, zeros=6)):
         run_update(updater, plan, trajectory, conditioning, A)
     assert updater.optimizer.steps == 2
+    assert updater.optimizer.ema is not None
     for p, before, average in zip(updater.optimizer.parameters, start, updater.optimizer.ema, strict=True):
         assert torch.allclose(average, 0.81 * before + 0.19 * p, atol=1e-6)

@@ -28,6 +28,7 @@ def test_the_scale_changes_no_step():
     plain, scaled = stepped(False), stepped(True)
     assert torch.allclose(plain[0], scaled[0], atol=1e-8)
     assert plain[1].item() == pytest.approx(scaled[1].item())
+    assert scaled[3].loss_scale is not None
     assert scaled[3].loss_scale.scale.item() == FIRST_LOSS_SCALE
     assert scaled[3].loss_scale.growth.item() == 1
 
@@ -36,6 +37,7 @@ def test_gradients_that_overflow_are_skipped_counted_and_halve_the_scale():
     moved, _, skipped, state = stepped(True, bad=True)
     assert skipped.item() == 1
     assert not moved.any()
+    assert state.loss_scale is not None
     assert state.loss_scale.scale.item() == FIRST_LOSS_SCALE / 2
     assert state.loss_scale.growth.item() == 0
 
@@ -57,6 +59,7 @@ def test_a_run_in_float16_starts_at_ratio_one_and_resumes_to_the_bit(tiny_flux, 
     logged = metrics(tmp_path / "whole")
     assert all(line["ratio/first_max_deviation"] == 0 for line in logged)
     # Of three optimizer steps those count that moved something.
+    assert whole.optimizer.loss_scale is not None
     scale = whole.optimizer.loss_scale.scale.item()
     skipped = sum(line["optimizer_steps/skipped"] for line in logged)
     assert scale == FIRST_LOSS_SCALE / 2**skipped

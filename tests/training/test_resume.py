@@ -47,6 +47,7 @@ def holder(folder):
 
 def test_a_second_process_is_told_who_holds_a_directory_and_a_kill_frees_it(tmp_path):
     first = holder(tmp_path)
+    assert first.stdout is not None
     assert first.stdout.readline() == "held\n"
     second = holder(tmp_path)
     said, _ = second.communicate("")
@@ -140,7 +141,7 @@ def test_a_checkpoint_of_an_unknown_setting_is_one_line(tiny_flux):
         compare({**config.model_dump(mode="json"), "rollout": {"gone": 1}}, config)
 
 
-def with_prompts(tiny_flux, folder, lines, iterations, resume="auto", **sections):
+def with_prompts(tiny_flux, folder, lines, iterations, resume: bool | str = "auto", **sections):
     (folder / "prompts.txt").write_text("\n".join(lines))
     return tiny_config(
         tiny_flux, train={"iterations": iterations}, run={"dir": str(folder / "run"), "seed": 7, "resume": resume},

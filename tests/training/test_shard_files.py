@@ -2,12 +2,16 @@
 
 import json
 import pickletools
-import subprocess
-import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from support.processes import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from fastgrpo.errors import UserError
 from fastgrpo.training.checkpoint import FORMAT, CheckpointStore
@@ -92,47 +96,43 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
     assert capsys.readouterr().err.count("000001: cannot remove this old checkpoint: Operation not permitted") == 1
 
 
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from fastgrpo.training.checkpoint import CheckpointStore
-folder, replicate = Path(sys.argv[1]), sys.argv[2] == "replicate"
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-mesh = init_device_mesh("cpu", (2,))
-places = [Replicate()] if replicate else [Shard(0)]
-whole = {"rows": (7, 3), "one": (1, 5), "wide": (2, 64)}
-def made(fill):
-    generator = torch.Generator().manual_seed(3)
-    return {n: distribute_tensor(torch.randn(s, generator=generator) * fill, mesh, places) for n, s in whole.items()}
-store = CheckpointStore(folder, rank == 0)
-tensors = {"model": made(1), "step": {"rows": torch.tensor(float(rank))}, f"own {rank}": {"x": torch.arange(3) + rank}}
-store.save(1, tensors, {}, 2, background=sys.argv[2] == "shard")
-store.wait()
-again = {"model": made(0), "step": {"rows": torch.zeros(())}, f"own {rank}": {"x": torch.zeros(3, dtype=torch.int64)}}
-store.load(1, again)
-assert all(torch.equal(again["model"][n].full_tensor(), t.full_tensor()) for n, t in tensors["model"].items())
-assert again["step"]["rows"] == 0 and torch.equal(again[f"own {rank}"]["x"], torch.arange(3) + rank)
-# Bits that one rank wrote alone.
-store.load(0, {"model": again["model"]})
-full = {n: t.full_tensor() for n, t in again["model"].items()}
-if rank == 0:
-    CheckpointStore(folder).verify(1)
-    print("SUM", {n: t.double().sum().item() for n, t in full.items()}, flush=True)
-# gloo ends the process of a rank whose peer is gone while it tears down.
-dist.barrier()
-dist.destroy_process_group()
-"""
+def write_and_read(folder: Path, how: str) -> None:
+    """What two ranks do: write a checkpoint, read it, and read that of one rank."""
+    dist.init_process_group("gloo")
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+    places = [Replicate()] if how == "replicate" else [Shard(0)]
+    whole = {"rows": (7, 3), "one": (1, 5), "wide": (2, 64)}
+
+    def made(fill: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(3)
+        drawn = {n: torch.randn(s, generator=generator) * fill for n, s in whole.items()}
+        return {n: distribute_tensor(t, mesh, places) for n, t in drawn.items()}
+
+    store = CheckpointStore(folder, rank == 0)
+    own = f"own {rank}"
+    tensors: dict[str, Any] = {
+        "model": made(1), "step": {"rows": torch.tensor(float(rank))}, own: {"x": torch.arange(3) + rank},
+    }  # fmt: skip
+    store.save(1, tensors, {}, 2, background=how == "shard")
+    store.wait()
+    again: dict[str, Any] = {
+        "model": made(0), "step": {"rows": torch.zeros(())}, own: {"x": torch.zeros(3, dtype=torch.int64)},
+    }  # fmt: skip
+    store.load(1, again)
+    assert all(torch.equal(again["model"][n].full_tensor(), t.full_tensor()) for n, t in tensors["model"].items())
+    assert again["step"]["rows"] == 0
+    assert torch.equal(again[own]["x"], torch.arange(3) + rank)
+    # Bits that one rank wrote alone.
+    store.load(0, {"model": again["model"]})
+    full = {n: t.full_tensor() for n, t in again["model"].items()}
+    if rank == 0:
+        CheckpointStore(folder).verify(1)
+        (folder / "sums.json").write_text(json.dumps({n: t.double().sum().item() for n, t in full.items()}))
 
 
 @pytest.mark.parametrize("how", ["shard", "replicate"])
 def test_ranks_read_what_other_numbers_of_ranks_wrote(tmp_path, how):
     """One rank writes, two read; two write, one reads: the same bits. What both have is written once."""
-    (tmp_path / "script.py").write_text(SCRIPT)
     generator = torch.Generator().manual_seed(5)
     alone = {
         name: torch.randn(s, generator=generator)
@@ -140,11 +140,8 @@ def test_ranks_read_what_other_numbers_of_ranks_wrote(tmp_path, how):
     }
     store = CheckpointStore(tmp_path / "checkpoints")
     store.save(0, {"model": alone}, {}, 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(tmp_path / "script.py"), str(tmp_path / "checkpoints"), how]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("SUM"))[4:].replace("'", '"'))
+    run_ranks(tmp_path, write_and_read, tmp_path / "checkpoints", how)
+    told = json.loads((tmp_path / "checkpoints" / "sums.json").read_text())
     assert told == {name: tensor.double().sum().item() for name, tensor in alone.items()}
     # And on one rank, what two wrote.
     generator = torch.Generator().manual_seed(3)

@@ -2,13 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from support.processes import ended, start_ranks
 from support.runs import metrics
 from support.tiny import tiny_config
 
@@ -86,70 +86,49 @@ def test_a_signal_while_torch_is_imported_is_taken(tiny_flux, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-# A run of two ranks, started as `torchrun -m fastgrpo train` starts them; rank RANK signals itself at a moment.
-TWO = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from fastgrpo.training import signals
-signals.listen()
-from fastgrpo.rollout import rollouts
-from fastgrpo.training import setup, trainer
-from fastgrpo.training.callbacks import evaluation
-moment, number, rank = sys.argv[2], signal.Signals[sys.argv[3]], sys.argv[4]
-armed = [os.environ["RANK"] == rank]
-def hit():
-    if armed[0]:
-        armed[0] = False
-        os.kill(os.getpid(), number)
-def before(owner, name, times=1):
-    original, calls = getattr(owner, name), []
-    def wrapped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == times:
-            hit()
-        return original(*args, **kwargs)
-    setattr(owner, name, wrapped)
-from fastgrpo.training.checkpoint import CheckpointStore
-from fastgrpo.training.update import Updater
-from fastgrpo.rollout.generator import Generator
-{
-    "load": lambda: before(trainer, "prepare_weights"),
-    "claim": lambda: before(setup, "claim_directory"),
-    "evaluation": lambda: before(evaluation, "evaluate", 2),
-    "first evaluation": lambda: before(evaluation, "evaluate"),
-    "rollout": lambda: before(Generator, "start", 2),
-    "gather": lambda: before(rollouts, "gather_scores", 2),
-    "update": lambda: before(Updater, "run", 2),
-    "checkpoint": lambda: before(CheckpointStore, "save"),
-    "checkpoint's write": lambda: before(CheckpointStore, "_finish" if rank == "0" else "_write"),
-    "end": lambda: before(CheckpointStore, "wait", 4),
-}[moment]()
-from fastgrpo.commands.main import main
-sys.exit(main(["train", sys.argv[1], "run.resume=auto"]))
-"""
+def train(config, moment, number, rank):
+    """A run of two ranks as `torchrun -m fastgrpo train` starts them; rank RANK signals itself at a moment."""
+    signals.listen()
+    from fastgrpo.rollout import rollouts
+    from fastgrpo.rollout.generator import Generator
+    from fastgrpo.training import setup, trainer
+    from fastgrpo.training.callbacks import evaluation
+    from fastgrpo.training.checkpoint import CheckpointStore
+    from fastgrpo.training.update import Updater
 
+    armed = [os.environ["RANK"] == rank]
 
-def two_ranks(folder, *arguments):
-    """Exit codes and errors of two ranks that nobody watches over."""
-    ranks = start_two(folder, *arguments)
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    return [rank.returncode for rank in ranks], errors
+    def before(owner, name, times=1):
+        original, calls = getattr(owner, name), []
+
+        def wrapped(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == times and armed[0]:
+                armed[0] = False
+                os.kill(os.getpid(), signal.Signals[number])
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    {
+        "load": lambda: before(trainer, "prepare_weights"),
+        "claim": lambda: before(setup, "claim_directory"),
+        "evaluation": lambda: before(evaluation, "evaluate", 2),
+        "first evaluation": lambda: before(evaluation, "evaluate"),
+        "rollout": lambda: before(Generator, "start", 2),
+        "gather": lambda: before(rollouts, "gather_scores", 2),
+        "update": lambda: before(Updater, "run", 2),
+        "checkpoint": lambda: before(CheckpointStore, "save"),
+        "checkpoint's write": lambda: before(CheckpointStore, "_finish" if rank == "0" else "_write"),
+        "end": lambda: before(CheckpointStore, "wait", 4),
+    }[moment]()
+    from fastgrpo.commands.main import main
+
+    sys.exit(main(["train", str(config), "run.resume=auto"]))
 
 
 def start_two(folder, *arguments):
-    (folder / "two.py").write_text(TWO)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(folder / "two.py"), str(folder / "c.yaml"), *arguments]
-        ranks.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
-    return ranks
+    return start_ranks(folder, train, folder / "c.yaml", *arguments)
 
 
 MOMENTS = ["load", "claim", "first evaluation", "evaluation", "rollout", "gather", "update", "checkpoint",
@@ -174,10 +153,10 @@ def one_moment(tiny_flux, folder, moment, name, rank):
     )  # fmt: skip
     (folder / "c.yaml").write_text(dump_settings(config), encoding="utf-8")
     begin = time.monotonic()
-    codes, errors = two_ranks(folder, moment, name, rank)
+    codes, errors = ended(start_two(folder, moment, name, rank), folder)
     assert codes == [75, 75], errors
     assert not any("Traceback" in error for error in errors), errors
-    codes, errors = two_ranks(folder, "load", name, "none")
+    codes, errors = ended(start_two(folder, "load", name, "none"), folder)
     assert codes == [0, 0], errors
     assert [line["iteration"] for line in metrics(folder / "run")] == [0, 1, 2]
     assert time.monotonic() - begin < 500
@@ -197,16 +176,18 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_when_it_does(tiny_flux, tmp
         assert time.monotonic() < limit
         time.sleep(0.2)
     time.sleep(1)
-    ranks[1].send_signal(signal.SIGSTOP)
+    process = ranks[1].pid
+    assert process is not None
+    os.kill(process, signal.SIGSTOP)
     try:
         events = tmp_path / "run" / "events.jsonl"
         while '"stall"' not in events.read_text():
             assert time.monotonic() < limit
             time.sleep(0.2)
     finally:
-        ranks[1].send_signal(signal.SIGCONT)
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+        os.kill(process, signal.SIGCONT)
+    codes, errors = ended(ranks, tmp_path)
+    assert codes == [0, 0], errors
     assert "warning: rank 1 has given no sign of life for" in errors[0]
     assert not (tmp_path / "run" / "ranks").exists()
 
@@ -222,8 +203,9 @@ def test_a_rank_that_is_gone_is_one_line(tiny_flux, tmp_path):
         assert time.monotonic() < limit
         time.sleep(0.2)
     ranks[1].kill()
-    errors = ranks[0].communicate(timeout=100)[1]
-    assert ranks[0].returncode == 1
+    ranks[0].join(100)
+    assert ranks[0].exitcode == 1
+    errors = (tmp_path / "output 0.txt").read_text()
     assert "error: another rank ended, or was silent for parallel.timeout" in errors
     assert "Traceback" not in errors
 

@@ -41,15 +41,14 @@ def test_resumed_is_bit_identical_to_uninterrupted(tiny_flux, tmp_path, variant)
         "adamw_8bit": {"update": {"optimizer": {"lr": 1e-4, "kind": "adamw_8bit"}, "optimizer_steps": 2}},
         "subset_two_steps": {"rollout": {"trained": {"kind": "subset"}}, "update": {"optimizer_steps": 2}},
     }[variant]
-    straight = finished(tiny_config(tiny_flux, tmp_path / "a", train={"iterations": 4}, **sections))
-    for stop in (1, 3):
+    # Before and after an evaluation; where there is none, once.
+    last, stops = (4, (1, 3)) if "eval" in sections else (3, (2,))
+    straight = finished(tiny_config(tiny_flux, tmp_path / "a", train={"iterations": last}, **sections))
+    for stop in stops:
         part = tmp_path / f"b{stop}"
         finished(tiny_config(tiny_flux, part, train={"iterations": stop}, **sections))
-        again = finished(
-            tiny_config(
-                tiny_flux, part, train={"iterations": 4}, run={"dir": str(part), "seed": 7, "resume": True}, **sections
-            )
-        )
+        run = {"dir": str(part), "seed": 7, "resume": True}
+        again = finished(tiny_config(tiny_flux, part, train={"iterations": last}, run=run, **sections))
         for (name, ours), theirs in zip(weights(again).items(), weights(straight).values(), strict=True):
             assert torch.equal(ours, theirs), name
         assert metrics(part) == metrics(tmp_path / "a")

@@ -1,13 +1,14 @@
 """The whole loss from latents: shift moments and objective in one launch forward, one backward."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
-from .._checks import as_rows, check_number, check_traced, is_eager
+from .._checks import as_rows, check_number, check_traced, elements_of, is_eager, replaced
 from .._launch import arrivals, is_traced_plainly, launch, launches
 from .._noise_args import MatchingTarget, Noise, StoredStep
 from ..shift_moments.inputs import Shift, check_shift, empty_gradients, kernel_arguments, with_noise, with_rows
@@ -79,12 +80,12 @@ def grpo_loss(
         ValueError, TypeError: as the two operations do.
     """
     shift = check_shift(v, v_old, b, s, noise, v_uncond, guidance_scale, v_reference, mask)
-    elements = v[0].numel() if reduction == "sum" else None
+    elements = elements_of(v) if reduction == "sum" else None
     objective = check_objective(clip_low, clip_high, ratio, dual_clip, dppo_threshold, kl_weight, reduction, elements)
     if (ratio in MATCHING) != isinstance(noise, MatchingTarget):
         raise ValueError(f"ratio: {ratio!r} does not go with a {type(noise).__name__} for noise; {_REMEDY}")
     if ratio == "huber":
-        shift = shift._replace(residuals=0.0)
+        shift = replaced(shift, residuals=0.0)
     return _loss_of(shift, objective, advantages, weight, per_sample)
 
 
@@ -175,11 +176,12 @@ def _loss_of(
 
 
 def _forward(
-    advantages: Tensor, weight: Coefficient, objective: Objective, per_sample: bool, shift: Shift, *, kept: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, statistics, gradient factors) of latents on the CPU or on a device."""
+    advantages: Tensor, weight: Coefficient, objective: Objective, per_sample: bool, shift: Shift
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """(loss, statistics, gradient factors of [B] each) of latents on the CPU or on a device."""
     if launches(shift.v):
-        return launch_grpo_loss(advantages, weight, objective, per_sample, shift, kept=kept)
+        loss, statistics, factors = launch_grpo_loss(advantages, weight, objective, per_sample, shift, kept=True)
+        return loss, statistics, factors.unbind(0)
     P, Q, Q_reference, share, rest = moments_cpu(shift, mean_of_masked=objective.unit == 1.0)
     moments = P, Q, shift.s, advantages, weight, Q_reference
     return clipped_loss_cpu(*moments, objective, per_sample, share, rest, shift.residuals)
@@ -210,11 +212,11 @@ def launch_grpo_loss(
     return loss, outputs[2], outputs[3]
 
 
-def _backward(grad: Tensor, factors: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, factors: Sequence[Tensor], shift: Shift) -> tuple[Tensor, Tensor]:
     if launches(shift.v):
-        grad_p, grad_q, *rest = factors.unbind(0)
+        grad_p, grad_q, *rest = factors
         return launch_shift_moments_backward(grad_p, grad_q, shift, rest[0] if rest else None, grad)
-    grad_p, grad_q, *rest = (grad * factors).unbind(0)
+    grad_p, grad_q, *rest = (grad * factor for factor in factors)
     return shift_moments_backward_cpu(grad_p, grad_q, shift, rest[0] if rest else None)
 
 
@@ -225,7 +227,7 @@ class _GrpoLoss(torch.autograd.Function):
         if not launches(shift.v):
             shift = with_noise(shift)
         loss, statistics, factors = _forward(*rows, shift=shift)
-        save_arguments(ctx, (factors, *shift))
+        save_arguments(ctx, (*shift, *factors))
         # None, not zeros, for the statistics.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(statistics)
@@ -234,9 +236,9 @@ class _GrpoLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         refuse_double_backward("grpo_loss")
-        factors, *arguments = saved_arguments(ctx)
-        shift = Shift(*arguments)
-        grad, grad_uncond = _backward(grads[0], factors, shift)
+        arguments = saved_arguments(ctx)
+        shift = Shift(*arguments[: len(Shift._fields)])
+        grad, grad_uncond = _backward(grads[0], arguments[len(Shift._fields) :], shift)
         return grad, None if shift.v_uncond is None else grad_uncond, None, None
 
 
@@ -277,7 +279,10 @@ def _grpo_loss_op(
     target = x0, noise_scale, x0_scale, residuals
     objective = Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
     shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference, mask, inner, *target)
-    return _forward(advantages, weight, objective, per_sample, shift, kept=False)
+    if launches(v):
+        return launch_grpo_loss(advantages, weight, objective, per_sample, shift, kept=False)
+    loss, statistics, factors = _forward(advantages, weight, objective, per_sample, shift)
+    return loss, statistics, torch.stack(list(factors))
 
 
 @_grpo_loss_op.register_fake
@@ -314,7 +319,7 @@ def _grpo_loss_backward_op(
 ) -> tuple[Tensor, Tensor]:
     target = x0, noise_scale, x0_scale, residuals
     shift = Shift(v, v_old, b, s, eps, words, seed, x, y, a, v_uncond, guidance, v_reference, mask, inner, *target)
-    return _backward(grad, factors, shift)
+    return _backward(grad, factors.unbind(0), shift)
 
 
 @_grpo_loss_backward_op.register_fake

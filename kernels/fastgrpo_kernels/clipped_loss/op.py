@@ -23,6 +23,7 @@ from .._launch import coefficient_steps, is_traced_plainly, kernel_scalar, launc
 
 Coefficient = float | Tensor
 Ratio = Literal["gaussian", "unit", "ratio_norm", "matching", "huber"]
+RATIOS = get_args(Ratio)
 # Forms whose moments are those against a MatchingTarget.
 MATCHING = ("matching", "huber")
 
@@ -196,26 +197,21 @@ def check_objective(
     elements: int | None,
 ) -> Objective:
     """The objective's numbers, or ValueError with the name of the one out of range."""
-    if ratio not in get_args(Ratio):
-        raise ValueError(f"ratio: unknown form {ratio!r}; one of: {', '.join(get_args(Ratio))}")
-    numbers = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "dppo_threshold": dppo_threshold}
-    for name, value in (numbers | {"kl_weight": kl_weight}).items():
-        if value is not None or name not in ("dual_clip", "dppo_threshold"):
-            check_number(name, value)
-    for name, value, valid, expected in (
-        ("clip_low", clip_low, 0 <= clip_low < math.inf, "at least 0"),
-        ("clip_high", clip_high, 0 <= clip_high < math.inf, "at least 0"),
-        ("dual_clip", dual_clip, dual_clip is None or 1 < dual_clip < math.inf, "greater than 1, or None"),
-        (
-            "dppo_threshold",
-            dppo_threshold,
-            dppo_threshold is None or 0 < dppo_threshold < math.inf,
-            "positive, or None",
-        ),
-        ("kl_weight", kl_weight, 0 <= kl_weight < math.inf, "at least 0"),
+    if ratio not in RATIOS:
+        raise ValueError(f"ratio: unknown form {ratio!r}; one of: {', '.join(RATIOS)}")
+    for name, value in (("clip_low", clip_low), ("clip_high", clip_high), ("kl_weight", kl_weight)):
+        check_number(name, value)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: must be at least 0, got {value}")
+    for name, value, least, expected in (
+        ("dual_clip", dual_clip, 1, "greater than 1"),
+        ("dppo_threshold", dppo_threshold, 0, "positive"),
     ):
-        if not valid:
-            raise ValueError(f"{name}: must be {expected}, got {value}")
+        if value is None:
+            continue
+        check_number(name, value)
+        if not least < value < math.inf:
+            raise ValueError(f"{name}: must be {expected}, or None, got {value}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum' over a sample's elements, got {reduction!r}")
     if reduction == "sum" and elements is None:
@@ -256,8 +252,11 @@ def _check_moments(name: str, P: object, Q: object, Q_reference: object) -> None
 
 
 def _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample) -> tuple[Tensor, Tensor, Tensor]:
-    body = launch_clipped_loss if launches(P) else clipped_loss_cpu
-    return body(P, Q, s, advantages, weight, Q_reference, objective, per_sample)
+    arguments = P, Q, s, advantages, weight, Q_reference, objective, per_sample
+    if launches(P):
+        return launch_clipped_loss(*arguments)
+    loss, statistics, factors = clipped_loss_cpu(*arguments)
+    return loss, statistics, torch.stack(factors)
 
 
 def clipped_loss_cpu(
@@ -272,8 +271,8 @@ def clipped_loss_cpu(
     share: Tensor | None = None,
     residuals: Tensor | None = None,
     beta: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The ATen path: (loss, statistics [7], factors dL/d(P, Q, Q_reference), [1 to 3, B]) in float32.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The ATen path: (loss, statistics [7], factors dL/d(P, Q, Q_reference), 1 to 3 of [B]) in float32.
 
     `share` [B] multiplies the factors where moments are means over a mask. `residuals` [3, B] are R and, for the factor
     `beta` of the change, the two mean absolute residuals.
@@ -334,7 +333,8 @@ def clipped_loss_cpu(
         shares.append(dropped.float())
     if several:
         loss, slope, shares = loss.sum(1), slope.sum(1), [share_.mean(1) for share_ in shares]
-    factor = w * objective.unit if share is None else w * objective.unit * share
+    factor = w if objective.unit == 1.0 else w * objective.unit
+    factor = factor if share is None else factor * share
     factors = [slope * factor if scale is None else slope * scale * factor]
     if Q is not None:
         factors.append(factors[0] * by_q)
@@ -375,7 +375,7 @@ def _totals(
     factor: Coefficient,
     objective: Objective,
     per_sample: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(loss, statistics [7], factors) of all samples, with the KL to a reference."""
     if Q_reference is not None:
         kl = Q_reference * (objective.unit / 2)
@@ -389,7 +389,7 @@ def _totals(
     if not isinstance(w, Tensor) and w <= 0:
         deviation = torch.zeros_like(deviation)
     # An operator's results may not share their storage.
-    return (columns[4] if per_sample else sums[4]).clone(), torch.cat([sums, deviation]), torch.stack(factors)
+    return (columns[4] if per_sample else sums[4]).clone(), torch.cat([sums, deviation]), factors
 
 
 def launch_clipped_loss(

@@ -22,14 +22,12 @@ Sampler = Literal["flow_sde", "dance_sde", "cps", "ode"]
 class Extras(NamedTuple):
     """What step functions return besides latents, [1] or [B] as timesteps were asked.
 
-    `std_dev_t` is what the projects call so: η_t of an SDE, the standard deviation itself of CPS. `dt` is σ' - σ, and
-    `following` the next timestep, 0 after the last.
+    `std_dev_t` is what the projects call so: η_t of an SDE, the standard deviation itself of CPS. `dt` is σ' - σ.
     """
 
     std_dev_t: Tensor
     sqrt_dt: Tensor
     dt: Tensor
-    following: Tensor
 
 
 def coefficients(
@@ -39,31 +37,39 @@ def coefficients(
     sampler: Sampler,
     sample: Tensor,
     sigma_max: float | None = None,
+    timestep_next: float | Tensor | None = None,
 ) -> tuple[Step, Extras]:
     """The coefficients of the steps from these timesteps, for the samples of `sample` [B, ...].
 
     A scheduler has `sigmas` [T + 1], and `timesteps` [T] or `index_for_timestep`. `sigma_max` stands for σ = 1 in the
-    denominator of Flow-SDE; the second level does by default.
+    denominator of Flow-SDE; the second level does by default. With `timestep_next`, 0 after the last, a step is one
+    that ends there too; it needs `timesteps`.
     """
     sigmas, device, batch = scheduler.sigmas, sample.device, sample.shape[0]
     asked = _as_tensor(timestep, getattr(scheduler, "timesteps", sigmas).dtype, device)
 
     def build() -> tuple[Tensor]:
-        return (_table(sigmas, getattr(scheduler, "timesteps", None), noise_level, sampler, sigma_max, device),)
+        return (_table(sigmas, noise_level, sampler, sigma_max, device),)
 
     def build_sorted() -> tuple[Tensor, Tensor]:
         (table,) = build()
-        return _by_value(timesteps.to(device=device, dtype=dtype, non_blocking=True), table)
+        keys = timesteps.to(device=device, dtype=dtype, non_blocking=True)
+        if timestep_next is not None:
+            keys = _pairs(keys, torch.cat([keys[1:], keys.new_zeros(1)]))
+        return _by_value(keys, table)
 
-    settings = "flow", sampler, noise_level, sigma_max
+    settings = "flow", sampler, noise_level, sigma_max, timestep_next is None
     if hasattr(scheduler, "timesteps"):
         timesteps = scheduler.timesteps
         # What is asked of a schedule of floats came from it; of integers a half may be asked, and is refused.
         dtype = timesteps.dtype if timesteps.is_floating_point() else torch.promote_types(timesteps.dtype, asked.dtype)
         bounds, table = cached((timesteps, sigmas), device, (*settings, dtype), build_sorted)
+        keys = asked.to(device=device, dtype=dtype, non_blocking=True)
+        if timestep_next is not None:
+            following = _as_tensor(timestep_next, dtype, device)
+            keys = _pairs(keys, following.to(device=device, dtype=dtype, non_blocking=True))
         # A column of a batch's timesteps is copied here, which searchsorted would do with a warning.
-        asked = asked.to(device=device, dtype=dtype, non_blocking=True).contiguous()
-        index = torch.searchsorted(bounds, asked, right=True)
+        index = torch.searchsorted(bounds, keys.contiguous(), right=True)
     else:
         (table,) = cached((sigmas,), device, settings, build)
         index = torch.tensor([int(scheduler.index_for_timestep(t)) for t in asked]).to(device, non_blocking=True)
@@ -71,19 +77,16 @@ def coefficients(
         raise ValueError(f"timestep: expected 1 or {batch} values, one a sample, got {index.numel()}")
     step = gather(table, index, batch)
     if is_host_readable(table) and bool(torch.as_tensor(step.a).isnan().any()):
+        if timestep_next is not None and bool(torch.isin(asked, scheduler.timesteps).all()):
+            raise ValueError(f"timestep_next: expected the scheduler's next timestep, got {timestep_next}")
         raise ValueError(f"timestep: {timestep} is not in the scheduler's timesteps; call set_timesteps first")
     return step, Extras(*(torch.as_tensor(extra)[: index.numel()] for extra in step.extras))
 
 
 def _table(
-    sigmas: Tensor,
-    timesteps: Tensor | None,
-    noise_level: float,
-    sampler: Sampler,
-    sigma_max: float | None,
-    device: torch.device,
+    sigmas: Tensor, noise_level: float, sampler: Sampler, sigma_max: float | None, device: torch.device
 ) -> Tensor:
-    """Coefficients of every step of a schedule, and the extras, [9, T]."""
+    """Coefficients of every step of a schedule, and the extras, [8, T]."""
     levels = sigmas.to(device, non_blocking=True).double()
     sigma, sigma_next = levels[:-1], levels[1:]
     dt = sigma_next - sigma
@@ -100,10 +103,13 @@ def _table(
     else:
         step = transitions.ode(sigma, sigma_next)
         std_dev_t = torch.zeros_like(sigma)
-    following = torch.zeros_like(sigma)
-    if timesteps is not None:
-        following[:-1] = timesteps[1:].to(device, non_blocking=True)
-    return table_of(Transition(*step), std_dev_t, sqrt_dt, dt, following, device=device)
+    return table_of(Transition(*step), std_dev_t, sqrt_dt, dt, device=device)
+
+
+def _pairs(timesteps: Tensor, following: Tensor) -> Tensor:
+    """A number for each step from a timestep to the following, int64 [T]: the two of them in float32, side by side."""
+    both = torch.broadcast_tensors(timesteps.float(), following.float())
+    return torch.stack(both, -1).view(torch.int64).flatten()
 
 
 def _by_value(timesteps: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from .._checks import is_host_readable
 from . import gaussian
 from ._flow_schedule import Sampler, coefficients
-from ._tables import Step
 
 SAMPLERS: dict[str, Sampler] = {"Flow-SDE": "flow_sde", "Dance-SDE": "dance_sde", "CPS": "cps", "ODE": "ode"}
 
@@ -88,9 +87,7 @@ def step(
     if isinstance(noise_level, Tensor) and noise_level.numel() == 1 and is_host_readable(noise_level):
         noise_level = float(noise_level)
     noise_level = gaussian.number("noise_level", noise_level)
-    coefficient, extras = coefficients(self, timestep, noise_level, SAMPLERS[kind], latents, sigma_max)
-    if timestep_next is not None:
-        coefficient = _ending_at(coefficient, extras.following, timestep_next)
+    coefficient, extras = coefficients(self, timestep, noise_level, SAMPLERS[kind], latents, sigma_max, timestep_next)
     wanted = set(return_kwargs) if return_dict else set(StepOutput.__dataclass_fields__)
     unknown = wanted - set(StepOutput.__dataclass_fields__)
     if unknown:
@@ -123,15 +120,3 @@ def step(
         return result
     names = "next_latents", "next_latents_mean", "noise_pred", "log_prob", "std_dev_t", "dt"
     return tuple(getattr(result, name) for name in names)
-
-
-def _ending_at(step: Step, following: Tensor, timestep_next: float | Tensor) -> Step:
-    """The step, with coefficients that are not numbers where it ends at another timestep than this."""
-    if isinstance(timestep_next, Tensor):
-        timestep_next = timestep_next.to(device=following.device, dtype=following.dtype, non_blocking=True)
-    elsewhere = following != timestep_next
-    if not is_host_readable(elsewhere):
-        return step._replace(b=torch.as_tensor(step.b).masked_fill(elsewhere, float("nan")))
-    if bool(elsewhere.any()):
-        raise ValueError(f"timestep_next: expected the scheduler's next timestep, got {timestep_next}")
-    return step

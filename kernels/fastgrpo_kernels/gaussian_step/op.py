@@ -17,6 +17,7 @@ from .._checks import (
     is_eager,
     is_host_readable,
     per_sample,
+    replaced,
 )
 from .._cpu import column
 from .._launch import launches
@@ -147,15 +148,15 @@ def _check_extras(step: Step, return_all: bool, clean: Sequence[Coefficient] | N
             raise ValueError("clean: is returned with return_all=True only")
         return step
     if has_noise:
-        step = step._replace(s=per_sample("s", step.s, step.x, positive=True), log_prob=True)
+        step = replaced(step, s=per_sample("s", step.s, step.x, positive=True), log_prob=True)
     if clean is not None:
         if not isinstance(clean, Sequence) or len(clean) < 2:
             raise TypeError(f"clean: expected the coefficients (a, b) of x and v, got {clean!r}")
         clean_a, clean_b = (per_sample("clean", c, step.x) for c in clean[:2])
         check_no_grad(clean=clean_a)
         check_no_grad(clean=clean_b)
-        step = step._replace(clean_a=clean_a, clean_b=clean_b)
-    return step._replace(keep_v=step.v_uncond is not None)
+        step = replaced(step, clean_a=clean_a, clean_b=clean_b)
+    return replaced(step, keep_v=step.v_uncond is not None)
 
 
 def _check_noiseless(s: Coefficient) -> None:
@@ -169,7 +170,7 @@ def _with_rows(step: Step) -> Step:
     """Coefficients as [B] tensors, for the custom operators."""
     names = [n for n in ("a", "b", "s", "guidance", "clean_a", "clean_b") if getattr(step, n) is not None]
     values = as_rows([getattr(step, n) for n in names], step.x)
-    return step._replace(**dict(zip(names, values, strict=True)))
+    return replaced(step, **dict(zip(names, values, strict=True)))
 
 
 def _forward(step: Step, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -197,7 +198,7 @@ class _DifferentiableStep(torch.autograd.Function):
         step = Step(*arguments)
         # Linear: the values of x, v and the noise are not needed, only their dtypes.
         empty = {n: t.new_empty(0) for n in ("x", "v", "v_uncond") if (t := getattr(step, n)) is not None}
-        save_arguments(ctx, step._replace(eps=None, words=None, **empty))
+        save_arguments(ctx, replaced(step, eps=None, words=None, **empty))
         return _forward(step)[0]
 
     @staticmethod

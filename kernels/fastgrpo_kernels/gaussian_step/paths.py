@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import elements_of
 from .._cpu import add_scaled, column, guide, quotient, sum_blocks
 from .._launch import arrivals, coefficient_steps, kernel_scalar, launch, row_strides, rows
 from .._noise_args import noise_cpu
@@ -79,7 +80,7 @@ def launch_gaussian_step(step: Step, *, kept: bool = True) -> tuple[Tensor, Tens
     from .kernel import _gaussian_step_kernel
 
     y, log_prob, clean, used = step.outputs()
-    batch, elements = step.x.shape[0], step.x[0].numel()
+    batch, elements = step.x.shape[0], elements_of(step.x)
     blocks = -(-elements // BLOCK)
     flat = [None if t is None else rows(t) for t in (step.x, step.v, step.v_uncond, step.eps)]
     words = None if step.words is None else step.words.contiguous()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
-from .._checks import as_rows, check_latents, check_no_grad, check_traced, is_eager, per_sample
+from .._checks import as_rows, check_latents, check_no_grad, check_traced, elements_of, is_eager, per_sample
 from .._cpu import column, quotient, residual, sum_blocks
 from .._launch import arrivals, coefficient_steps, kernel_scalar, launch, launches, rows
 from .._noise_args import check_less_one
@@ -96,7 +96,7 @@ def log_prob_backward_cpu(
     grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient | None
 ) -> Tensor:
     """Gradient of v in ATen: one buffer, one pass for each term."""
-    factor = grad.double() * (2.0 * b if s is None else quotient(quotient(b, s), s)) / v[0].numel()
+    factor = grad.double() * (2.0 * b if s is None else quotient(quotient(b, s), s)) / elements_of(v)
     return residual(y, x, v, a_less_one, b).mul_(column(factor, x)).to(v.dtype)
 
 

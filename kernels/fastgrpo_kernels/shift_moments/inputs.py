@@ -7,7 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import as_rows, check_guidance, check_latents, check_no_grad, check_number, per_sample
+from .._checks import (
+    as_rows,
+    check_guidance,
+    check_latents,
+    check_no_grad,
+    check_number,
+    elements_of,
+    per_sample,
+    replaced,
+)
 from .._cpu import Tile, add_scaled, column, difference, guide, quotient, residual, tile_coefficient, tiles
 from .._launch import coefficient_steps, kernel_scalar, row_strides, rows
 from .._noise_args import MatchingTarget, Noise, StoredStep, check_less_one, noise_cpu, split_noise
@@ -131,7 +140,7 @@ def masked(shift: Shift) -> Tensor | None:
     if shift.mask is None:
         return None
     batch, length = shift.mask.shape
-    outer = shift.v[0].numel() // (length * shift.inner)
+    outer = elements_of(shift.v) // (length * shift.inner)
     return shift.mask.view(batch, 1, length, 1).expand(batch, outer, length, shift.inner).reshape(batch, -1)
 
 
@@ -139,7 +148,7 @@ def with_rows(shift: Shift) -> Shift:
     """Coefficients as [B] tensors, for the custom operators."""
     names = [n for n in COEFFICIENTS if getattr(shift, n) is not None]
     values = as_rows([getattr(shift, n) for n in names], shift.v)
-    return shift._replace(**dict(zip(names, values, strict=True)))
+    return replaced(shift, **dict(zip(names, values, strict=True)))
 
 
 def with_noise(shift: Shift) -> Shift:
@@ -204,7 +213,7 @@ def kernel_arguments(shift: Shift) -> tuple[list[object], dict[str, object], int
         mask = mask.view(torch.uint8)
     values = zip(COEFFICIENTS, (0.0, 0.0, 0.0, 1.0, 0.0, 0.0), strict=True)
     coefficients = [kernel_scalar(absent if (c := getattr(shift, name)) is None else c) for name, absent in values]
-    batch, elements = shift.v.shape[0], shift.v[0].numel()
+    batch, elements = shift.v.shape[0], elements_of(shift.v)
     blocks = -(-elements // BLOCK)
     constants: dict[str, object] = {**coefficient_steps("absgnc", coefficients)}
     constants |= {"BLOCK": BLOCK, "num_warps": _warps(shift)}

@@ -38,13 +38,16 @@ def load_move(y_ptr, x_ptr, a_less_one, row, y_stride, x_stride, elements, start
 
 
 @triton.jit
-def load_mask(mask_ptr, row, stride, inner, length, start, inside, BLOCK: tl.constexpr):
+def load_mask(mask_ptr, row, stride, inner, length, start, inside, elements, BLOCK: tl.constexpr):
     """Which elements of a block count: those of the row that a mask, where there is one, selects.
 
-    Element j of a row has the value [j // inner % length] of the row's mask.
+    Element j of a row has the value [j // inner % length] of the row's mask. 64-bit numbers are divided by calls, of 70
+    instructions each, and on sm_80 a register was spilled for them: 32 bits do where a row has no more elements. What
+    overflows is beyond the row.
     """
     if mask_ptr is not None:
-        offsets = (start + tl.arange(0, BLOCK)) // inner % length
+        within = tl.arange(0, BLOCK)
+        offsets = (start + within).to((within + elements).dtype) // inner % length
         return inside & (tl.load(mask_ptr + row * stride + offsets, mask=inside, other=0) != 0)
     else:
         return inside
@@ -102,7 +105,7 @@ def store_partial_sums(
     mask = tl.arange(0, BLOCK) < elements - start
     programs = tl.num_programs(0).to(tl.int64)
     if mask_ptr is not None:
-        mask = load_mask(mask_ptr, row, mask_stride, mask_inner, mask_length, start, mask, BLOCK)
+        mask = load_mask(mask_ptr, row, mask_stride, mask_inner, mask_length, start, mask, elements, BLOCK)
         tl.store(partials_ptr + 3 * programs + pid, tl.sum(mask.to(tl.float32)))
     scale = load_scalar(guidance, row, g_step)
     if y_ptr is not None:
@@ -351,7 +354,7 @@ def _shift_moments_bwd_kernel(
     start = block.to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     inside = offsets < elements - start
-    mask = load_mask(mask_ptr, row, mask_stride, mask_inner, mask_length, start, inside, BLOCK)
+    mask = load_mask(mask_ptr, row, mask_stride, mask_inner, mask_length, start, inside, elements, BLOCK)
     s = load_deviation(s, row, s_step)
     b = load_scalar(b, row, b_step)
     scale = tl.div_rn(b, s)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
-from .._checks import check_traced, is_eager
-from .._cpu import BlockSums, add_scaled, column, difference, quotient, traced_sum
+from .._checks import check_traced, elements_of, is_eager, replaced
+from .._cpu import BlockSums, add_scaled, column, difference, quotient, tile_coefficient, traced_sum
 from .._launch import arrivals, is_traced_plainly, launch, launches
 from .._noise_args import MatchingTarget, Noise, StoredStep
 from ..noise import NoiseKey, normal
@@ -171,7 +171,7 @@ def moments_cpu(shift: Shift, *, mean_of_masked: bool) -> Sums:
 
     Without `mean_of_masked` sums over a mask are still divided by all elements, and there is no share.
     """
-    batch, elements = shift.v.shape[0], shift.v[0].numel()
+    batch, elements = shift.v.shape[0], elements_of(shift.v)
     # Of d·ε, d², d² to the reference, of elements that count, and of residuals.
     sums = BlockSums(slots(shift), batch, elements)
     for tile, part in shift_tiles(shift):
@@ -202,7 +202,7 @@ def moments_cpu(shift: Shift, *, mean_of_masked: bool) -> Sums:
     rest = (
         None
         if shift.residuals is None
-        else (totals[4:] * (1 / elements if share is None else share / elements)).float()
+        else (torch.stack(totals[4:]) * (1 / elements if share is None else share / elements)).float()  # pyright: ignore
     )
     return P, Q, reference, None if share is None else share.float(), rest
 
@@ -216,13 +216,13 @@ def slots(shift: Shift) -> int:
 
 def moments_traced(shift: Shift, *, mean_of_masked: bool) -> Sums:
     """The formula of `moments_cpu`, for `torch.compile` on a CPU; NaN where s is not positive, which it cannot read."""
-    shape, elements = shift.v.shape, shift.v[0].numel()
+    shape, elements = shift.v.shape, elements_of(shift.v)
     if shift.words is not None:
-        shift = shift._replace(eps=normal(NoiseKey(shift.seed, shift.words), shape[1:]), words=None)
+        shift = replaced(shift, eps=normal(NoiseKey(shift.seed, shift.words), shape[1:]), words=None)
     if isinstance(shift.s, Tensor):
-        shift = shift._replace(s=torch.where(shift.s > 0, shift.s, torch.nan))
+        shift = replaced(shift, s=torch.where(shift.s > 0, shift.s, torch.nan))
     flat = {n: t.flatten(1) for n in LATENTS if (t := getattr(shift, n)) is not None}
-    shift = shift._replace(**flat, mask=masked(shift))
+    shift = replaced(shift, **flat, mask=masked(shift))
     v = guided(shift)
     change = _selected(difference(v, shift.v_old), shift.mask)
     noise = noise_of(shift)
@@ -256,28 +256,38 @@ def shift_moments_backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of v and v_uncond in ATen, tile by tile."""
     scale = quotient(shift.b, shift.s)
-    per_element = scale / shift.v[0].numel()
+    per_element = scale / elements_of(shift.v)
     by_change, by_noise = _scaled(grad_q, 2.0 * scale * per_element), _scaled(grad_p, per_element)
     by_reference = None if grad_reference is None else _scaled(grad_reference, 2.0 * scale * per_element)
-    grad_v, grad_v_uncond = empty_gradients(shift)
-    out, out_uncond = grad_v.flatten(1), grad_v_uncond.flatten(1) if shift.guidance is not None else None
     in_place = shift.guidance is None and shift.v.dtype == shift.v_old.dtype == torch.float32
+    gradients: list[Tensor] = []
     for tile, part in shift_tiles(shift):
-        rows, whole = (slice(None), ...) if tile is None else (tile[0], tile)
+        if tile is not None and not gradients:
+            gradients = [out if out.ndim == 1 else out.flatten(1) for out in empty_gradients(shift)]
         v = guided(part)
-        grad = torch.sub(v, part.v_old, out=out[whole]) if in_place else difference(v, part.v_old)
-        grad.mul_(column(by_change[rows], v))
-        add_scaled(grad, by_noise[rows], noise_of(part))
+        in_this = None if tile is None or not in_place else gradients[0][tile]
+        grad = difference(v, part.v_old) if in_this is None else torch.sub(v, part.v_old, out=in_this)
+        grad.mul_(column(tile_coefficient(by_change, tile), v))
+        add_scaled(grad, tile_coefficient(by_noise, tile), noise_of(part))
         if part.v_reference is not None and by_reference is not None:
-            add_scaled(grad, by_reference[rows], difference(v, part.v_reference))
+            add_scaled(grad, tile_coefficient(by_reference, tile), difference(v, part.v_reference))
         _selected(grad, part.mask)
-        if part.guidance is not None and out_uncond is not None:
+        uncond = None
+        if part.guidance is not None:
             guidance = column(part.guidance, v)
-            out_uncond[whole] = grad * (1.0 - guidance)
+            uncond = grad * (1.0 - guidance)
             grad.mul_(guidance)
-        if not in_place:
-            out[whole] = grad
-    return grad_v, grad_v_uncond
+        if tile is None:
+            shape = shift.v.shape
+            whole = None if uncond is None else uncond.to(v.dtype).view(shape)
+            return grad.to(v.dtype).view(shape), v.new_empty(0) if whole is None else whole
+        if in_this is None:
+            gradients[0][tile] = grad
+        if uncond is not None:
+            gradients[1][tile] = uncond
+    return gradients[0].view(shift.v.shape), gradients[1] if shift.guidance is None else gradients[1].view(
+        shift.v.shape
+    )
 
 
 def _scaled(grad: Tensor, factor: float | Tensor) -> Tensor:

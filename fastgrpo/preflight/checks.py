@@ -28,9 +28,9 @@ from fastgrpo.models.context import check_context
 from fastgrpo.models.loading import read_configs, resolve_path
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.weight_files import check_files, damaged_files
+from fastgrpo.preflight.assets import find_assets
 from fastgrpo.rewards import load_reward
 from fastgrpo.training.adamw_8bit import check_optimizer
-from fastgrpo.training.assets import find_assets
 from fastgrpo.training.remarks import check_pictures, remarks
 from fastgrpo.training.setup import load_callback
 
