@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +69,24 @@ class Bench:
         return {"seconds": seconds, "processor_seconds": processor, "phases": medians}
 
 
-def compare(path: Path, overrides: list[str], iterations: int, warm_up: int = 1) -> dict[str, Any]:
-    """Seconds of an iteration of the config and of its sequential baselines, taken in turns in one process."""
+def in_turns(
+    path: Path, overrides: Sequence[str], sides: Mapping[str, Sequence[str]], iterations: int, warm_up: int = 1
+) -> dict[str, Any]:
+    """`Bench.result` of a config with the settings of each side, whose iterations take turns."""
     with tempfile.TemporaryDirectory() as folder:
         benches = {}
-        for name, settings in SIDES.items():
+        for name, settings in sides.items():
             quiet = ("telemetry.progress=false", "eval.every=0", "checkpoint.every=0", f"run.dir={folder}/{name}")
             benches[name] = Bench(load_config(path, [*overrides, *settings, *quiet]))
         for _ in range(warm_up + iterations):
             for bench in benches.values():
                 bench.iterate()
-        results = {name: bench.result(warm_up) for name, bench in benches.items()}
+        return {name: bench.result(warm_up) for name, bench in benches.items()}
+
+
+def compare(path: Path, overrides: list[str], iterations: int, warm_up: int = 1) -> dict[str, Any]:
+    """Seconds of an iteration of the config and of its sequential baselines, taken in turns in one process."""
+    results = in_turns(path, overrides, SIDES, iterations, warm_up)
     return {
         "config": str(path),
         "overrides": overrides,

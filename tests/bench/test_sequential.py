@@ -74,3 +74,15 @@ def test_no_host_read_with_log_probabilities(tiny_flux):
     encoded = {"text": (10, sizes.joint_attention_dim), "pooled": (sizes.pooled_projection_dim,)}
     run_iteration(pipeline, config, encoded)
     assert torch.is_grad_enabled()
+
+
+def test_sides_of_a_recipe_take_turns(tiny_flux, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_settings(tiny_config(tiny_flux)))
+    sides = {name: [item for item in given if "batch" in item] for name, given in load("flow_grpo").SIDES.items()}
+    assert sides["batch-3"] != sides["batch-16"]
+    found = sequential.in_turns(path, ["eval.every=0"], {n: sides[n] for n in ("batch-3", "batch-16")}, 1, warm_up=0)
+    assert all(result["processor_seconds"] > 0 for result in found.values())
+    for name, given in load("flow_grpo").SIDES.items():
+        config = load_config("configs/shapes-flux.yaml", [*load("flow_grpo").RECIPE, *given])
+        assert config.rollout.shared_noise == (name == "prefix")

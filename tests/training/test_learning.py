@@ -12,6 +12,7 @@ from fastgrpo.config import load_config
 # and of how many held-out samples.
 RECIPES = {
     "shapes-flux": (60, "shapes", 240),
+    "shapes-z-image": (90, "shapes", 240),
     "shapes-stable-diffusion": (64, "shapes", 240),
     "shapes-hunyuan-video": (70, "moving_shapes", 480),
     "shapes-skyreels": (100, "moving_shapes", 480),

@@ -6,7 +6,6 @@ from support.fake_run import run_iteration, tiny_pipeline
 from support.tiny import tiny_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-
 WINDOW, SUBSET = {"kind": "window", "size": 2, "start": 0}, {"kind": "subset"}
 
 

@@ -164,6 +164,9 @@ class Meta:
     def predict(self, *_):
         return self.output if torch.is_grad_enabled() else self.output.detach()
 
+    def of_policy(self, rows):
+        return rows
+
 
 class Nothing:
     """Conditioning and optimizer of it."""
