@@ -187,6 +187,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     axes_of = ("processor_seconds", "samples", "forward_equivalents")
     names = list(dict.fromkeys((row["config"], row["setting"]) for row in rows))
+    several = len({config for config, _ in names}) > 1
     with rc_context(SETTINGS):
         figure = Figure(figsize=(10, 3), layout="constrained")
         for axes, column in zip(figure.subplots(1, 3, sharey=True), axes_of, strict=True):
@@ -198,7 +199,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     axes.plot(
                         [float(r[column]) for r in one], [float(r["score"]) for r in one],
                         color=RUN_COLORS[number % len(RUN_COLORS)], linewidth=1, marker=".",
-                        label=name[1] if first else None,
+                        label=(", ".join(name) if several else name[1]) if first else None,
                     )  # fmt: skip
             axes.set(xlabel=column.replace("_", " "), ylabel="held-out score" if column == axes_of[0] else "")
             axes.legend(frameon=False, fontsize=7)
