@@ -44,7 +44,9 @@ def table_of(transition: Transition, *extras: Tensor, device: torch.device) -> T
     On the CPU they stay float64.
     """
     step = step_of(transition, *extras)
-    rows = torch.stack([torch.as_tensor(row) for row in (*step[:-1], *step.extras)])
+    # By name: `torch.compile` of torch 2.8 does not trace a named tuple's slice.
+    rows = (step.a, step.b, step.s, step.less_one, step.density, *step.extras)
+    rows = torch.stack([torch.as_tensor(row) for row in rows])
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     return rows.to(device=device, dtype=dtype, non_blocking=True)
 
