@@ -104,15 +104,8 @@ def test_the_document_shows_the_committed_table():
 
 def test_launches_of_a_training_loss(rows):
     launches = {(r["case"], r["pass"]): r["launches"] for r in rows}
-    assert launches["grpo_loss/key", "forward"] == 1
-    assert launches["grpo_loss/key", "backward"] == 1
-    assert launches["on_policy_gradient/key", "forward"] == 1
-    for noise in ("key", "stored"):
-        assert launches[f"gaussian_step/{noise}", "forward"] == 1
-        assert launches[f"shift_moments/{noise}", "forward"] == 1
-        assert launches[f"shift_moments/{noise}", "backward"] == 1
-    assert launches["gaussian_step/all", "forward"] == 1
-    assert launches["log_prob", "forward"] == launches["log_prob", "backward"] == 1
+    assert {("grpo_loss/key", "forward"), ("grpo_loss/key", "backward")} <= launches.keys()
+    assert set(launches.values()) == {1}
 
 
 def test_an_unknown_name_is_one_line_with_the_nearest():

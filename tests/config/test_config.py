@@ -361,5 +361,5 @@ def test_mutated_configs_are_each_valid_or_one_clear_line(tmp_path, capsys, monk
             assert max(map(len, printed.err.splitlines())) < 900, what
         else:
             assert "optimizer steps" in printed.out
-    assert outcomes[0] > 100
-    assert outcomes[2] > 500, outcomes
+    assert outcomes[0] > count / 10
+    assert outcomes[2] > count / 2, outcomes
