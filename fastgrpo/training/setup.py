@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING, TypeVar
 
 from fastgrpo.algorithms.objectives import forward_objective
@@ -16,6 +17,7 @@ from fastgrpo.distributed.world import World, start_world, this_machine
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import heldout_prompts
 from fastgrpo.models import ModelFamily, check_family
+from fastgrpo.observe.progress import warn
 from fastgrpo.observe.run_log import RunLog
 from fastgrpo.rewards import load_rewards
 from fastgrpo.rollout.rollouts import prompts_to_come
@@ -54,7 +56,9 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     forward_objective(config)
     check_optimizer(config.update.optimizer)
     stop = stop_request()
-    world = start_world(config)
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    with warned_after(config.telemetry.stall_seconds, f"rank {rank} of {ranks} waits for others to start, at {place}"):
+        world = start_world(config)
     leave_if_asked(stop, world, config)
     directory = Path(config.run.dir)
     store = CheckpointStore.of_run(directory, world.main)
@@ -76,6 +80,19 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
         leave_if_asked(stop, world, config)
         on_failure.pop_all()
     return trainer
+
+
+@contextmanager
+def warned_after(seconds: float, text: str) -> Iterator[None]:
+    """Says `text` where what is done within it lasts longer than `seconds`; 0: never."""
+    timer = Timer(seconds, warn, [text])
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def leave_if_asked(stop: StopRequest, world: World, config: Config) -> None:

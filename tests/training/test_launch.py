@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from support.tiny import tiny_config
 
 from fastgrpo.config.sections import dump_settings
 from fastgrpo.training.checkpoint import CheckpointStore
+from fastgrpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SRUN = """#!/bin/bash
@@ -179,3 +181,19 @@ def test_torchrun_starts_ranks_again_from_the_last_checkpoint(torchrun, tmp_path
     assert job.wait(400) == 0, (tmp_path / "errors").read_text()
     assert [json.loads(line)["iteration"] for line in lines.read_text().splitlines()] == [0, 1, 2, 3, 4]
     assert CheckpointStore.of_run(tmp_path / "run").iterations()[-1] == 5
+
+
+def test_a_rank_whose_peer_never_starts_says_so_and_gives_up(tiny_flux, tmp_path, monkeypatch, capfd):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (place | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    sections = {"telemetry": {"stall_seconds": 0.3}, "parallel": {"timeout": 1.5}}
+    config = tiny_config(tiny_flux, tmp_path / "run", **sections)
+    with pytest.raises(dist.DistStoreError, match="1/2 clients joined"):
+        Trainer.from_config(config)
+    said = f"warning: rank 0 of 2 waits for others to start, at 127.0.0.1:{port}\n"
+    assert capfd.readouterr().err.count(said) == 1
+    assert not (tmp_path / "run").exists()
