@@ -150,9 +150,12 @@ def authority(tmp_path_factory):
     if shutil.which("openssl") is None:
         pytest.skip("needs the command openssl, which makes the certificates")
     folder = tmp_path_factory.mktemp("tls")
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
+    # Python 3.13 asks certificates for all that the standard does: a key's use, and who signed it.
+    names = "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\nauthorityKeyIdentifier=keyid\n"
+    (folder / "names").write_text(names)
     for line in (
-        "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=authority",
+        "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=authority "
+        "-addext keyUsage=critical,keyCertSign",
         "req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=server",
         "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.pem -days 2 -extfile names",
     ):
