@@ -5,12 +5,15 @@ Whatever a library raises over a directory that it cannot load becomes one line.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
@@ -24,6 +27,9 @@ from fastgrpo.models.weight_files import UNUSED, check_files, check_index, damag
 
 if TYPE_CHECKING:
     from fastgrpo.models.protocol import ModelFamily
+
+# What transformers call the channels of a head that each axis of a position turns.
+ROPE_AXES = {"rope_axes_dim", "axes_dims_rope"}
 
 
 def from_config(cls: type[ModelFamily], config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:
@@ -87,11 +93,31 @@ def read_configs(cls: type[ModelFamily], config: Model) -> dict[str, Mapping[str
                     f"model.path: the model_index.json of '{config.path}' has no {name} ([library, class]), which "
                     "training needs"
                 )
-        return {
+        found = {
             name: cast(dict[str, Any], reader.load_config(path, subfolder=name))
             for name, reader in readers.items()
             if index.get(name, (None,))[0] is not None
         }
+        # Published schedulers carry settings of other classes, near to their own.
+        for name in found.keys() - {"scheduler"}:
+            check_component(f"{config.path}/{name}/config.json", getattr(diffusers, index[name][1], None), found[name])
+        return found
+
+
+def check_component(file: str, kind: Any, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what diffusers would notice at the first forward, or never: a setting that it passes over,
+    with a default in place of one that it is near; axes of rotary positions that are not a head's."""
+    if kind is None:
+        return
+    known = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
+    for key in (key for key in settings if key not in known and not key.startswith("_")):
+        if meant := difflib.get_close_matches(key, known.keys() - settings.keys(), 1, 0.9):
+            raise ConfigError(f"model.path: {file} has '{key}', which {kind.__name__} does not take; is it {meant[0]}?")
+    for key in known.keys() & ROPE_AXES:
+        axes, head = (settings.get(name, known.get(name)) for name in (key, "attention_head_dim"))
+        whole = isinstance(axes, list | tuple) and all(isinstance(axis, int) for axis in axes)
+        if head is not None and not (whole and sum(axes) == head):
+            raise ConfigError(f"model.path: {file}: {key} {axes} does not add up to attention_head_dim, {head}")
 
 
 def load_pipeline(
@@ -123,8 +149,22 @@ def load_pipeline(
             path, dtype=dtypes, variant=config.variant, use_safetensors=True, **parts
         )
         check_tokenizers(config.path, pipeline.components)
+        check_whole_components(config.path, {n: c for n, c in pipeline.components.items() if n not in parts})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_whole_components(path: str, components: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a component whose config asks for weights that its files lack: diffusers leaves them
+    without values."""
+    for name, component in components.items():
+        if isinstance(component, nn.Module):
+            empty = [key for key, tensor in component.state_dict(keep_vars=True).items() if tensor.is_meta]
+            if empty:
+                raise ConfigError(
+                    f"model.path: {path}/{name} has no weights for {empty[0]} ({len(empty)} in all), which its "
+                    "config.json asks for"
+                )
 
 
 def check_tokenizers(path: str, components: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny import tiny_config
 from support.tiny_images import build, image_config
 
 from fastgrpo.errors import ConfigError
@@ -123,3 +124,26 @@ def test_a_clip_tokenizer_cuts_texts_to_its_encoders_positions(whole, tmp_path, 
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": length}))
     with pytest.raises(ConfigError, match=r"the tokenizer of '.*' has model_max_length .*, but its text encoder takes"):
         load_family(image_config(copy, "sd_v").model, CPU)
+
+
+COMPONENTS = {
+    "misspelt": ("transformer", {"attention_head_dim": None, "attention_head_dims": 16},
+                 r"/config\.json has 'attention_head_dims', which Flux\w+ does not take; is it attention_head_dim\?"),
+    "axes": ("transformer", {"axes_dims_rope": [2, 2, 2]}, r"axes_dims_rope \[2, 2, 2\] does not add up to"),
+    "no list": ("transformer", {"axes_dims_rope": "x"}, r"axes_dims_rope x does not add up to attention_head_dim"),
+    "left out": ("transformer", {"axes_dims_rope": None}, r"axes_dims_rope [\[(]16, 56, 56[\])] does not add up"),
+    "no weights": ("vae", {"mid_block_add_attention": True},
+                   r"vae has no weights for \S*mid_block\.attentions\S+ \(\d+ in all\), which its config\.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(COMPONENTS))
+def test_a_component_that_does_not_fit_itself_is_one_line(tiny_flux, tmp_path, name):
+    component, settings, words = COMPONENTS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_flux, folder)
+    file = folder / component / "config.json"
+    data = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+    with pytest.raises(ConfigError, match=words):
+        load_family(tiny_config(folder).model, CPU)
