@@ -93,6 +93,7 @@ def train(config, moment, number, rank):
     from fastgrpo.rollout.generator import Generator
     from fastgrpo.training import setup, trainer
     from fastgrpo.training.callbacks import evaluation
+    from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
     from fastgrpo.training.checkpoint import CheckpointStore
     from fastgrpo.training.update import Updater
 
@@ -120,7 +121,7 @@ def train(config, moment, number, rank):
         "update": lambda: before(Updater, "run", 2),
         "checkpoint": lambda: before(CheckpointStore, "save"),
         "checkpoint's write": lambda: before(CheckpointStore, "_finish" if rank == "0" else "_write"),
-        "end": lambda: before(CheckpointStore, "wait", 4),
+        "end": lambda: before(CheckpointCallback, "on_end"),
     }[moment]()
     from fastgrpo.commands.main import main
 
