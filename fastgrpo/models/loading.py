@@ -93,7 +93,7 @@ def read_configs(cls: type[ModelFamily], config: Model) -> dict[str, Mapping[str
                     f"model.path: the model_index.json of '{config.path}' has no {name} ([library, class]), which "
                     "training needs"
                 )
-        found = {
+        found: dict[str, Mapping[str, Any]] = {
             name: cast(dict[str, Any], reader.load_config(path, subfolder=name))
             for name, reader in readers.items()
             if index.get(name, (None,))[0] is not None
