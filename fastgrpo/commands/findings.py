@@ -269,10 +269,7 @@ def _guidance(e: Evidence) -> Iterator[Finding]:
         return
     family = family_class(e.config.model.family)
     if family.guides(e.config.model):
-        scale, setting = (
-            family.branch_scale(e.config.model),
-            "guidance" if family.guidance_style == "cfg" else "true_cfg",
-        )
+        scale, setting = family.branch_scale(e.config.model), family.branch_setting()
         yield Finding(
             "guidance",
             f"trained with classifier-free guidance {scale:g}",
