@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -141,17 +141,62 @@ def load_pipeline(
         # Components that the directory goes without (SD 3's T5) must be given as None.
         absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
         parts = {**dict.fromkeys(absent), **{name: part for name, part in given.items() if name in index}}
-        if (folder := Path(path)).is_dir():
-            check_files(folder, index, config.variant, parts)
-            if UNUSED in index and not (folder / UNUSED).is_dir():
-                parts[UNUSED] = None
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            path, dtype=dtypes, variant=config.variant, use_safetensors=True, **parts
-        )
+        reading = {"variant": config.variant, "use_safetensors": True}
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = Path(diffusers.DiffusionPipeline.download(path, **reading, **parts))
+        check_files(folder, index, config.variant, parts)
+        check_encoders(config.path, folder, index, config.variant, parts)
+        if UNUSED in index and not (folder / UNUSED).is_dir():
+            parts[UNUSED] = None
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, **reading, **parts)
         check_tokenizers(config.path, pipeline.components)
         check_whole_components(config.path, {n: c for n, c in pipeline.components.items() if n not in parts})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_encoders(
+    path: str, folder: Path, index: Mapping[str, Any], variant: str | None, without: Iterable[str] = ()
+) -> None:
+    """Raises ConfigError for a transformers component whose config asks for other weights than its files hold, or for
+    more: transformers makes those up at random. Reads headers alone, and takes no memory.
+
+    Args:
+        path: model.path, for errors.
+        folder: The pipeline's directory.
+        index: Its model_index.json.
+        variant: model.variant.
+        without: Components that are not read from here.
+    """
+    import transformers
+
+    for name, entry in index.items():
+        listed = isinstance(entry, list) and entry[0] == "transformers" and name not in {UNUSED, *without}
+        kind = getattr(transformers, entry[1], None) if listed else None
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            continue
+        settings = kind.config_class.from_pretrained(folder / name)
+        # Files of quantized weights have shapes that their own loader knows.
+        if getattr(settings, "quantization_config", None) is not None:
+            continue
+        of_variant = any((folder / name).glob(f"*.{variant}[.-]*"))
+        _, info = kind.from_pretrained(
+            folder / name,
+            config=settings,
+            device_map="meta",
+            variant=variant if of_variant else None,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        file, asks = f"{path}/{name}", "which its config.json asks for"
+        if missing := sorted(info["missing_keys"]):
+            raise ConfigError(f"model.path: {file} has no weights for {missing[0]} ({len(missing)} in all), {asks}")
+        if other := sorted(info["mismatched_keys"]):
+            key, there, wanted = other[0]
+            shapes = f"{list(there)} where its config.json asks for {list(wanted)}"
+            raise ConfigError(f"model.path: {file}: the weights of {key} are {shapes} ({len(other)} such in all)")
 
 
 def check_whole_components(path: str, components: Mapping[str, Any]) -> None:

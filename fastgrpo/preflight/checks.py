@@ -25,7 +25,7 @@ from fastgrpo.models import ModelFamily, check_guidance, family_class
 from fastgrpo.models.architectures import architecture, known
 from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
-from fastgrpo.models.loading import read_configs, resolve_path
+from fastgrpo.models.loading import check_encoders, one_line, read_configs, resolve_path
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.weight_files import check_files, damaged_files
 from fastgrpo.preflight.assets import find_assets
@@ -127,8 +127,15 @@ def _described(cls: type[ModelFamily], model: Model, found: Preflight) -> tuple[
         parts = dict(read_configs(cls, model))
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         kind = index["_class_name"]
-        found.attempt(lambda: check_files(folder, index, model.variant))
+        found.attempt(lambda: _check_weights(cls, model, folder, index))
     return kind, parts
+
+
+def _check_weights(cls: type[ModelFamily], model: Model, folder: Path, index: Mapping[str, Any]) -> None:
+    """Raises ConfigError for files that are not there or not whole, or an encoder of other weights than they hold."""
+    check_files(folder, index, model.variant)
+    with one_line(model, cls.pipeline_classes):
+        check_encoders(model.path, folder, index, model.variant)
 
 
 def _completed(library: str, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
