@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
@@ -23,7 +22,7 @@ from fastgrpo.models.embeddings import model_digest
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.sharded_load import empty_component, weight_files
 from fastgrpo.models.trainable import check_targets, without_weights
-from fastgrpo.models.weight_files import UNUSED, check_files, check_index, damaged_files
+from fastgrpo.models.weight_files import UNUSED, check_files, check_index, damaged_files, stored_names
 
 if TYPE_CHECKING:
     from fastgrpo.models.protocol import ModelFamily
@@ -151,7 +150,8 @@ def load_pipeline(
             parts[UNUSED] = None
         pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, **reading, **parts)
         check_tokenizers(config.path, pipeline.components)
-        check_whole_components(config.path, {n: c for n, c in pipeline.components.items() if n not in parts})
+        read = {name: part for name, part in pipeline.components.items() if name not in parts}
+        check_whole_components(config.path, folder, read)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -199,17 +199,27 @@ def check_encoders(
             raise ConfigError(f"model.path: {file}: the weights of {key} are {shapes} ({len(other)} such in all)")
 
 
-def check_whole_components(path: str, components: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a component whose config asks for weights that its files lack: diffusers leaves them
-    without values."""
+def check_whole_components(path: str, folder: Path, components: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a component whose config asks for weights that its files lack, which diffusers leaves
+    without values, or for fewer blocks than they hold, which it drops."""
+    from diffusers import ModelMixin
+
     for name, component in components.items():
-        if isinstance(component, nn.Module):
-            empty = [key for key, tensor in component.state_dict(keep_vars=True).items() if tensor.is_meta]
-            if empty:
-                raise ConfigError(
-                    f"model.path: {path}/{name} has no weights for {empty[0]} ({len(empty)} in all), which its "
-                    "config.json asks for"
-                )
+        if not isinstance(component, ModelMixin):
+            continue
+        empty = [key for key, tensor in component.state_dict(keep_vars=True).items() if tensor.is_meta]
+        if empty:
+            raise ConfigError(
+                f"model.path: {path}/{name} has no weights for {empty[0]} ({len(empty)} in all), which its "
+                "config.json asks for"
+            )
+        # Names of before are a layer's; a block has layers.
+        modules = dict(component.named_modules())
+        blocks = {key.rpartition(".")[0].rpartition(".")[0] for key in stored_names(folder / name)}
+        if dropped := sorted(blocks - modules.keys()):
+            raise ConfigError(
+                f"model.path: {path}/{name} has weights of {dropped[0]}, which its config.json does not ask for"
+            )
 
 
 def check_tokenizers(path: str, components: Mapping[str, Any]) -> None:

@@ -101,6 +101,17 @@ def check_whole(file: Path) -> None:
         )
 
 
+def stored_names(part: Path) -> set[str]:
+    """Returns the names of the tensors in a component's safetensors, of every variant."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in part.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names.update(opened.keys())
+    return names
+
+
 def damaged_files(folder: Path) -> list[str]:
     """Returns a line for each JSON file of a pipeline and its components that is no JSON, or a pointer of git-LFS."""
     found = []

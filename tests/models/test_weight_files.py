@@ -134,6 +134,8 @@ COMPONENTS = {
     "left out": ("transformer", {"axes_dims_rope": None}, r"axes_dims_rope [\[(]16, 56, 56[\])] does not add up"),
     "no weights": ("vae", {"mid_block_add_attention": True},
                    r"vae has no weights for \S*mid_block\.attentions\S+ \(\d+ in all\), which its config\.json"),
+    "blocks left out": ("vae", {"up_block_types": None},
+                        r"vae has weights of decoder\.up_blocks\.1\.\S+, which its config\.json does not ask for"),
     "an encoder's layers": ("text_encoder_2", {"num_layers": 500, "d_ff": 10**6},
                             r"text_encoder_2 has no weights for encoder\.block\.\S+ \(\d+ in all\), which its config"),
     "an encoder's width": ("text_encoder_2", {"d_ff": 10**6},
