@@ -81,7 +81,7 @@ test-range: test-range-oldest test-range-newest
 
 test-range-%: compiler
 	@$(PYTHON) -m venv .venv-$*
-	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(RANGE_$*) pytest pydantic pyyaml -e ./kernels
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(RANGE_$*) pytest pydantic pyyaml scipy -e ./kernels
 	@.venv-$*/bin/python -c 'import torch, triton, numpy; \
 	  print("torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)'
 	@OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/kernels tests/compat -m "not full and not gpu" $(ARGS)
