@@ -26,6 +26,7 @@ from fastgrpo.config import RewardSpec, validate
 from fastgrpo.data.prompts import Prompt, load_prompts, open_pictures
 from fastgrpo.errors import UserError
 from fastgrpo.models import load_family
+from fastgrpo.models.failures import component_failure
 from fastgrpo.models.loading import levels_of, resolve_path
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.failures import FailureLog
@@ -276,6 +277,8 @@ def trial(kind: str, number: int) -> str:
             said = str(error)
             return "a line" if said and "\n" not in said else f"several lines: {said!r}"
         except Exception as error:
+            if component_failure(error) is not None:
+                return "a line"
             return f"traceback: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return "a run"
 

@@ -410,25 +410,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return REQUEUE
     except UserError as error:
         _complain(error)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
+    except Exception as error:
+        if (line := _line(error)) is None:
             raise
-        _complain(missing(package))
-    except RuntimeError as error:
-        if not _lost_rank(error):
-            raise
-        said = str(error).partition(". ")[0]
-        _complain(
-            UserError(f"another rank ended, or was silent for parallel.timeout; its own message says why: {said}")
-        )
-        sys.stderr.flush()
-        # Tearing the process group down would wait for the rank that is gone.
-        os._exit(1)
-    except OSError as error:
-        if error.strerror is None:
-            raise
-        _complain(UserError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror))
+        _complain(UserError(line))
+        if _lost_rank(error):
+            sys.stderr.flush()
+            # Tearing the process group down would wait for the rank that is gone.
+            os._exit(1)
     else:
         return 0
     finally:
@@ -438,8 +427,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _lost_rank(error: RuntimeError) -> bool:
+def _line(error: Exception) -> str | None:
+    """What a library's error means to a user; None where only its traceback says it."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        return str(missing(package)) if package in EXTRAS else None
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error.strerror
+    if _lost_rank(error):
+        said = str(error).partition(". ")[0]
+        return f"another rank ended, or was silent for parallel.timeout; its own message says why: {said}"
+    if "torch" not in sys.modules:
+        return None
+    from fastgrpo.models.failures import component_failure
+
+    return component_failure(error)
+
+
+def _lost_rank(error: Exception) -> bool:
     """Whether a collective failed: gloo's errors have no class of their own."""
+    if not isinstance(error, RuntimeError):
+        return False
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return os.environ.get("WORLD_SIZE", "1") != "1" and bool(kinds & {"DistError"} or "gloo" in str(error))
 

@@ -17,9 +17,9 @@ from fastgrpo.config.overrides import load_data, override
 from fastgrpo.config.sections import validate_settings
 from fastgrpo.data.prompts import Prompt, load_prompts, open_image
 from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.observe.tracebacks import described
 from fastgrpo.rewards import Reward, Scores, load_reward
 from fastgrpo.rewards.base import ask, release
-from fastgrpo.rewards.failures import described
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Pixels of a side of the samples that are drawn here.

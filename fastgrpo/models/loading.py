@@ -176,14 +176,15 @@ def check_encoders(
         kind = getattr(transformers, entry[1], None) if listed else None
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             continue
-        settings = kind.config_class.from_pretrained(folder / name)
+        settings = cast(Any, kind.config_class).from_pretrained(folder / name)
         # Files of quantized weights have shapes that their own loader knows.
         if getattr(settings, "quantization_config", None) is not None:
             continue
         of_variant = any((folder / name).glob(f"*.{variant}[.-]*"))
-        _, info = kind.from_pretrained(
+        _, info = cast(Any, kind).from_pretrained(
             folder / name,
             config=settings,
+            dtype=torch.float32,
             device_map="meta",
             variant=variant if of_variant else None,
             use_safetensors=True,

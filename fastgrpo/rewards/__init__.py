@@ -7,10 +7,10 @@ from pydantic import ValidationError
 
 from fastgrpo.config import Config, RewardSpec
 from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.observe.tracebacks import described
 from fastgrpo.registry import Registry
 from fastgrpo.rewards.base import Reward, Scores, release
 from fastgrpo.rewards.custom import find, make
-from fastgrpo.rewards.failures import described
 
 REGISTERED = {
     "aesthetic": "fastgrpo.rewards.clip:AestheticReward",

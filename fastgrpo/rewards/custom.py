@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from fastgrpo.errors import EXTRAS, ConfigError, missing, nearest
+from fastgrpo.observe.tracebacks import described
 from fastgrpo.rewards.base import FunctionReward, Reward
-from fastgrpo.rewards.failures import described
 
 TAKES = "(samples, prompts, fps)"
 
