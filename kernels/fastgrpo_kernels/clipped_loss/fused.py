@@ -164,7 +164,7 @@ def _loss_of(
             P, Q, step, advantages, weight, Q_reference, objective, per_sample, share, rest, shift.residuals
         )
         statistics = statistics.detach()
-    elif not is_eager(*shift.tensors, advantages):
+    elif not is_eager(*shift.tensors(), advantages):
         (weight,) = as_rows((weight,), v)
         loss, statistics, _ = _grpo_loss_op(advantages, weight, *objective, per_sample, *with_rows(shift))
         statistics = statistics.detach()

@@ -56,7 +56,7 @@ class Shift(NamedTuple):
     x0_scale: Coefficient | None = None
     residuals: float | None = None
 
-    @property
+    # A method: torch 2.8's compiler does not follow a property of a named tuple.
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Latents and key, whose kind decides which path runs."""
         return *(getattr(self, name) for name in LATENTS), self.words, self.mask

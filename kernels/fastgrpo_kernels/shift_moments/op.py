@@ -127,7 +127,7 @@ def shift_moments(
     if is_traced_plainly(v):
         P, Q, _, _, rest = moments_traced(shift, mean_of_masked=True)
         rest = None if rest is None else rest.detach()
-    elif not is_eager(*shift.tensors):
+    elif not is_eager(*shift.tensors()):
         P, Q, _, rest = _shift_moments_op(*without_reference(with_rows(shift)))
         rest = rest.detach()
     elif torch.is_grad_enabled() and (v.requires_grad or (v_uncond is not None and v_uncond.requires_grad)):
@@ -142,8 +142,7 @@ def shift_moments(
 
 def without_reference(shift: Shift) -> tuple:
     """Arguments of the operators of the moments, which know no reference model."""
-    index = Shift._fields.index("v_reference")
-    return (*shift[:index], *shift[index + 1 :])
+    return tuple(value for name, value in zip(Shift._fields, shift, strict=True) if name != "v_reference")
 
 
 def _forward(shift: Shift, *, kept: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
