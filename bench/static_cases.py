@@ -139,9 +139,6 @@ def _clipped(i: Inputs) -> Tensor:
 # All that the loss can read of model outputs.
 _ALL = "v v_uncond v_old v_reference"
 
-# Not compiled for all targets yet.
-_SOME = ("sm_80", "sm_90", "gfx942")
-
 CASES = {
     "normal": Case(lambda i: fk.normal(i.key, i.shape[1:]), "eps", makes_noise=True, by_dtype=False),
     "gaussian_step/key": Case(_step("key"), "x v y", makes_noise=True),
@@ -156,16 +153,14 @@ CASES = {
     "grpo_loss/all": Case(_grpo_all("key"), _ALL, f"{_ALL} grad grad", makes_noise=True),
     "grpo_loss/all stored": Case(_grpo_all("stored"), f"{_ALL} eps", f"{_ALL} eps grad grad"),
     "grpo_loss/all step": Case(_grpo_all("step"), f"{_ALL} x y", f"{_ALL} x y grad grad"),
-    "grpo_loss/masked": Case(
-        _grpo_as_trainers_lack, "v v_old mask", "v v_old mask grad", makes_noise=True, targets=_SOME[1:]
-    ),
-    "grpo_loss/matching": Case(_grpo_to_target("matching"), "v v_old x", makes_noise=True, targets=_SOME[1:2]),
-    "grpo_loss/huber": Case(_grpo_to_target("huber"), "v v_old x", makes_noise=True, targets=_SOME[1:2]),
-    "nft_loss/key": Case(_nft("target"), "v v_old x", "v v_old x grad", makes_noise=True, targets=_SOME),
-    "nft_loss/stored": Case(_nft("stored target"), "v v_old x eps", "v v_old x eps grad", targets=_SOME[1:2]),
+    "grpo_loss/masked": Case(_grpo_as_trainers_lack, "v v_old mask", "v v_old mask grad", makes_noise=True),
+    "grpo_loss/matching": Case(_grpo_to_target("matching"), "v v_old x", makes_noise=True),
+    "grpo_loss/huber": Case(_grpo_to_target("huber"), "v v_old x", makes_noise=True),
+    "nft_loss/key": Case(_nft("target"), "v v_old x", "v v_old x grad", makes_noise=True),
+    "nft_loss/stored": Case(_nft("stored target"), "v v_old x eps", "v v_old x eps grad"),
     "log_prob": Case(lambda i: fk.log_prob(i.x, i.v, i.y, i.a, i.b, i.s), "x v y", "x v y grad"),
     "on_policy_gradient/key": Case(_on_policy("key"), "grad", makes_noise=True),
     "on_policy_gradient/stored": Case(_on_policy("stored"), "eps grad"),
     "clipped_loss": Case(_clipped, "", by_dtype=False),
-    "clipped_loss/several": Case(_clipped_as_trainers_lack, "", by_dtype=False, targets=_SOME),
+    "clipped_loss/several": Case(_clipped_as_trainers_lack, "", by_dtype=False),
 }
