@@ -326,7 +326,7 @@ def _nothing_moves(e: Evidence) -> Iterator[Finding]:
     else:
         yield Finding(
             "rate_low",
-            f"{number} in {iteration} iterations at update.optimizer.lr {update.optimizer.lr:g}",
+            f"{number} in {iteration} iterations at update.optimizer.lr {update.optimizer.lr}",
             "at least 10%",
             "raise update.optimizer.lr by 3 to 10, or train longer",
         )
@@ -339,7 +339,7 @@ def _rate_high(e: Evidence) -> Iterator[Finding]:
             "rate_high",
             f"the held-out score fell by {change} (95%), a sample's by {e.change:.0%} of their spread up or down",
             "its interval not below 0",
-            f"lower update.optimizer.lr ({e.config.update.optimizer.lr:g}) by 3 to 10, or add update.optimizer.warmup",
+            f"lower update.optimizer.lr ({e.config.update.optimizer.lr}) by 3 to 10, or add update.optimizer.warmup",
         )
 
 

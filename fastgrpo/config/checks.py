@@ -85,6 +85,9 @@ def _impossible(config: Config) -> Iterator[str]:
         yield (f"guard.action: {config.guard.action} needs a held-out reward; give one weight 0")
     if config.guard.action == "raise_kl" and not objective.kl_weight:
         yield ("guard.action: raise_kl needs a KL term to raise; set objective.kl_weight above 0")
+    if config.update.optimizer.lr == "auto" and (objective.forward or roll.old_values == "log_prob"):
+        what = f"objective.kind: {objective.kind} trains" if objective.forward else "rollout.old_values: log_prob keeps"
+        yield f"update.optimizer.lr: auto is found by the outputs of trained steps, which {what} none; give a number"
     yield from _of_forward_process(config) if objective.forward else ()
     if config.model.trainable and config.model.lora:
         yield ("model.trainable: chooses among full weights, and model.lora trains none; drop one of them")

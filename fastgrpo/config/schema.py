@@ -487,7 +487,15 @@ class Optimizer(Section):
         default="adamw",
         description="adamw_8bit: its moments in 2 bytes a weight in place of 8, by bitsandbytes (fastgrpo[gpu]).",
     )
-    lr: PositiveFloat = Field(default=1e-5, description="Learning rate, after warm-up.")
+    lr: PositiveFloat | Literal["auto"] = Field(
+        default=1e-5,
+        description="Learning rate, after warm-up. auto: finds itself, by how far updates move the policy (movement).",
+    )
+    movement: PositiveFloat = Field(
+        default=7e-5,
+        description="What lr: auto steers to: how far an iteration's update moves the mean of a trained step's "
+        "transition, squared, an element, in units of the step's variance.",
+    )
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="Decay of the mean of gradients, each step."
     )

@@ -149,7 +149,9 @@ def update_metrics(vectors: np.ndarray) -> dict[str, float]:
     summed = len(FIELDS) - 1
     sums = dict(zip(FIELDS[:summed], vectors[:, :summed].sum(axis=0), strict=True))
     pairs = max(sums["weight"], 1.0)
-    deviation, first, norm, skipped = vectors[:, summed:].max(axis=0)
+    deviation, first, norm, skipped = vectors[:, summed : summed + 4].max(axis=0)
+    # Where it is measured: half of Q, and the weight that it is of.
+    moved, of = vectors[:, summed + 4 :].sum(axis=0) if vectors.shape[1] > summed + 4 else (0.0, 0.0)
     return {
         "loss": sums["loss"] / pairs,
         "ratio/mean": sums["ratio"] / pairs,
@@ -160,4 +162,4 @@ def update_metrics(vectors: np.ndarray) -> dict[str, float]:
         "kl": sums["kl"] / pairs,
         "grad_norm": norm,
         "optimizer_steps/skipped": skipped,
-    }
+    } | ({"movement": 2 * moved / of} if of > 0 else {})

@@ -43,11 +43,14 @@ class OptimizerStep:
         micro_batches: In their order; none where no sample of any rank is trained.
         loss: Gives the summed loss of a micro-batch and its `LossStatistics.values`, on the device.
         scale: What makes a mean over the planned rows of that sum.
+        movement: Gives the same as `loss` without the reference model, so that its `kl` is Q/2; None where that is not
+            measured.
     """
 
     micro_batches: list[MicroBatch]
     loss: Callable[[MicroBatch], tuple[Tensor, Tensor]]
     scale: float
+    movement: Callable[[MicroBatch], tuple[Tensor, Tensor]] | None = None
 
 
 def micro_batches_of_step(

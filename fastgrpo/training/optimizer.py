@@ -19,6 +19,7 @@ from fastgrpo.config import Config, OldPolicyDecay, Update
 from fastgrpo.distributed.shards import locals_of
 from fastgrpo.models.trainable import OldPolicy
 from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
+from fastgrpo.training.learning_rate import LearningRate
 
 # As torch.amp.GradScaler has them.
 FIRST_LOSS_SCALE = 2.0**16
@@ -49,13 +50,14 @@ class LossScale:
 
 
 class OptimizerState:
-    """The optimizer of a run. `steps` counts optimizer steps; `total_steps` is where a cosine schedule ends."""
+    """The optimizer of a run, after `steps` optimizer steps; a cosine schedule ends at `total_steps`."""
 
     def __init__(
         self, policy: nn.Module, config: Update, total_steps: int, eight_bit: type[AdamW8bit] = AdamW8bit,
         loss_scaling: bool = False, old: OldPolicy | None = None, old_decay: OldPolicyDecay | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.total_steps, self.steps = config, total_steps, 0
+        self.config, self.steps = config, 0
+        self.rate = LearningRate(config.optimizer, total_steps)
         self.policy, self.old, self.old_decay = policy, old, old_decay or OldPolicyDecay()
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -67,7 +69,7 @@ class OptimizerState:
         self.eight_bit = eight_bit(large, opt) if large else None
         self.adamw = torch.optim.AdamW(
             [{"params": list(self.full.values())}],
-            lr=opt.lr,
+            lr=self.rate.at(0),
             betas=(opt.beta1, opt.beta2),
             eps=opt.eps,
             weight_decay=opt.weight_decay,
@@ -85,13 +87,6 @@ class OptimizerState:
         """Returns what a loss's backward starts from for the coming step: `gradient`, times the loss scale if any."""
         return gradient if self.loss_scale is None else gradient * self.loss_scale.scale
 
-    def learning_rate(self, step: int) -> float:
-        """At a 0-based optimizer step: linear warm-up, then constant or a half cosine to zero."""
-        opt = self.config.optimizer
-        if opt.schedule == "constant" and step >= opt.warmup:
-            return opt.lr
-        return cosine_rate(step, self.total_steps, opt.lr, opt.warmup)
-
     @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step on the accumulated gradients: (gradient norm before clipping, 1.0 if it was skipped).
@@ -108,13 +103,13 @@ class OptimizerState:
             self.loss_scale.update(skipped)
         torch._foreach_mul_(locals_of(grads), (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.adamw.param_groups:
-            group["lr"] = self.learning_rate(self.steps)
+            group["lr"] = self.rate.at(self.steps)
         # The fused kernel leaves weights, moments and step counts as they are where found_inf is 1.
         self.adamw.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         if self.eight_bit is not None:
-            self.eight_bit.step(self.learning_rate(self.steps), skipped)
+            self.eight_bit.step(self.rate.at(self.steps), skipped)
         self.steps += 1
         if self.config.ema_per == "optimizer_step":
             self._average(self.steps)
@@ -177,13 +172,6 @@ def _reshard(roots: Iterable[nn.Module]) -> None:
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-def cosine_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Returns the learning rate at a 0-based step: linear warm-up to `peak`, then a half cosine to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
 
 
 @contextmanager

@@ -30,6 +30,7 @@ def save(trainer: Trainer, store: CheckpointStore, best: int | None, identity: M
         **identity,
         "iteration": trainer.iteration,
         "optimizer_steps": trainer.optimizer.steps,
+        "learning_rate": trainer.optimizer.rate.state(),
         "train_seconds": trainer.train_seconds,
         "best_iteration": best,
         "rollouts": rollouts,
@@ -56,6 +57,9 @@ def restore(trainer: Trainer, store: CheckpointStore, iteration: int) -> None:
         store.load(iteration, training_tensors(trainer.optimizer))
     trainer.iteration, trainer.optimizer.steps = state["iteration"], state["optimizer_steps"]
     trainer.train_seconds = state["train_seconds"]
+    # Checkpoints from before a rate could be found have none.
+    if "learning_rate" in state:
+        trainer.optimizer.rate.restore(state["learning_rate"])
     if flying := trainer.rollouts.restore(state["rollouts"]):
         store.load(iteration, {f"in_flight_{trainer.world.rank}": flying})
     # Checkpoints from before there was a replay have none.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -102,8 +101,7 @@ class Trainer:
         # Why the run ends before its last iteration: a callback's reason, or signals that all ranks know of.
         self.halted: str | None = None
         self.stop = stop_request() if stop is None else stop
-        tell = partial(self._each, "on_metrics")
-        self.iterations = IterationLog(self.log, world, self.timer, self.rollouts.samples, tell)
+        self.iterations = IterationLog(self.log, world, self.timer, self.rollouts.samples, self._observe)
 
     @classmethod
     def from_config(cls, config: Config, load: Callable[..., ModelFamily] = load_family) -> Trainer:
@@ -245,11 +243,15 @@ class Trainer:
             self.config.rollout.candidates,
         )  # fmt: skip
         # Before the first step, where no group had a spread yet, the rate of the first.
-        rate = self.optimizer.learning_rate(max(self.optimizer.steps - 1, 0))
+        rate = self.optimizer.rate.at(max(self.optimizer.steps - 1, 0))
         metrics |= advantage_metrics(advantages) | {"lr": rate} | batch.spent
         for callback in self.callbacks:
             metrics |= callback.on_scored(self, batch.iteration, scored, metrics)
         self.iterations.keep(batch.iteration, metrics, packed(result))
+
+    def _observe(self, iteration: int, metrics: dict[str, float]) -> None:
+        self.optimizer.rate.observe(metrics)
+        self._each("on_metrics", iteration, metrics)
 
     def _each(self, event: str, *arguments: object) -> None:
         for callback in self.callbacks:

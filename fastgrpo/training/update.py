@@ -49,6 +49,8 @@ class UpdateResult:
         in_first_step: How many of these belong to the first optimizer step.
         grad_norms: The gradient norm of each optimizer step, before clipping.
         skipped_steps: 1 for each optimizer step that was skipped, else 0.
+        moved: `LossStatistics.values` of a micro-batch evaluated again after the last optimizer step, whose kl is half
+            of how far the update moved the policy; None where nobody asks.
     """
 
     device: torch.device
@@ -56,6 +58,7 @@ class UpdateResult:
     in_first_step: int = 0
     grad_norms: list[Tensor] = field(default_factory=list)
     skipped_steps: list[Tensor] = field(default_factory=list)
+    moved: Tensor | None = None
 
     @property
     def statistics(self) -> LossStatistics:
@@ -107,7 +110,7 @@ class Updater:
         Returns:
             Statistics on the device; nothing is read back to the host.
         """
-        result = UpdateResult(self.family.device)
+        result, first = UpdateResult(self.family.device), None
         for number, step in enumerate(self._steps(batch, advantages, kl_weight, replay)):
             gradient = torch.full((), step.scale, dtype=torch.float32, device=self.family.device)
             before, seed = len(result.values), self.optimizer.seed(gradient)
@@ -123,10 +126,15 @@ class Updater:
             if len(result.values) == before:
                 continue
             if number == 0:
-                result.in_first_step = len(result.values)
+                result.in_first_step, first = len(result.values), step
             norm, skipped = self.optimizer.step()
             result.grad_norms.append(norm)
             result.skipped_steps.append(skipped)
+        if first is not None and first.movement is not None and self.config.update.optimizer.lr == "auto":
+            # Another part of the rows each time: a micro-batch may be of few of the trained steps.
+            micro = first.micro_batches[batch.iteration % len(first.micro_batches)]
+            with torch.no_grad():
+                _, result.moved = first.movement(micro)
         self.optimizer.end_iteration(batch.iteration)
         return result
 
@@ -157,17 +165,18 @@ class Updater:
             for k in range(steps):
                 chosen = micro_batches_of_step(config, self.world, schedule, layout, worth, k, draw)
                 inputs = _StepInputs.of(chosen, batch, advantages, config, self.family.device)
-                yield OptimizerStep(chosen, partial(self._transition_loss, batch, inputs, kl_weight), scale)
+                loss = partial(self._transition_loss, batch, inputs, kl_weight)
+                yield OptimizerStep(chosen, partial(loss, self.reference), scale, partial(loss, None))
 
     def _transition_loss(
-        self, batch: Batch, inputs: _StepInputs, kl_weight: float, micro: MicroBatch
+        self, batch: Batch, inputs: _StepInputs, kl_weight: float, reference: Reference | None, micro: MicroBatch
     ) -> tuple[Tensor, Tensor]:
         """(loss, `LossStatistics.values`) of a micro-batch."""
-        loss, statistics = self._clipped_loss(batch, inputs, kl_weight, micro)
+        loss, statistics = self._clipped_loss(batch, inputs, kl_weight, reference, micro)
         return loss, statistics.values
 
     def _clipped_loss(
-        self, batch: Batch, inputs: _StepInputs, kl_weight: float, micro: MicroBatch
+        self, batch: Batch, inputs: _StepInputs, kl_weight: float, reference: Reference | None, micro: MicroBatch
     ) -> tuple[Tensor, LossStatistics]:
         trajectory, objective = batch.trajectory, clipped_loss_settings(self.config.objective)
         part = inputs.of_micro(micro)
@@ -189,9 +198,9 @@ class Updater:
         key: noise.NoiseKey | Tensor = part.key
         if trajectory.noise is not None:
             key = take_rows(trajectory.noise, micro.pairs.reshape(-1), part.pairs)
-        if self.reference is None:
+        if reference is None:
             return grpo_loss(v, v_old, part.b, part.s, key, part.advantages, part.weight, **objective)
-        with torch.no_grad(), self.reference() as frozen:
+        with torch.no_grad(), reference() as frozen:
             other = model if frozen is None else frozen[micro.module]
             v_reference = _per_pair(trained(self.family.predict(x, part.time, condition, other)), micro)
         if self.config.objective.kl == "gaussian":
@@ -297,4 +306,8 @@ def packed(result: UpdateResult) -> Tensor:
     none = [torch.zeros((), device=result.device)]
     norm = torch.stack(result.grad_norms or none).double().mean()
     skipped = torch.stack(result.skipped_steps or none).double().sum()
-    return torch.cat([result.statistics.values, torch.stack([result.first.max_deviation, norm, skipped])])
+    told = [result.statistics.values, torch.stack([result.first.max_deviation, norm, skipped])]
+    if result.moved is not None:
+        moved = LossStatistics(result.moved.double())
+        told.append(torch.stack([moved.kl, moved.weight]))
+    return torch.cat(told)

@@ -21,7 +21,7 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.models import load_family
 from fastgrpo.rewards import load_reward
 from fastgrpo.shapes import moving_verifier
-from fastgrpo.training.optimizer import cosine_rate
+from fastgrpo.training.learning_rate import cosine_rate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FLUX = CONFIGS / "pretrain-shapes-flux.yaml"

@@ -16,7 +16,7 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.models.loading import resolve_path
 from fastgrpo.observe.progress import Progress
 from fastgrpo.rewards import load_reward
-from fastgrpo.training.optimizer import cosine_rate
+from fastgrpo.training.learning_rate import cosine_rate
 
 # Pictures encoded or decoded at once.
 CHUNK = 256

@@ -19,7 +19,7 @@ from fastgrpo.config.sections import Section, dump_settings, validate_settings
 from fastgrpo.observe.progress import Progress
 from fastgrpo.shapes import render, world
 from fastgrpo.shapes.tiny_clip import TinyClipSizes, build_clip, save, tokens
-from fastgrpo.training.optimizer import cosine_rate
+from fastgrpo.training.learning_rate import cosine_rate
 
 
 class ClipConfig(Section):

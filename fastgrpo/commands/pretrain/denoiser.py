@@ -30,7 +30,8 @@ from fastgrpo.observe.progress import Progress
 from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.shapes.world import eval_set
-from fastgrpo.training.optimizer import cosine_rate, exchanged
+from fastgrpo.training.learning_rate import cosine_rate
+from fastgrpo.training.optimizer import exchanged
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -1,0 +1,65 @@
+"""The learning rate of an optimizer step: warm-up, a schedule, and a peak that is given or finds itself."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from fastgrpo.config.schema import Optimizer
+
+# The first rate of `auto`, and how far it goes in one iteration. At a small rate a model in bfloat16 moves
+# by its rounding, or not at all: what is measured there is not trusted at once.
+FIRST = 1e-6
+UP, DOWN = 2.0, 3.0
+# Iterations whose movement is averaged. AdamW's first steps move every weight by the whole rate: they are forgotten.
+MEMORY = 10
+
+
+class LearningRate:
+    """The rate at each optimizer step; with `lr: auto` it follows what the updates before moved.
+
+    An update moves the model's output by as much as its rate, so the movement Q (`Updater`) grows as its square:
+    the rate whose movement is `optimizer.movement` is known from what any rate moved. All ranks know the same numbers.
+
+    Attributes:
+        peak: The rate that warm-up ends in and a cosine begins at.
+    """
+
+    def __init__(self, config: Optimizer, total_steps: int) -> None:
+        self.config, self.total_steps = config, total_steps
+        self.peak = FIRST if config.lr == "auto" else config.lr
+        self._mobility: deque[float] = deque(maxlen=MEMORY)
+
+    def at(self, step: int) -> float:
+        """Returns the rate at a 0-based optimizer step: linear warm-up, then constant or a half cosine to zero."""
+        if self.config.schedule == "constant" and step >= self.config.warmup:
+            return self.peak
+        return cosine_rate(step, self.total_steps, self.peak, self.config.warmup)
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Takes what an iteration's update moved (`movement`) at its rate (`lr`), where its metrics say so."""
+        movement, rate = metrics.get("movement", math.nan), metrics["lr"]
+        if self.config.lr != "auto" or not math.isfinite(movement) or rate == 0:
+            return
+        self._mobility.append(movement / rate**2)
+        mobility = sum(self._mobility) / len(self._mobility)
+        wanted = math.sqrt(self.config.movement / mobility) if mobility > 0 else math.inf
+        self.peak = min(max(wanted, self.peak / DOWN), self.peak * UP)
+
+    def state(self) -> dict[str, Any]:
+        """Returns plain data (for JSON) that a checkpoint keeps."""
+        return {"peak": self.peak, "mobility": list(self._mobility)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` returned; a rate that the config gives stays."""
+        if self.config.lr == "auto":
+            self.peak, self._mobility = state["peak"], deque(state["mobility"], MEMORY)
+
+
+def cosine_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Returns the learning rate at a 0-based step: linear warm-up to `peak`, then a half cosine to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
