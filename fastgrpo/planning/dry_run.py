@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.layout import lay_out, rank_samples, share_out, sharers
 from fastgrpo.algorithms.schedule import schedule_steps
-from fastgrpo.config import Config
+from fastgrpo.config import Config, Update
 from fastgrpo.distributed.fsdp import unsharded
 from fastgrpo.distributed.shards import local_bytes
 from fastgrpo.distributed.world import World, check_world, make_world, sharded
@@ -196,7 +196,12 @@ class _Iteration:
         meter.claim((t for m in held for t in (*m.parameters(), *m.buffers())), "parameters")
         with meter.counting("optimizer"):
             optimizer = OptimizerState(
-                family.policy, config.update, 1, _PlannedAdamW8bit, config.model.dtype == "float16", copies.old
+                family.policy,
+                _given_rate(config.update),
+                1,
+                _PlannedAdamW8bit,
+                config.model.dtype == "float16",
+                copies.old,
             )
         meter.claim(optimizer.ema or (), "ema")
         roll = config.rollout
@@ -281,6 +286,13 @@ class _Iteration:
         with self.meter.counting(category):
             yield
         self.phases.append(Phase(name, self.meter.cost - before, self.meter.at_peak, dict(self.meter.peaks)))
+
+
+def _given_rate(update: Update) -> Update:
+    """With a number where the rate finds itself: its forwards are not of every iteration."""
+    if update.optimizer.lr != "auto":
+        return update
+    return update.model_copy(update={"optimizer": update.optimizer.model_copy(update={"lr": 1e-5})})
 
 
 class _PlannedMemory(Memory):

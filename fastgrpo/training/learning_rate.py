@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,11 @@ from fastgrpo.config.schema import Optimizer
 # by its rounding, or not at all: what is measured there is not trusted at once.
 FIRST = 1e-6
 UP, DOWN = 2.0, 3.0
-# Iterations whose movement is averaged. AdamW's first steps move every weight by the whole rate: they are forgotten.
-MEMORY = 10
+# Movement is measured in each of the first iterations, then in every fourth.
+EACH, EVERY = 16, 4
+# Measurements that are averaged: how far a step moves differs twentyfold by its noise level. AdamW's first iterations
+# move every weight by the whole rate: they count until there are others.
+MEMORY, UNLIKE = 32, 3
 
 
 class LearningRate:
@@ -30,7 +32,7 @@ class LearningRate:
     def __init__(self, config: Optimizer, total_steps: int) -> None:
         self.config, self.total_steps = config, total_steps
         self.peak = FIRST if config.lr == "auto" else config.lr
-        self._mobility: deque[float] = deque(maxlen=MEMORY)
+        self._mobility: list[float] = []
 
     def at(self, step: int) -> float:
         """Returns the rate at a 0-based optimizer step: linear warm-up, then constant or a half cosine to zero."""
@@ -38,13 +40,18 @@ class LearningRate:
             return self.peak
         return cosine_rate(step, self.total_steps, self.peak, self.config.warmup)
 
+    def asks(self, iteration: int) -> bool:
+        """Returns whether the movement of a 0-based iteration's update is to be measured."""
+        return self.config.lr == "auto" and (iteration < EACH or iteration % EVERY == 0)
+
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Takes what an iteration's update moved (`movement`) at its rate (`lr`), where its metrics say so."""
         movement, rate = metrics.get("movement", math.nan), metrics["lr"]
         if self.config.lr != "auto" or not math.isfinite(movement) or rate == 0:
             return
         self._mobility.append(movement / rate**2)
-        mobility = sum(self._mobility) / len(self._mobility)
+        latest = self._mobility[UNLIKE:][-MEMORY:] or self._mobility
+        mobility = sum(latest) / len(latest)
         wanted = math.sqrt(self.config.movement / mobility) if mobility > 0 else math.inf
         self.peak = min(max(wanted, self.peak / DOWN), self.peak * UP)
 
@@ -55,7 +62,7 @@ class LearningRate:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state` returned; a rate that the config gives stays."""
         if self.config.lr == "auto":
-            self.peak, self._mobility = state["peak"], deque(state["mobility"], MEMORY)
+            self.peak, self._mobility = state["peak"], list(state["mobility"])
 
 
 def cosine_rate(step: int, steps: int, peak: float, warmup: int) -> float:

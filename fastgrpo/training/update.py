@@ -49,8 +49,8 @@ class UpdateResult:
         in_first_step: How many of these belong to the first optimizer step.
         grad_norms: The gradient norm of each optimizer step, before clipping.
         skipped_steps: 1 for each optimizer step that was skipped, else 0.
-        moved: `LossStatistics.values` of a micro-batch evaluated again after the last optimizer step, whose kl is half
-            of how far the update moved the policy; None where nobody asks.
+        moved: `LossStatistics.values` of the first optimizer step's micro-batches, evaluated again after the last one:
+            their kl is half of how far the update moved the policy.
     """
 
     device: torch.device
@@ -58,7 +58,7 @@ class UpdateResult:
     in_first_step: int = 0
     grad_norms: list[Tensor] = field(default_factory=list)
     skipped_steps: list[Tensor] = field(default_factory=list)
-    moved: Tensor | None = None
+    moved: list[Tensor] = field(default_factory=list)
 
     @property
     def statistics(self) -> LossStatistics:
@@ -130,11 +130,9 @@ class Updater:
             norm, skipped = self.optimizer.step()
             result.grad_norms.append(norm)
             result.skipped_steps.append(skipped)
-        if first is not None and first.movement is not None and self.config.update.optimizer.lr == "auto":
-            # Another part of the rows each time: a micro-batch may be of few of the trained steps.
-            micro = first.micro_batches[batch.iteration % len(first.micro_batches)]
+        if first is not None and first.movement is not None and self.optimizer.rate.asks(batch.iteration):
             with torch.no_grad():
-                _, result.moved = first.movement(micro)
+                result.moved = [first.movement(micro)[1] for micro in self.walk(first.micro_batches)]
         self.optimizer.end_iteration(batch.iteration)
         return result
 
@@ -307,7 +305,7 @@ def packed(result: UpdateResult) -> Tensor:
     norm = torch.stack(result.grad_norms or none).double().mean()
     skipped = torch.stack(result.skipped_steps or none).double().sum()
     told = [result.statistics.values, torch.stack([result.first.max_deviation, norm, skipped])]
-    if result.moved is not None:
-        moved = LossStatistics(result.moved.double())
+    if result.moved:
+        moved = LossStatistics.total(result.moved)
         told.append(torch.stack([moved.kl, moved.weight]))
     return torch.cat(told)

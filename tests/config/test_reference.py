@@ -39,9 +39,10 @@ def test_what_a_setting_takes_is_in_words():
 
 
 def test_the_command_prints_a_setting_or_a_section(capsys):
-    assert main(["config", "update.optimizer.lr"]) == 0
+    assert main(["config", "update.optimizer.eps"]) == 0
     assert capsys.readouterr().out == (
-        "update.optimizer.lr: Learning rate, after warm-up.\n  takes    a number > 0\n  default  1e-05\n"
+        "update.optimizer.eps: Added to the root of the mean square that divides.\n"
+        "  takes    a number > 0\n  default  1e-08\n"
     )
     assert main(["config", "rewards.0.weight"]) == 0
     assert capsys.readouterr().out.startswith("rewards.N.weight: 0: watched, not trained.")

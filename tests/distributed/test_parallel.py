@@ -20,6 +20,7 @@ from fastgrpo.training.residency import residency
 
 UPDATE = {"optimizer_steps": 2, "ema_decay": 0.9}
 ALONE = {"update": UPDATE}
+AUTO = {"update": {**UPDATE, "optimizer": {"lr": "auto"}}}
 VARIANTS = {
     "once": {"update": {**UPDATE, "grad_sync": "once", "gather": "once"}, "rollout": {"gather": "once"}},
     "per block": {
@@ -59,10 +60,11 @@ FORWARD = {
 def runs(tiny_flux, tmp_path_factory):
     """Every variant on two ranks, and the run of one rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(folder, runs_of, tiny_flux, folder, VARIANTS | FROZEN | FORWARD)
+    run_ranks(folder, runs_of, tiny_flux, folder, VARIANTS | FROZEN | FORWARD | {"auto": AUTO})
     # In a process of its own: the tensors that earlier tests hold would count.
     run_ranks(folder, measured, tiny_flux, folder / "measured 1", PLANNED, ranks=1)
     finished(tiny_flux, folder / "alone", ALONE)
+    finished(tiny_flux, folder / "alone auto", AUTO)
     finished(tiny_flux, folder / "alone lora", FROZEN["frozen sharded"])
     for name, settings in FORWARD.items():
         finished(tiny_flux, folder / f"alone {name}", settings)
@@ -72,6 +74,13 @@ def runs(tiny_flux, tmp_path_factory):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_are_one_rank(tiny_flux, runs, variant):
     compare(tiny_flux, runs / "alone", runs / variant)
+
+
+def test_two_ranks_find_the_rate_of_one(tiny_flux, runs):
+    compare(tiny_flux, runs / "alone auto", runs / "auto")
+    one, two = ([line["lr"] for line in metrics(runs / name)] for name in ("alone auto", "auto"))
+    assert one[1] == 2 * one[0]
+    assert two == pytest.approx(one, rel=1e-6)
 
 
 def test_several_ranks_tell_who_came_last(runs):

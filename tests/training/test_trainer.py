@@ -32,13 +32,14 @@ class Raises:
         raise RuntimeError("the reward server is on fire")
 
 
-@pytest.mark.parametrize("variant", ["full", "lora_kl", "subset_two_steps", "spread", "adamw_8bit"])
+@pytest.mark.parametrize("variant", ["full", "lora_kl", "subset_two_steps", "spread", "adamw_8bit", "auto"])
 def test_resumed_is_bit_identical_to_uninterrupted(tiny_flux, tmp_path, variant):
     sections = {
         "full": {"update": {"ema_decay": 0.9}, "eval": {"every": 2, "images": 6}},
         "lora_kl": {"model": {"lora": {"rank": 4}}, "objective": {"kl_weight": 0.1}},
         "spread": {"prompts": {"select": "spread"}, "rollout": {"suffix_steps": 1}, "model": {"trainable": ["to_v"]}},
         "adamw_8bit": {"update": {"optimizer": {"lr": 1e-4, "kind": "adamw_8bit"}, "optimizer_steps": 2}},
+        "auto": {"update": {"optimizer": {"lr": "auto"}}},
         "subset_two_steps": {"rollout": {"trained": {"kind": "subset"}}, "update": {"optimizer_steps": 2}},
     }[variant]
     # Before and after an evaluation; where there is none, once.
