@@ -489,8 +489,8 @@ class Optimizer(Section):
     )
     lr: PositiveFloat | Literal["auto"] = Field(
         default=1e-5,
-        description="Learning rate, after warm-up. auto: finds itself, by how far updates move the policy (movement), with "
-        "a forward of the trained rows in the first 16 iterations and every fourth after, which plans leave out.",
+        description="Learning rate, after warm-up. auto: finds itself, by how far updates move the policy (movement), "
+        "with a forward of the trained rows in the first 16 iterations and every fourth after, which plans leave out.",
     )
     movement: PositiveFloat = Field(
         default=7e-5,
