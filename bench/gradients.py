@@ -1,0 +1,65 @@
+"""How much of an iteration's gradient is signal, by the step that is trained: the weights stay as they are.
+
+python bench/gradients.py configs/shapes-flux.yaml 64 [key.sub=value …]    # a line for each step
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgrpo.config import load_config
+from fastgrpo.rollout.generator import Batch
+from fastgrpo.training.trainer import Trainer
+
+
+def gradients(path: str, iterations: int, overrides: Sequence[str] = ()) -> dict[int, Tensor]:
+    """Gradients [n, weights], float64, of a recipe's iterations at the same weights, by the step that each trains."""
+    found: dict[int, list[Tensor]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = ("eval.every=0", "checkpoint.every=0", "telemetry.progress=false", "callbacks=[]")
+        trainer = Trainer.from_config(load_config(path, [*overrides, f"run.dir={folder}/run", *quiet]))
+        optimizer, run, trained = trainer.optimizer, trainer.updater.run, 0
+
+        def running(batch: Batch, *rest: Any, **named: Any) -> Any:
+            nonlocal trained
+            (trained,) = np.unique(batch.trajectory.layout.row_step).tolist()
+            return run(batch, *rest, **named)
+
+        def kept() -> tuple[Tensor, Tensor]:
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in optimizer.parameters]
+            found[trained].append(torch.cat([part.reshape(-1) for part in parts]))
+            for p in optimizer.parameters:
+                p.grad = None
+            return found[trained][-1].norm(), torch.zeros(())
+
+        trainer.updater.run, optimizer.step = running, kept
+        for _ in range(iterations):
+            trainer.step()
+    return {step: torch.stack(found[step]).double() for step in sorted(found)}
+
+
+def signal(samples: Tensor) -> tuple[float, float, float]:
+    """Of independent gradients [n, weights]: their root mean square norm, the squared norm of what they are a noisy
+    measurement of, without its bias (the mean product of two), and that one's standard error."""
+    products = samples @ samples.T
+    pairs = products[*torch.triu_indices(len(samples), len(samples), 1)]
+    return float(products.diagonal().mean().sqrt()), float(pairs.mean()), float(pairs.std() / len(pairs) ** 0.5)
+
+
+if __name__ == "__main__":
+    by_step = gradients(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    for step, samples in by_step.items():
+        norm, squared, error = signal(samples)
+        noise = norm**2 - squared
+        print(
+            f"step {step}, {len(samples)} iterations: norm {norm:.2e}, signal² {squared:.2e} ± {error:.1e}, "
+            f"signal² / noise² {squared / noise:.3f}"
+        )
