@@ -300,7 +300,9 @@ def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     assert float(result.first.max_deviation) == 0
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan_5b_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"])
+@pytest.mark.parametrize(
+    "kind", ["hunyuan_video", "skyreels", "wan_two", "wan_5b_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"]
+)
 def test_the_gradient_is_a_finite_difference(saved, kind):
     """Autograd against a central difference in float64; guidance is added in float32, so that much less exactly."""
     config = video_config(saved(kind)[0], kind)
@@ -467,7 +469,7 @@ def test_tiling_is_switched_on_by_the_config(saved):
     assert load_family(config.model, CPU).pipeline.vae.use_tiling
 
 
-@pytest.mark.parametrize("kind", ["skyreels", "wan_5b_i2v", "ltx2"])
+@pytest.mark.parametrize("kind", ["skyreels", "wan_two", "wan_5b_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"])
 def test_encoded_prompts_and_first_frames_are_cached_on_disk(saved, tmp_path, kind, monkeypatch):
     model = {**MODELS[kind], "embedding_cache": str(tmp_path)}
     config = video_config(saved(kind)[0], kind, model=model)
