@@ -28,8 +28,12 @@ GPU, DEVICE = "h100", DEVICES["sm_90"]
 HEAD = (
     "model", "iteration s, planned", "steps and losses ms, eager", "ours", "share saved", "launches, eager", "ours",
 )  # fmt: skip
-# Channels of a latent; 16 of the others. Pixels to a latent, and frames after the first.
-CHANNELS, STRIDE, FRAMES = {"stable_diffusion": 4}, 8, 4
+# Of a family's latents: channels, pixels to a latent, and frames after the first. LTX-2's sound is not counted.
+LATENTS = {
+    "stable_diffusion": (4, 8, 4), "flux2": (128, 16, 4), "qwen_image_2_1": (64, 16, 4),
+    "hunyuan_video_1_5": (32, 16, 4), "ltx2": (128, 32, 8),
+}  # fmt: skip
+OTHERS = 16, 8, 4
 # Bytes an element that ours move: of a step latents and output read, latents written; of a loss both outputs, twice,
 # and the gradient.
 OURS_STEP, OURS_LOSS = 4 + 2 + 4, (2 + 2) + (2 + 2 + 2)
@@ -55,7 +59,8 @@ def work_of(row: tables.Row) -> Work:
         ).groups()  # pyright: ignore[reportOptionalMemberAccess]
     )
     samples = prompts * group
-    elements = CHANNELS.get(row["model"], 16) * (height // STRIDE) * (width // STRIDE) * ((frames - 1) // FRAMES + 1)
+    channels, stride, step = LATENTS.get(row["model"], OTHERS)
+    elements = channels * (height // stride) * (width // stride) * ((frames - 1) // step + 1)
     pairs = samples * trained
     return Work(elements, steps * ceil(samples / batch), steps * samples, ceil(pairs / batch), pairs)
 

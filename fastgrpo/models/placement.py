@@ -177,8 +177,12 @@ class PlacedPipeline:
     def encoder(self) -> Any:
         """The pipeline that encodes prompts: `pipeline`, or its encoders alone, loaded here, where it has none."""
         if all(getattr(self.pipeline, name, None) is None for name in self.encoders):
-            given = self.own_parts(self.config) | dict.fromkeys((*self.trained, "vae"))
+            # HunyuanVideo 1.5's pipelines read their autoencoder's config as they are built.
+            vae = {"vae": getattr(self.pipeline, "vae", None)}
+            given = self.own_parts(self.config) | dict.fromkeys(self.trained) | vae
             loaded = load_pipeline(self.config, self.pipeline_classes, self.trained, given)
+            # It is placed already.
+            loaded.vae = None
             self.place(loaded)
             return loaded
         return self.pipeline

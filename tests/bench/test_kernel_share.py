@@ -18,6 +18,8 @@ def test_what_an_iteration_does_is_read_of_its_shape():
     assert share.work_of(wan) == (16 * 9 * 60 * 104, 20 * 3, 20 * 8, 11, 32)
     sd = {"model": "stable_diffusion", "shape": "512x512, 2x4 samples, 25 steps, 8 trained, batch 16, bfloat16 full"}
     assert share.work_of(sd).elements == 4 * 64 * 64
+    ltx = {"model": "ltx2", "shape": "512x768x49, 2x4 samples, 20 steps, 4 trained, batch 2, bfloat16 lora 64"}
+    assert share.work_of(ltx).elements == 128 * 7 * 16 * 24
 
 
 def test_bytes_are_those_read_and_written():

@@ -36,7 +36,8 @@ CASES = {
     "wan_i2v": ("float32", "merge"),
 }
 FULL = {"sdxl": ("bfloat16", "lora"), "wan": ("float32", "full"), "wan_5b_i2v": ("float32", "lora"),
-        "hunyuan_15_i2v": ("float32", "merge")}  # fmt: skip
+        "hunyuan_15_i2v": ("float32", "merge"), "qwen_2_1": ("float32", "lora"), "qwen_edit": ("float32", "full"),
+        "qwen_edit_plus": ("bfloat16", "lora")}  # fmt: skip
 
 
 def snippet_of(out: Path) -> str:

@@ -19,7 +19,12 @@ from fastgrpo.training.trainer import Trainer
 LORA = {"rank": 2, "alpha": 4.0}
 SHORT = [("sd_v", None), ("qwen_image", None), *((kind, LORA) for kind in ("sd3", "z_image", "flux2", "flux_kontext"))]
 LONG = [
-    (kind, lora) for kind in ("sd_v", "sdxl", "sd3", "qwen_image", "flux", "z_image", "flux2") for lora in (None, LORA)
+    (kind, lora)
+    for kind in (
+        *("sd_v", "sdxl", "sd3", "qwen_image", "flux", "z_image", "flux2"),
+        *("flux_kontext", "qwen_2_1", "qwen_edit", "qwen_edit_plus"),
+    )
+    for lora in (None, LORA)
 ]
 
 

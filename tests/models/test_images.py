@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny_images import EDITS, MODELS, PROMPTS, SOURCES, build, by_pipeline, drawn, image_config, use_ddim
+from support.tiny_images import (
+    EDITS,
+    MODELS,
+    PROMPTS,
+    SOURCES,
+    build,
+    by_pipeline,
+    drawn,
+    image_config,
+    shrink_sources,
+    use_ddim,
+)
 from support.updates import advantages, prepare, run_update, textbook_loss
 
 from fastgrpo.commands.export import save_lora
@@ -98,14 +109,18 @@ def test_a_prompts_own_negative_and_the_configs_are_the_pipelines(saved, kind):
     assert (drawn(plain, config, PROMPTS[:1]) - theirs).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["flux_kontext", "flux_kontext_true_cfg"])
-def test_an_edit_at_another_size_is_the_pipelines_image(saved, kind):
+@pytest.mark.parametrize("kind", ["flux_kontext", "flux_kontext_true_cfg", *EDITS])
+def test_an_edit_at_another_size_is_the_pipelines_image(saved, kind, request):
     """Its source is resized as the pipeline's image processor does, and changes the image."""
     path, pipeline = saved(kind)
-    config = image_config(path, kind, model={"height": 48, "width": 32})
+    height, width = (32, 64) if kind in EDITS else (48, 32)
+    if kind in EDITS:
+        request.addfinalizer(shrink_sources)
+        shrink_sources(height * width)
+    config = image_config(path, kind, model={"height": height, "width": width})
     family = load_family(config.model, CPU)
     ours = drawn(family, config, PROMPTS)
-    assert ours.shape == (4, 3, 48, 32)
+    assert ours.shape == (4, 3, height, width)
     assert (ours - by_pipeline(pipeline, family, PROMPTS)).abs().max() <= 1e-4
     other = drawn(family, config, [replace(PROMPTS[0], image=SOURCES[5]), *PROMPTS[1:]])
     assert (other[0] - ours[0]).abs().max() > 1e-3
@@ -182,7 +197,7 @@ def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind
         assert slope == pytest.approx(float(ours[i][place]), rel=2e-3, abs=1e-5 * largest)
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd3", "qwen_image", "z_image", "flux2", "qwen_2_1", *EDITS])
+@pytest.mark.parametrize("kind", ["flux", "flux_kontext", "sd3", "qwen_image", "z_image", "flux2", "qwen_2_1", *EDITS])
 def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     config = image_config(saved(kind)[0], kind, model={"dtype": "bfloat16"}, rollout={"group_size": 2})
     _, plan, trajectory, conditioning, updater = prepare(config)
@@ -192,7 +207,7 @@ def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     assert any(g is not None and g.abs().max() > 0 for g in updater.optimizer.seen[0])
 
 
-@pytest.mark.parametrize("kind", ["sd_v", "qwen_image", "z_image", "flux2"])
+@pytest.mark.parametrize("kind", ["sd_v", "qwen_image", "z_image", "flux2", "flux_kontext", "qwen_2_1", *EDITS])
 def test_an_update_moves_the_weights(saved, kind):
     config = image_config(saved(kind)[0], kind)
     family, plan, trajectory, conditioning, _ = prepare(config)
@@ -204,7 +219,9 @@ def test_an_update_moves_the_weights(saved, kind):
     assert sum(moved) > len(moved) / 3
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd_v", "sdxl", "sd3", "qwen_image", "z_image", "flux2", "qwen_2_1", *EDITS])
+@pytest.mark.parametrize(
+    "kind", ["flux", "flux_kontext", "sd_v", "sdxl", "sd3", "qwen_image", "z_image", "flux2", "qwen_2_1", *EDITS]
+)
 def test_a_lora_loads_into_the_pipeline(saved, tmp_path, kind):
     path, pipeline = saved(kind)
     config = image_config(path, kind, model={"lora": {"rank": 2, "alpha": 4.0}})

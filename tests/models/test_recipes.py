@@ -19,6 +19,7 @@ VIDEOS = (
     "wan-2.1-1.3b-fast-8xh100",
     "wan-2.1-1.3b-lora-1x24gb",
     "hunyuan-video-1.5-fast-8xh100",
+    "ltx2-parity-8xh100",
     "ltx2-fast-8xh100",
     "wan-2.2-a14b-parity-8xh100",
     "wan-2.2-a14b-fast-8xh100",
@@ -150,6 +151,22 @@ def test_the_recipes_of_flow_factory_hold_its_numbers(name):
     assert (update.optimizer.weight_decay, update.max_grad_norm) == (1e-4, 1.0)
     assert (objective.clip_low, objective.clip_high, objective.kl_weight, config.advantage.clip) == (1e-4, 1e-4, 0, 5)
     assert update.ema_decay == 0.9
+
+
+def test_the_recipe_of_ltx2_holds_flow_factorys_numbers():
+    """Of its examples/grpo/lora/ltx2/t2av_pickscore."""
+    config = load_config("configs/ltx2-parity-8xh100.yaml")
+    model, roll, update, objective = config.model, config.rollout, config.update, config.objective
+    assert model.lora is not None
+    assert (model.lora.rank, model.lora.alpha) == (64, 128)
+    assert (model.height, model.width, model.frames, model.fps, model.guidance) == (512, 768, 121, 24, 1.0)
+    assert (roll.sampler, roll.eta, roll.steps, roll.shift) == ("cps", 0.8, 24, "pipeline")
+    assert (roll.prompts_per_iteration, roll.group_size, update.optimizer_steps) == (48, 16, 2)
+    assert roll.trained == WindowSteps(size=3, start=0, stop=10, move="random", every=1)
+    assert {trained_steps(roll, 1, i, 0)[:, 0].nonzero()[0][0] for i in range(99)} == set(range(8))
+    assert (update.optimizer.lr, update.optimizer.weight_decay, update.max_grad_norm) == (3e-4, 1e-4, 1.0)
+    assert (objective.clip_low, objective.clip_high, objective.kl_weight) == (1e-4, 1e-4, 0)
+    assert (config.advantage.clip, config.advantage.normalize, update.ema_decay) == (5, "global", 0.9)
 
 
 def test_the_lora_recipe_is_the_published_one():

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import tiny_images, tiny_video
 from support.tiny_images import image_config
 from support.tiny_video import video_config
@@ -18,7 +19,10 @@ from fastgrpo.models import ModelFamily, family_class
 
 CPU = torch.device("cpu")
 STEPS = 4
-KINDS = ("flux", "flux_kontext", "flux2", "sd3", "qwen_image", "z_image", "hunyuan_video", "hunyuan_15", "ltx2", "wan")
+KINDS = (
+    *("flux", "flux_kontext", "flux2", "sd3", "qwen_image", "qwen_2_1", "qwen_edit", "qwen_edit_plus", "z_image"),
+    *("hunyuan_video", "hunyuan_15", "ltx2", "wan"),
+)
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # Of each scheduler: its class, its settings, and whether its levels are those of a flow that falls to 0.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -76,10 +80,11 @@ def of_pipeline(family: ModelFamily, scheduler: Any, monkeypatch: pytest.MonkeyP
     def reached(*_: Any, **__: Any) -> Any:
         raise ReachedError
 
+    source = {"image": Image.new("RGB", (32, 32), "red")} if family.image_encoding == "source" else {}
     monkeypatch.setattr(family.pipeline, "scheduler", scheduler)
     monkeypatch.setattr(family.denoiser, "forward", reached)
     with pytest.raises(ReachedError):
-        family.pipeline(prompt="a red circle", output_type="latent", **family.pipeline_arguments(STEPS))
+        family.pipeline(prompt="a red circle", output_type="latent", **source, **family.pipeline_arguments(STEPS))
     return scheduler.sigmas.numpy(), scheduler.timesteps.numpy()
 
 

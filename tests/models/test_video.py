@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import initial_noise, rollout
 from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import Updater
 from fastgrpo_kernels import noise
 
@@ -300,7 +302,9 @@ def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     assert float(result.first.max_deviation) == 0
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "skyreels", "wan_5b_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"])
+@pytest.mark.parametrize(
+    "kind", ["hunyuan_video", "skyreels", "wan_two", "wan_5b_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"]
+)
 def test_the_gradient_is_a_finite_difference(saved, kind):
     """Autograd against a central difference in float64; guidance is added in float32, so that much less exactly."""
     config = video_config(saved(kind)[0], kind)
@@ -467,7 +471,7 @@ def test_tiling_is_switched_on_by_the_config(saved):
     assert load_family(config.model, CPU).pipeline.vae.use_tiling
 
 
-@pytest.mark.parametrize("kind", ["skyreels", "wan_5b_i2v", "ltx2"])
+@pytest.mark.parametrize("kind", ["skyreels", "wan_two", "wan_5b_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"])
 def test_encoded_prompts_and_first_frames_are_cached_on_disk(saved, tmp_path, kind, monkeypatch):
     model = {**MODELS[kind], "embedding_cache": str(tmp_path)}
     config = video_config(saved(kind)[0], kind, model=model)
@@ -479,6 +483,27 @@ def test_encoded_prompts_and_first_frames_are_cached_on_disk(saved, tmp_path, ki
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {n: a.tolist() for n, a in first.host.items()} == {n: a.tolist() for n, a in second.host.items()}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["wan_two", "hunyuan_15", "hunyuan_15_i2v", "ltx2"])
+def test_three_iterations_of_random_weights_train(saved, tmp_path, kind, lora):
+    """With prompts from a cache, from the command line's door to the last metrics."""
+    model = {**MODELS[kind], "embedding_cache": str(tmp_path / "prompts"), "lora": lora}
+    settings: dict[str, Any] = {
+        "run": {"dir": str(tmp_path / "run")}, "rewards": [{"name": "clip", "path": "shapes:clip"}],
+        "train": {"iterations": 3}, "update": {"optimizer": {"lr": 1e-2}},
+    }  # fmt: skip
+    trainer = Trainer.from_config(video_config(saved(kind)[0], kind, model=model, **settings))
+    weights = [p for p in trainer.family.policy.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in weights]
+    trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert all(line["samples/trained"] == 4 for line in lines)
+    moved = [not torch.equal(a, b) for a, b in zip(before, weights, strict=True)]
+    assert sum(moved) > len(moved) / 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -173,14 +173,14 @@ def image_config(path: Path | str, kind: str, run_dir: Path | str = "runs/none",
     return tiny_config(Path(path), run_dir, model=model, rollout=rollout_section, **sections)
 
 
-def shrink_sources() -> None:
-    """Makes the editing pipelines take sources of 32 × 32 pixels, where the published ones take 1024 × 1024."""
+def shrink_sources(area: int = 32 * 32) -> None:
+    """Makes Qwen-Image-Edit's pipelines take sources of so many pixels, where the published ones take 1024 × 1024."""
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
     plus: Any = pipeline_qwenimage_edit_plus
-    plus.CONDITION_IMAGE_SIZE = plus.VAE_IMAGE_SIZE = 32 * 32
+    plus.CONDITION_IMAGE_SIZE = plus.VAE_IMAGE_SIZE = area
     edit: Any = pipeline_qwenimage_edit
-    edit.calculate_dimensions = lambda area, ratio: (*plus.calculate_dimensions(32 * 32, ratio), None)
+    edit.calculate_dimensions = lambda _, ratio: (*plus.calculate_dimensions(area, ratio), None)
 
 
 def initial(family: ModelFamily, seeds: Sequence[int]) -> torch.Tensor:
@@ -221,7 +221,7 @@ def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps
             settings |= {"max_area": model.height * model.width, "_auto_resize": False}
         if "Edit" in name:
             assert prompt.image is not None
-            settings["image"] = open_image(prompt.image)
+            settings["image"] = open_image(prompt.image).resize((model.width, model.height), 1)
         if not name.startswith(("StableDiffusionP", "StableDiffusionX", "QwenImage21")):
             settings["max_sequence_length"] = family.config.max_sequence_length
         images.append(pipeline(**settings).images)
