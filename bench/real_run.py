@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     call([sys.executable, "-m", "fastgrpo", "eval", str(given.run), "--images", str(given.images)])
     config = load_config(given.config, settings)
     lines = [json.loads(line) for line in (given.run / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((given.run / "final" / "summary.json").read_text())
+    summary = json.loads((given.run / "summary.json").read_text())
     found = measured(config, given.config, given.images, given.gpus, lines, summary)
     (given.run / "real-run.json").write_text(json.dumps(found, indent=1))
     print(as_row(found))

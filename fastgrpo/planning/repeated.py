@@ -17,6 +17,7 @@ from fastgrpo.planning.depth import Stretches
 from fastgrpo.planning.meter import Cost, Meter, Peaks
 from fastgrpo.training.micro_batches import MicroBatch
 from fastgrpo.training.residency import Residency
+from fastgrpo_kernels.clipped_loss import FIELDS
 
 
 class Repeated:
@@ -71,6 +72,9 @@ class CountedWalk:
         # What the last step that was run is made of, and its cost, its optimizer included, once it has ended.
         self._made_of: list[Any] | None = None
         self._begin, self._cost = Cost(), None
+        # The peaks of its micro-batches, over its beginning.
+        self._peaks: Peaks = {}
+        self._statistics: list[Tensor] = []
 
     def __call__(self, chosen: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
         self.rows += sum(len(micro.rows) for micro in chosen)
@@ -81,25 +85,36 @@ class CountedWalk:
             made_of = [self._kind(micro) for micro in chosen]
             if made_of == self._made_of and self._cost is not None:
                 self.meter.cost.add(self._cost)
+                self.meter.swell(self._peaks)
+                self._keep_statistics(len(chosen))
                 return
             self._made_of, self._begin, self._cost = made_of, self.meter.cost.copy(), None
-        yield from self._thinned(chosen)
+        with self.meter.transient() as self._peaks:
+            yield from self._thinned(chosen)
+        self.stretches.enter("optimizer")
 
     def _thinned(self, chosen: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
         meter, begun, known = self.meter, set(), {}
         for micro in chosen:
             kind = self._kind(micro)
             if kind in known and not self.whole:
-                meter.cost.add(known[kind])
+                cost, more = known[kind]
+                meter.cost.add(cost)
+                meter.swell(more)
+                self._keep_statistics(1)
                 continue
             before, first = meter.cost.copy(), micro.module not in begun
             self.stretches.enter("micro-batch", kind, first)
-            yield micro
+            with meter.transient() as more:
+                yield micro
             meter.claim(_gradients(self.policy), "gradients")
             if not first:
-                known[kind] = meter.cost - before
+                known[kind] = meter.cost - before, more
             begun.add(micro.module)
-        self.stretches.enter("optimizer")
+
+    def _keep_statistics(self, count: int) -> None:
+        """What an update keeps of micro-batches for its metrics, here of those that are left out."""
+        self._statistics += [torch.empty(len(FIELDS)) for _ in range(count)]
 
     def _kind(self, micro: MicroBatch) -> tuple[str, int, bool, int]:
         return micro.module, micro.pairs.shape[1], micro.syncs and self.syncs_matter, micro.others

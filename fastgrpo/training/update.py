@@ -126,11 +126,13 @@ class Updater:
             if len(result.values) == before:
                 continue
             if number == 0:
-                result.in_first_step, first = len(result.values), step
+                result.in_first_step = len(result.values)
+                # Kept, with its inputs, only where it is needed again.
+                first = step if self.optimizer.rate.asks(batch.iteration) else None
             norm, skipped = self.optimizer.step()
             result.grad_norms.append(norm)
             result.skipped_steps.append(skipped)
-        if first is not None and first.movement is not None and self.optimizer.rate.asks(batch.iteration):
+        if first is not None and first.movement is not None:
             with torch.no_grad():
                 result.moved = [first.movement(micro)[1] for micro in self.walk(first.micro_batches)]
         self.optimizer.end_iteration(batch.iteration)

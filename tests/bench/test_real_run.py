@@ -37,7 +37,7 @@ def test_one_command_gives_the_row(tmp_path, capsys):
          "--run", str(run)]
     )  # fmt: skip
     found = json.loads((run / "real-run.json").read_text())
-    summary = json.loads((run / "final" / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
     assert (found["base"], found["tuned"]) == tuple(summary[m]["rewards"]["shapes"] for m in ("base", "tuned"))
     assert found["iterations"] == 2
     assert found["device"] == "cpu"
