@@ -16,6 +16,7 @@ import numpy as np
 from fastgrpo.algorithms.guard import moved
 from fastgrpo.commands.report.run_data import RunData, paired_interval, read_run, values_of
 from fastgrpo.config import Config, validate
+from fastgrpo.config.schema import Optimizer
 from fastgrpo.evaluation.statistics import mean_interval
 from fastgrpo.models import family_class
 
@@ -328,7 +329,7 @@ def _nothing_moves(e: Evidence) -> Iterator[Finding]:
             "rate_low",
             f"{number} in {iteration} iterations at update.optimizer.lr {update.optimizer.lr}",
             "at least 10%",
-            "raise update.optimizer.lr by 3 to 10, or train longer",
+            f"raise {_rate(update.optimizer, 3, 10)}, or train longer",
         )
 
 
@@ -339,8 +340,16 @@ def _rate_high(e: Evidence) -> Iterator[Finding]:
             "rate_high",
             f"the held-out score fell by {change} (95%), a sample's by {e.change:.0%} of their spread up or down",
             "its interval not below 0",
-            f"lower update.optimizer.lr ({e.config.update.optimizer.lr}) by 3 to 10, or add update.optimizer.warmup",
+            f"lower {_rate(e.config.update.optimizer, 3, 10)}, or add update.optimizer.warmup",
         )
+
+
+def _rate(optimizer: Optimizer, low: int, high: int) -> str:
+    """What to multiply or divide, for a rate that changes by a factor of low to high."""
+    if optimizer.lr == "auto":
+        # It grows as the rate's square.
+        return f"update.optimizer.movement ({optimizer.movement:g}) by {low**2} to {high**2}"
+    return f"update.optimizer.lr ({optimizer.lr:g}) by {low} to {high}"
 
 
 ALWAYS: Sequence[Callable[[Evidence], Iterator[Finding]]] = (_ratio, _failed, _skipped, _judges)

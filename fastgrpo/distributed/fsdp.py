@@ -59,6 +59,15 @@ def hold_weights(module: nn.Module, last: bool) -> None:
         part.set_reshard_after_backward(last, recurse=False)
 
 
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Weights are gathered again before the next forward: FSDP2 leaves a root's gathered after one, and the next would
+    use them, whatever changed. A root may stand within a module that is not sharded itself."""
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+
 def _sharded_parts(modules: Iterable[nn.Module]) -> list[FSDPModule]:
     # Where anything is sharded the root is: without, no module is walked, once for every micro-batch.
     roots = [module for module in modules if isinstance(module, FSDPModule)]

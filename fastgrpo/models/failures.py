@@ -29,6 +29,6 @@ def component_failure(error: BaseException) -> str | None:
     for frame in frames:
         own = frame.f_locals.get("self")
         if isinstance(own, nn.Module) and type(own).__module__.startswith(LIBRARIES):
-            kind = type(own).__name__
-            return f"model.path: its {kind} fails where it runs: {described(error, kind)}"
+            kind, library = type(own).__name__, type(own).__module__.partition(".")[0]
+            return f"{kind} of {library} fails where it runs; its config.json may not fit: {described(error, kind)}"
     return None

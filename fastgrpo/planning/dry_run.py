@@ -195,13 +195,9 @@ class _Iteration:
         held = [family.policy, *copies.modules()]
         meter.claim((t for m in held for t in (*m.parameters(), *m.buffers())), "parameters")
         with meter.counting("optimizer"):
+            update = _given_rate(config.update)
             optimizer = OptimizerState(
-                family.policy,
-                _given_rate(config.update),
-                1,
-                _PlannedAdamW8bit,
-                config.model.dtype == "float16",
-                copies.old,
+                family.policy, update, 1, _PlannedAdamW8bit, config.model.dtype == "float16", copies.old
             )
         meter.claim(optimizer.ema or (), "ema")
         roll = config.rollout

@@ -50,7 +50,9 @@ class LearningRate:
         if self.config.lr != "auto" or not math.isfinite(movement) or rate == 0:
             return
         self._mobility.append(movement / rate**2)
-        latest = self._mobility[UNLIKE:][-MEMORY:] or self._mobility
+        if len(self._mobility) > UNLIKE + MEMORY:
+            del self._mobility[UNLIKE]
+        latest = self._mobility[UNLIKE:] or self._mobility
         mobility = sum(latest) / len(latest)
         wanted = math.sqrt(self.config.movement / mobility) if mobility > 0 else math.inf
         self.peak = min(max(wanted, self.peak / DOWN), self.peak * UP)

@@ -7,15 +7,15 @@ moments (fastgrpo/training/adamw_8bit.py) fused AdamW keeps the small tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import Config, OldPolicyDecay, Update
+from fastgrpo.distributed.fsdp import reshard
 from fastgrpo.distributed.shards import locals_of
 from fastgrpo.models.trainable import OldPolicy
 from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
@@ -127,14 +127,14 @@ class OptimizerState:
     def replace_old(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Gives the old policy other weights, this rank's shards of them. Returns those that it had."""
         assert self.old is not None
-        _reshard(self.old.modules.values() if self.old.modules else [self.policy])
+        reshard(self.old.modules.values() if self.old.modules else [self.policy])
         before = [shard.clone() for shard in locals_of(self.old.parameters)]
         torch._foreach_copy_(locals_of(self.old.parameters), list(shards))
         return before
 
     @torch.no_grad()
     def _follow(self, old: OldPolicy) -> None:
-        _reshard(old.modules.values() if old.modules else [self.policy])
+        reshard(old.modules.values() if old.modules else [self.policy])
         kept = self.old_decay.at(self.steps)
         # Where it keeps nothing it is the policy to the bit.
         if kept == 0:
@@ -158,20 +158,12 @@ class OptimizerState:
         if self.ema is None or not use:
             yield
             return
-        _reshard([self.policy])
+        reshard([self.policy])
         with exchanged(locals_of(self.parameters), locals_of(self.ema)):
             try:
                 yield
             finally:
-                _reshard([self.policy])
-
-
-def _reshard(roots: Iterable[nn.Module]) -> None:
-    """FSDP2 leaves a root's parameters gathered after a forward pass: the next one would use them, whatever changed."""
-    for root in roots:
-        for module in root.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+                reshard([self.policy])
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from fastgrpo.algorithms.arithmetic import trained_samples
 from fastgrpo.algorithms.objectives.grpo import clipped_loss_settings
 from fastgrpo.algorithms.schedule import kl_factors, loss_scale
 from fastgrpo.config import Config
-from fastgrpo.distributed.fsdp import hold_weights, set_gradient_sync
+from fastgrpo.distributed.fsdp import hold_weights, reshard, set_gradient_sync
 from fastgrpo.distributed.world import World
 from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.protocol import ModelFamily
@@ -135,6 +135,8 @@ class Updater:
         if first is not None and first.movement is not None:
             with torch.no_grad():
                 result.moved = [first.movement(micro)[1] for micro in self.walk(first.micro_batches)]
+            # What `hold_weights` left unsharded, no backward shards again.
+            reshard(self.family.modules.values())
         self.optimizer.end_iteration(batch.iteration)
         return result
 

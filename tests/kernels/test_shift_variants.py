@@ -209,12 +209,12 @@ def test_fused_compiles_with_gradient(noise):
     _, _, gradients = run_unfused(shift, advantage, weight, settings)
     assert shift.v_uncond is not None
     v, uncond = shift.v.clone().requires_grad_(), shift.v_uncond.clone().requires_grad_()
-    others = tuple(shift[1:4])
+    v_old, b, s = shift[1:4]
 
     @torch.compile(fullgraph=True)
     def loss(v, uncond):
         return grpo_loss(
-            v, *others, public_noise(shift, shift.seed), advantage, weight, **settings,
+            v, v_old, b, s, public_noise(shift, shift.seed), advantage, weight, **settings,
             v_reference=shift.v_reference, v_uncond=uncond, guidance_scale=shift.guidance,
         )[0]  # fmt: skip
 

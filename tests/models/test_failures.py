@@ -40,10 +40,8 @@ def test_a_run_of_a_component_that_cannot_run_is_one_line(tiny_flux, tmp_path, c
     file.write_text(json.dumps(tiny_config(folder).model_dump(mode="json")))
     assert main(["train", str(file), f"run.dir={tmp_path / 'run'}"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    found = re.fullmatch(
-        r"error: model\.path: its T5EncoderModel fails where it runs: RuntimeError: dropout .* nan; traceback: (.*)",
-        line,
-    )
+    said = r"error: T5EncoderModel of transformers fails where it runs; its config\.json may not fit: RuntimeError: dropout"
+    found = re.fullmatch(said + r" .* nan; traceback: (.*)", line)
     assert found
     assert "modeling_t5.py" in Path(found[1]).read_text()
 
@@ -54,7 +52,7 @@ def test_what_is_not_a_components_is_none_of_its(tiny_flux, monkeypatch):
     conditioning = family.encode([Prompt("a red circle")])
     line = failure(family.predict, x[..., :-1], time, conditioning)
     assert line is not None
-    assert line.startswith("model.path: its FluxTransformer2DModel fails where it runs: ")
+    assert line.startswith("FluxTransformer2DModel of diffusers fails where it runs; ")
     assert failure(lambda: 1 / 0) is None
 
     def lacks(*_, **__):

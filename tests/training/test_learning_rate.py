@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from support.tiny import tiny_config
@@ -70,8 +71,8 @@ def test_movement_is_that_of_the_policy_whatever_the_loss(tiny_flux, tmp_path, s
     trainer = Trainer.from_config(tiny_config(tiny_flux, tmp_path / "run", **settings))
     run, measured = trainer.updater.run, []
 
-    def moved(batch, *rest):
-        result = run(batch, *rest)
+    def moved(batch: Any, *rest: Any, **named: Any) -> Any:
+        result = run(batch, *rest, **named)
         measured.append(load("movement").movement(trainer.updater, batch))
         return result
 
