@@ -13,9 +13,11 @@ from support.tiny import tiny_config, tiny_rollout_inputs
 from support.updates import ALONE, advantages, apart, oracle_gradients, prepare, run_update, textbook_loss
 
 from fastgrpo.algorithms.advantages import Advantages
+from fastgrpo.config.schema import Optimizer
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.trajectory import Trajectory
 from fastgrpo.training import update
+from fastgrpo.training.learning_rate import LearningRate
 from fastgrpo.training.micro_batches import micro_batches, rows_to_train
 from fastgrpo.training.residency import KEPT
 from fastgrpo.training.update import Updater
@@ -172,6 +174,7 @@ class Nothing:
     """Conditioning and optimizer of it."""
 
     parameters: ClassVar[list] = []
+    rate: ClassVar[LearningRate] = LearningRate(Optimizer(), 1)
 
     def rows(self, index):
         return self
