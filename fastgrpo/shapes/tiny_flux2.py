@@ -34,6 +34,8 @@ class TinyFlux2Sizes(Section):
     layers: int = 2
     single_layers: int = 2
     text_width: int = 32
+    # None: by the number of tokens, as published.
+    shift: float | None = None
     # Of a checkpoint that is distilled to a few steps without guidance.
     distilled: bool = False
 
@@ -76,7 +78,9 @@ def build_pipeline(words: tuple[str, ...], sizes: TinyFlux2Sizes, seed: int) -> 
         guidance_embeds=False,
     )
     parts: dict[str, Any] = {
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "scheduler": FlowMatchEulerDiscreteScheduler(
+            shift=sizes.shift or 3.0, use_dynamic_shifting=sizes.shift is None
+        ),
         "vae": vae,
         "text_encoder": build_qwen3(Qwen3ForCausalLM, sizes.text_width, TEXT_LAYERS, len(tokenizer)),
         "tokenizer": tokenizer,

@@ -35,12 +35,10 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_settings(config))
     pipeline = TINY[config.family].build(config)
-    if config.init is not None:
-        autoencoder.take(pipeline.vae, config)
-    else:
-        autoencoder.train(pipeline.vae, config)
-        # The second stage learns the latents of the weights that are shipped.
-        pipeline.vae.bfloat16().float()
+    (autoencoder.train if config.init is None else autoencoder.take)(pipeline.vae, config)
+    # The second stage learns the latents of the weights that are shipped.
+    pipeline.vae.bfloat16().float()
+    if config.init is None:
         denoiser.save_bfloat16(pipeline, out / "autoencoder")
     print(
         f"reconstructions: strict {autoencoder.strict_rate(pipeline.vae, config, config.eval.final_images):.4f}",

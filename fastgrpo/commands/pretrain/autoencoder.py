@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.models.auto_model import AutoModel
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -94,7 +95,13 @@ def as_input(vae: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def normalise(vae: Any, latents: Tensor) -> None:
-    """Sets what the VAE's config has for it, so that pipelines see latents of mean 0 (where it can) and deviation 1."""
+    """Sets what the VAE has for it, so that pipelines see latents of mean 0 (where it can) and deviation 1."""
+    if isinstance(getattr(vae, "bn", None), nn.BatchNorm2d):
+        # FLUX.2's: the statistics of each channel of a patch, those of a pixel beside each other.
+        patches = F.pixel_unshuffle(latents, vae.config.patch_size[0])
+        vae.bn.running_mean.copy_(patches.mean((0, 2, 3)))
+        vae.bn.running_var.copy_(patches.var((0, 2, 3)))
+        return
     if vae.config.get("latents_mean") is not None:
         dims = [d for d in range(latents.ndim) if d != 1]
         vae.register_to_config(latents_mean=latents.mean(dims).tolist(), latents_std=latents.std(dims).tolist())
@@ -106,12 +113,22 @@ def normalise(vae: Any, latents: Tensor) -> None:
 
 
 def take(vae: Any, config: PretrainConfig) -> None:
-    """Takes the autoencoder of the pipeline directory `init`; its factors too, where the pipelines have the same."""
+    """Takes the autoencoder of the pipeline directory `init`, of this class or of another with the same layers.
+
+    What normalises its latents is taken too where both have the same for it, and measured on fresh renders otherwise.
+    Raises ConfigError where the two do not fit.
+    """
     assert config.init is not None
-    found: Any = type(vae).from_pretrained(resolve_path(config.init), subfolder="vae", torch_dtype=torch.float32)
-    vae.load_state_dict(found.state_dict())
+    found: Any = AutoModel.from_pretrained(resolve_path(config.init), subfolder="vae", torch_dtype=torch.float32)
+    taken = found.state_dict()
+    statistics = {name: value for name, value in vae.state_dict().items() if name.startswith("bn.")}
+    try:
+        vae.load_state_dict(statistics | taken)
+    except RuntimeError:
+        raise ConfigError(f"init: the autoencoder of {config.init} does not fit; give both the same sizes") from None
     names = [n for n in ("scaling_factor", "shift_factor", "latents_mean", "latents_std") if n in vae.config]
-    if all((vae.config[name] is None) == (found.config.get(name) is None) for name in names):
+    same = all((vae.config[name] is None) == (found.config.get(name) is None) for name in names)
+    if same and statistics.keys() <= taken.keys():
         vae.register_to_config(**{name: found.config[name] for name in names})
         return
     world, generator = config.world, torch.Generator().manual_seed(config.seed)

@@ -189,6 +189,7 @@ TINY = {
     "stable_diffusion": Tiny("fastgrpo.shapes.tiny_stable_diffusion", "TinyStableDiffusionSizes"),
     "sd3": Tiny("fastgrpo.shapes.tiny_sd3", "TinySD3Sizes"),
     "qwen_image": Tiny("fastgrpo.shapes.tiny_qwen_image", "TinyQwenImageSizes"),
+    "flux2": Tiny("fastgrpo.shapes.tiny_flux2", "TinyFlux2Sizes"),
     "z_image": Tiny("fastgrpo.shapes.tiny_z_image", "TinyZImageSizes"),
     "hunyuan_video": Tiny("fastgrpo.shapes.tiny_hunyuan_video", "TinyHunyuanVideoSizes", MOVING, {"task": "text"}),
     "skyreels": Tiny("fastgrpo.shapes.tiny_hunyuan_video", "TinyHunyuanVideoSizes", MOVING, {"task": "image"}),
