@@ -57,7 +57,7 @@ demo: setup
 
 # The recipes of every embedded pipeline, one after the other: two hours on two cores.
 train-all: setup
-	@for recipe in shapes-flux shapes-stable-diffusion shapes-z-image shapes-hunyuan-video shapes-skyreels; do \
+	@for recipe in shapes-flux shapes-stable-diffusion shapes-z-image shapes-flux2 shapes-hunyuan-video shapes-skyreels; do \
 	  $(BIN)/fastgrpo train configs/$$recipe.yaml run.dir=runs/$$recipe run.resume=auto $(ARGS) && \
 	  $(BIN)/fastgrpo eval runs/$$recipe && $(BIN)/fastgrpo report runs/$$recipe || exit 1; done
 

@@ -60,7 +60,6 @@ BUILT = {
     "qwen_image": ("tiny_qwen_image", "TinyQwenImageSizes"),
     "qwen_image_2_1": ("tiny_qwen_image_2_1", None),
     "qwen_image_edit": ("tiny_qwen_image_edit", None),
-    "flux2": ("tiny_flux2", "TinyFlux2Sizes"),
     "hunyuan_video_1_5": ("tiny_hunyuan_video_1_5", None),
     "ltx2": ("tiny_ltx2", None),
     "wan": ("tiny_wan", None),
