@@ -13,7 +13,7 @@ from fastgrpo.config import load_config
 RECIPES = {
     "shapes-flux": (60, "shapes", 240),
     "shapes-z-image": (90, "shapes", 240),
-    "shapes-flux2": (90, "shapes", 240),
+    "shapes-flux2": (120, "shapes", 240),
     "shapes-stable-diffusion": (64, "shapes", 240),
     "shapes-hunyuan-video": (70, "moving_shapes", 480),
     "shapes-skyreels": (100, "moving_shapes", 480),
