@@ -27,14 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgrpo.checkpoints.store import CheckpointStore, DamagedError
 from fastgrpo.config import load_config
+from fastgrpo.distributed import signals as stop_signals
 from fastgrpo.errors import REQUEUE, PreemptedError, UserError
 from fastgrpo.observe.run_log import RunLog, read_metrics
 from fastgrpo.observe.timers import PhaseTimer, peak_memory_bytes
-from fastgrpo.training import signals as stop_signals
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
-from fastgrpo.training.checkpoint import CheckpointStore, DamagedError, training_tensors
+from fastgrpo.training.state import training_tensors
 from fastgrpo.training.trainer import Trainer
 
 from .inputs import inputs

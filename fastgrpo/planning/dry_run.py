@@ -22,7 +22,9 @@ from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.layout import lay_out, rank_samples, share_out, sharers
 from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config, Update
+from fastgrpo.distributed.adamw_8bit import AdamW8bit
 from fastgrpo.distributed.fsdp import unsharded
+from fastgrpo.distributed.residency import Residency, decide_residency, kept_bytes
 from fastgrpo.distributed.shards import local_bytes
 from fastgrpo.distributed.world import World, check_world, make_world, sharded
 from fastgrpo.errors import ConfigError
@@ -38,11 +40,9 @@ from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.rollout.trajectory import Trajectory, kept_empty
-from fastgrpo.training.adamw_8bit import AdamW8bit
 from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.replay import KeptRollout, Replay
-from fastgrpo.training.residency import Residency, decide_residency, kept_bytes
 from fastgrpo.training.update import Updater
 from fastgrpo.training.weights import needs_reference, prepare_weights
 

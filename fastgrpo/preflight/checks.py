@@ -19,6 +19,7 @@ from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.algorithms.schedule import check_sampler
 from fastgrpo.config import Config, Model
 from fastgrpo.data.prompts import Prompt, load_prompts
+from fastgrpo.distributed.adamw_8bit import check_optimizer
 from fastgrpo.distributed.world import check_world
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.models import ModelFamily, check_guidance, family_class
@@ -29,10 +30,8 @@ from fastgrpo.models.loading import check_encoders, one_line, read_configs, reso
 from fastgrpo.models.nf4 import check_quantization
 from fastgrpo.models.weight_files import check_files, damaged_files
 from fastgrpo.preflight.assets import find_assets
+from fastgrpo.preflight.remarks import check_pictures, remarks
 from fastgrpo.rewards import load_reward
-from fastgrpo.training.adamw_8bit import check_optimizer
-from fastgrpo.training.remarks import check_pictures, remarks
-from fastgrpo.training.setup import load_callback
 
 Result = TypeVar("Result")
 # GPUs of a node, where only the number of ranks is known.
@@ -82,8 +81,6 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
     found.attempt(lambda: _check_groups(config, ranks))
     for spec in config.scored:
         found.attempt(lambda spec=spec: load_reward(spec))
-    for name in config.callbacks:
-        found.attempt(lambda name=name: load_callback(name))
     pictured = kind if cls is not None and kind in cls.image_pipelines else ""
     for source in dict.fromkeys(filter(None, (config.prompts.train, config.prompts.heldout))):
         prompts = found.attempt(lambda source=source: load_prompts(source))

@@ -1,7 +1,7 @@
 """AdamW on the trained weights, gradient clipping, the learning-rate schedule and the EMA, without a host read.
 
 A gradient that is not finite skips the step on every rank alike (fused AdamW's found_inf) and is counted. With 8-bit
-moments (fastgrpo/training/adamw_8bit.py) fused AdamW keeps the small tensors.
+moments (fastgrpo/distributed/adamw_8bit.py) fused AdamW keeps the small tensors.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import Config, OldPolicyDecay, Update
+from fastgrpo.distributed.adamw_8bit import SMALLEST, AdamW8bit
 from fastgrpo.distributed.fsdp import reshard
 from fastgrpo.distributed.shards import locals_of
 from fastgrpo.models.trainable import OldPolicy
-from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
 from fastgrpo.training.learning_rate import LearningRate
 
 # As torch.amp.GradScaler has them.

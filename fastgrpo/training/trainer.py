@@ -17,10 +17,13 @@ from fastgrpo.algorithms.advantages import Advantages, compute_advantages
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.distributed.fsdp import unsharded
+from fastgrpo.distributed.residency import residency
+from fastgrpo.distributed.signals import ENDS, StopRequest, listening, stop_request
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import RunPausedError, UserError
 from fastgrpo.models import ModelFamily, load_family
 from fastgrpo.models.trainable import reference_of
+from fastgrpo.observe.iteration_log import IterationLog
 from fastgrpo.observe.metrics import advantage_metrics, reward_metrics
 from fastgrpo.observe.provenance import provenance
 from fastgrpo.observe.run_log import RunLog
@@ -33,13 +36,10 @@ from fastgrpo.rollout.rollouts import Rollouts
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.finite import raise_if_not_finite
 from fastgrpo.training.forward import ForwardTraining
-from fastgrpo.training.iteration_log import IterationLog
 from fastgrpo.training.optimizer import OptimizerState, optimizer_steps
 from fastgrpo.training.replay import Replay
-from fastgrpo.training.residency import residency
 from fastgrpo.training.result import TrainResult, result_of
 from fastgrpo.training.setup import open_trainer
-from fastgrpo.training.signals import ENDS, StopRequest, listening, stop_request
 from fastgrpo.training.update import Updater, UpdateResult, packed
 from fastgrpo.training.weights import needs_reference, prepare_weights
 

@@ -9,12 +9,12 @@ from support.runs import metrics
 from support.tiny import tiny_config
 
 from fastgrpo.algorithms.advantages import extremes
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Scores
 from fastgrpo.rollout.generator import Generator
 from fastgrpo.training.callbacks.guard import GuardCallback
-from fastgrpo.training.checkpoint import CheckpointStore
 from fastgrpo.training.trainer import Trainer
 
 GAUGES = ("scoring/",)

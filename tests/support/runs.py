@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastgrpo.training.checkpoint import training_tensors
+from fastgrpo.training.state import training_tensors
 from fastgrpo.training.trainer import Trainer
 
 TIMES = ("time/", "samples_per_second", "memory/", "ranks/", "gpu/")

@@ -9,13 +9,13 @@ import torch
 from support.runs import finished, metrics, weights
 from support.tiny import tiny_config
 
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.commands.train import train
 from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.rewards import Scores
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
-from fastgrpo.training.checkpoint import CheckpointStore
 from fastgrpo.training.trainer import Trainer
 
 
@@ -233,7 +233,7 @@ def test_a_first_iteration_in_which_nothing_is_learned_goes_on(tiny_flux, tmp_pa
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, tmp_path, monkeypatch):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, checkpoint={"every": 1})
     trainer = Trainer.from_config(config)
-    import fastgrpo.training.checkpoint as module
+    import fastgrpo.checkpoints.store as module
 
     write, count = module.write_shard, []
 
