@@ -318,16 +318,18 @@ def costs(count: int = 5) -> dict[str, Any]:
     """Seconds that a checkpoint takes from training, written at once and in the background; telemetry's own."""
     with tempfile.TemporaryDirectory() as temporary:
         trainer = trainer_of(Path(temporary) / "run", 1)
+        checkpoints = CheckpointCallback.of(trainer)
+        assert checkpoints is not None
         tensors = training_tensors(trainer.optimizer)
         size = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(count + 1):
             for background in (False, True):
                 begin = time.perf_counter()
-                trainer.callback(CheckpointCallback).store.save(2 * turn + background, tensors, {}, 2, None, background)
+                checkpoints.store.save(2 * turn + background, tensors, {}, 2, None, background)
                 if turn:
                     seconds[background].append(time.perf_counter() - begin)
-                trainer.callback(CheckpointCallback).store.wait()
+                checkpoints.store.wait()
         at_once, behind = statistics.median(seconds[False]), statistics.median(seconds[True])
         return {
             "MB": size / 1e6,

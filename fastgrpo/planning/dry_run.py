@@ -32,7 +32,6 @@ from fastgrpo.models import Conditioning, ModelFamily
 from fastgrpo.models.architectures import build_family
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
 from fastgrpo.models.placement import Memory
-from fastgrpo.models.trainable import Reference, reference_of
 from fastgrpo.planning.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
 from fastgrpo.planning.meter import Cost, Meter, Peaks
 from fastgrpo.planning.repeated import CountedWalk, Repeated
@@ -40,11 +39,11 @@ from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.rollout.trajectory import Trajectory, kept_empty
-from fastgrpo.training.forward import ForwardTraining
+from fastgrpo.training.forward import forward_training
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.replay import KeptRollout, Replay
 from fastgrpo.training.update import Updater
-from fastgrpo.training.weights import needs_reference, prepare_weights
+from fastgrpo.training.weights import prepare_weights
 
 CPU = torch.device("cpu")
 
@@ -209,10 +208,10 @@ class _Iteration:
         layout = lay_out(schedule, roll, mine)
         with meter.counting("caches"):
             conditioning = fake_conditioning(family, len(layout.prompts))
-        reference = reference_of(family.policy, copies.frozen) if needs_reference(config) else None
         counted = meter, self.stretches, self.whole
         walk = CountedWalk(*counted, family.policy, kept)
-        updater = Updater(family, config, world, optimizer, reference, kept, walk, self._forward(reference))
+        forward = forward_training(family, config, world, self.levels, copies)
+        updater = Updater(family, config, world, optimizer, copies.reference, kept, walk, forward)
 
         if config.model.text_encoders == "offload":
             with self.phase("encode", "activations"), family.encoding():
@@ -250,12 +249,6 @@ class _Iteration:
             self.loading,
             self.encoders,
         )
-
-    def _forward(self, reference: Reference | None) -> ForwardTraining | None:
-        """The training of a forward process, if the config has one."""
-        if not self.config.objective.forward:
-            return None
-        return ForwardTraining(self.family, self.config, self.world, self.levels, self.copies.old, reference)
 
     def _replay(self, optimizer: OptimizerState, kept: KeptRollout) -> Replay:
         """A replay that is full: the same rollout again and again, each with the bytes of its own."""

@@ -28,6 +28,7 @@ from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
 from fastgrpo.models.loading import check_encoders, one_line, read_configs, resolve_path
 from fastgrpo.models.nf4 import check_quantization
+from fastgrpo.models.resized import check_section
 from fastgrpo.models.weight_files import check_files, damaged_files
 from fastgrpo.preflight.assets import find_assets
 from fastgrpo.preflight.remarks import check_pictures, remarks
@@ -68,7 +69,7 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
         if parts:
             found.attempt(lambda: cls.check(config.model, parts))
         if parts and config.evaluated_model != config.model:
-            found.attempt(lambda: cls.check_section("eval", config.evaluated_model, parts))
+            found.attempt(lambda: check_section(cls, "eval", config.evaluated_model, parts))
         if parts and config.parallel.context > 1:
             found.attempt(lambda: check_context(config, cls, parts, "cuda" if torch.cuda.is_available() else "cpu"))
     found.attempt(lambda: forward_objective(config))

@@ -26,10 +26,12 @@ from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.protocol import ModelFamily
+from fastgrpo.models.resized import resized
 from fastgrpo.models.trainable import Reference
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.trajectory import take_rows
 from fastgrpo.training.micro_batches import MicroBatch, OptimizerStep, epoch_draw
+from fastgrpo.training.weights import Copies
 from fastgrpo_kernels import MatchingTarget, gaussian_step, noise, shift_moments
 
 # Columns of a step's table.
@@ -48,7 +50,7 @@ class Units:
         return Units(self.samples[chosen], self.key[chosen])
 
 
-def single_samples(advantages: Advantages, kept: np.ndarray) -> Units:
+def single_samples(kept: np.ndarray) -> Units:
     """Every sample of `kept` (bool [N]) by itself."""
     samples = np.flatnonzero(kept)
     return Units(samples[:, None], samples)
@@ -99,7 +101,7 @@ class ForwardTraining:
         self.config, self.world, self.old, self.reference = config, world, old, reference
         guidance = config.objective.guidance
         given = config.model if guidance is None else config.model.model_copy(update={"guidance": guidance})
-        self.family = family.at(given)
+        self.family = resized(family, given)
         if self.family.guided and not family.guided:
             raise ConfigError(
                 f"objective.guidance: {guidance:g} needs negative prompts, which model.guidance "
@@ -148,7 +150,7 @@ class ForwardTraining:
         if self.objective.paired:
             return best_and_worst(advantages, self.config.rollout.candidates, self.config.objective.pairs)
         always = self.objective.trains_zero or kl_weight > 0 or self.config.objective.old_weight > 0
-        return single_samples(advantages, advantages.valid & ((advantages.values != 0) | always))
+        return single_samples(advantages.valid & ((advantages.values != 0) | always))
 
     def _owners(self, iteration: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Which rank has each global sample, and which optimizer step of an epoch takes it, [N] each."""
@@ -314,6 +316,15 @@ def matching_sums(
     if branches is None:
         return RowSums(*shift_moments(v, v_old, 1.0, 1.0, target))
     return RowSums(*shift_moments(v, v_old, 1.0, 1.0, target, residuals=branches))
+
+
+def forward_training(
+    family: ModelFamily, config: Config, world: World, levels: NoiseLevels, copies: Copies
+) -> ForwardTraining | None:
+    """Returns the training of a run's forward process; None where steps of trajectories are trained."""
+    if not config.objective.forward:
+        return None
+    return ForwardTraining(family, config, world, levels, copies.old, copies.reference)
 
 
 def planned_rows(config: Config, objective: ForwardObjective) -> int:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from support.runs import finished, metrics
+from support.runs import callback_of, finished, metrics
 from support.tiny import tiny_config
 
 from fastgrpo.checkpoints.resume import compare, digest_of
@@ -217,7 +217,7 @@ def test_the_best_checkpoint_is_saved_or_said_to_be_missing(tiny_flux, tmp_path,
         eval={"every": 1, "images": 4},
     )  # fmt: skip
     trainer = Trainer.from_config(config)
-    evaluation, scores = trainer.callback(EvaluationCallback), iter([0.1, 0.2, 0.9, 0.3, 0.2])
+    evaluation, scores = callback_of(trainer, EvaluationCallback), iter([0.1, 0.2, 0.9, 0.3, 0.2])
     evaluate = evaluation.evaluate
 
     def fixed(trainer):

@@ -129,13 +129,13 @@ def test_the_old_policy_follows_as_it_says(tiny_flux, tmp_path, kind):
     trainer = Trainer.from_config(config)
     before = [p.detach().clone() for p in trainer.optimizer.parameters]
     trainer.step()
-    assert trainer.old is not None
+    assert trainer.optimizer.old is not None
     kept = 0.0 if kind == "awm" else 2 * DECAY["rate"]
-    for old, new, first in zip(trainer.old.parameters, trainer.optimizer.parameters, before, strict=True):
+    for old, new, first in zip(trainer.optimizer.old.parameters, trainer.optimizer.parameters, before, strict=True):
         assert torch.allclose(old, kept * first + (1 - kept) * new, atol=1e-7)
         assert torch.equal(old, new) is (kept == 0) or torch.equal(new, first)
     # What rolls out is the old policy, where it is not the policy.
-    with trainer._acting() as modules:
+    with trainer.rollouts.acting() as modules:
         assert (modules is trainer.family.modules) is (kind == "awm")
 
 

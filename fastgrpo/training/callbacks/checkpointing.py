@@ -63,6 +63,6 @@ class CheckpointCallback(Callback):
     def save(self, trainer: Trainer) -> None:
         """Writes the checkpoint of the iterations done so far."""
         trainer.flush()
-        with trainer.outside_iteration("checkpoint"):
+        with trainer.iterations.outside("checkpoint", trainer.iteration):
             save(trainer, self.store, self.best, {} if self.claim is None else self.claim.identity)
         self.saved = trainer.iteration
