@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.rollout.trajectory import Trajectory, kept_empty
-from fastgrpo.training.forward import forward_training
+from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.replay import KeptRollout, Replay
 from fastgrpo.training.update import Updater
@@ -210,7 +211,10 @@ class _Iteration:
             conditioning = fake_conditioning(family, len(layout.prompts))
         counted = meter, self.stretches, self.whole
         walk = CountedWalk(*counted, family.policy, kept)
-        forward = forward_training(family, config, world, self.levels, copies)
+        forward = None
+        if config.objective.forward:
+            repeated = partial(Repeated, *counted)
+            forward = ForwardTraining(family, config, world, self.levels, copies, kept.update_unsharded, repeated)
         updater = Updater(family, config, world, optimizer, copies.reference, kept, walk, forward)
 
         if config.model.text_encoders == "offload":

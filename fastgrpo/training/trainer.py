@@ -31,7 +31,7 @@ from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.rollouts import Rollouts
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.finite import raise_if_not_finite
-from fastgrpo.training.forward import forward_training
+from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.optimizer import OptimizerState, optimizer_steps
 from fastgrpo.training.replay import Replay
 from fastgrpo.training.result import TrainResult, result_of
@@ -81,7 +81,10 @@ class Trainer:
         self.residency = residency(config, family.policy, world, copies.old_modules())
         acting = partial(rolling_out, family, config, copies, self.residency)
         self.rollouts = Rollouts(family, config, world, prompts, self.rewards, self.timer, self.failures, acting)
-        forward = forward_training(family, config, world, self.rollouts.levels, copies)
+        forward = None
+        if config.objective.forward:
+            held = self.residency.update_unsharded
+            forward = ForwardTraining(family, config, world, self.rollouts.levels, copies, held)
         self.updater = Updater(family, config, world, self.optimizer, copies.reference, self.residency, forward=forward)
         self.replay = Replay(config.update.replay, self.optimizer)
         self.kl_weight = config.objective.kl_weight

@@ -181,6 +181,19 @@ def test_guidance_may_be_left_out_of_training(tiny_flux, tmp_path):
     assert trainer.step()["ratio/first_max_deviation"] == 0
 
 
+def test_the_old_policy_and_the_trained_one_are_never_unsharded_together(tiny_flux):
+    """Two ranks: what is gathered at the peak of an update is what GRPO gathers there."""
+    held = {"rollout": {"gather": "once"}, "update": {"gather": "once", "grad_sync": "once"}}
+    shared = {"rollout": held["rollout"] | {"shared_noise": False}}
+    grpo = dry_run(tiny_config(tiny_flux, **shared, update=held["update"]), 2)
+    settings = FORWARD["nft"] | {"update": FORWARD["nft"].get("update", {}) | held["update"]}
+    nft = dry_run(tiny_config(tiny_flux, **settings, **shared), 2)
+    assert nft.compared > 0
+    theirs, ours = grpo.phases[-1], nft.phases[-1]
+    assert ours.name == theirs.name == "update"
+    assert 0 < ours.at_peak["gathers"] == theirs.at_peak["gathers"]
+
+
 def test_a_plan_has_no_trajectory_and_an_old_policy(tiny_flux):
     """The same iteration under FakeTensorMode, where a read on the host raises."""
     grpo = dry_run(tiny_config(tiny_flux, rollout={"shared_noise": False}))
