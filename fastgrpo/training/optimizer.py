@@ -57,7 +57,7 @@ class OptimizerState:
         loss_scaling: bool = False, old: OldPolicy | None = None, old_decay: OldPolicyDecay | None = None,
     ) -> None:  # fmt: skip
         self.config, self.steps = config, 0
-        self.rate = LearningRate(config.optimizer, total_steps)
+        self.rate = LearningRate(config.optimizer, total_steps, total_steps / (config.optimizer_steps * config.epochs))
         self.policy, self.old, self.old_decay = policy, old, old_decay or OldPolicyDecay()
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
