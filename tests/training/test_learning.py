@@ -14,6 +14,7 @@ RECIPES = {
     "shapes-flux": (60, "shapes", 240),
     "shapes-z-image": (90, "shapes", 240),
     "shapes-stable-diffusion": (64, "shapes", 240),
+    "shapes-flux-kontext": (90, "editing", 240),
     "shapes-hunyuan-video": (70, "moving_shapes", 480),
     "shapes-skyreels": (100, "moving_shapes", 480),
 }
