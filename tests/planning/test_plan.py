@@ -193,6 +193,16 @@ def test_every_recipe_fits_and_the_document_has_its_plan(recipe):
     assert row in Path("docs/scale.md").read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in Path("configs").glob("*-1x24gb.yaml")))
+def test_every_recipe_for_a_card_of_24_gb_fits_it_and_the_document_has_its_plan(recipe):
+    found = planning.plan(load_config(f"configs/{recipe}.yaml"), GPUS["rtx4090"], 1)
+    assert found.fits
+    rate = planning.total_seconds(found, GPUS["rtx4090"])
+    row = f"| {recipe} | {found.need / 2**30:.1f} | {found.worst.name} | {rate:.0f} |"
+    assert row in Path("docs/scale.md").read_text(encoding="utf-8").splitlines()
+
+
 @pytest.mark.parametrize("whole, worlds", [(True, [2]), (False, [2, 4, 8])])
 def test_more_gpus_are_tried_while_they_help_and_no_longer(tiny_flux, monkeypatch, whole, worlds):
     """whole: what does not fit is on every GPU; else it is sharded, and eight do."""
