@@ -490,13 +490,14 @@ class Optimizer(Section):
     )
     lr: PositiveFloat | Literal["auto"] = Field(
         default=1e-5,
-        description="Learning rate, after warm-up. auto: finds itself, by how far updates move the policy (movement), "
+        description="Learning rate, after warm-up. auto: finds itself, by how far updates move the policy (travel), "
         "with a forward of the trained rows in the first 16 iterations and every fourth after, which plans leave out.",
     )
-    movement: PositiveFloat = Field(
-        default=7e-5,
-        description="What lr: auto steers to: how far an iteration's update moves the mean of a trained step's "
-        "transition, squared, an element, in units of the step's variance.",
+    travel: PositiveFloat = Field(
+        default=1.5,
+        description="What lr: auto divides among a run's iterations: how far their updates, one after the other, move "
+        "the mean of a trained step's transition, in units of the step's standard deviation (root mean square of the "
+        "elements, at the rate before the schedule).",
     )
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="Decay of the mean of gradients, each step."

@@ -22,6 +22,7 @@ from fastgrpo.data.prompts import Prompt, load_prompts, open_image
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import ModelFamily, load_family
+from fastgrpo.models.resized import resized
 from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import initial_noise, rollout
@@ -392,7 +393,7 @@ def test_each_transformer_of_two_has_its_guidance_and_its_gradient(saved):
     """Of a step of its own: the other one's weights, and its scale, have no part in it."""
     family = load_family(video_config(saved("wan_two")[0], "wan_two").model, CPU)
     family.policy.requires_grad_(True)
-    other = family.at(family.config.model_copy(update={"guidance_2": 5.0}))
+    other = resized(family, family.config.model_copy(update={"guidance_2": 5.0}))
     conditioning, x, time = family.encode(PROMPTS), initial(family, range(2)), torch.tensor([0.7, 0.4])
     for name, module in family.modules.items():
         v = family.predict(x, time, conditioning, module)
