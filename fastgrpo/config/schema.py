@@ -96,7 +96,8 @@ class Model(Section):
     text_encoders: Literal["keep", "offload", "drop"] = Field(
         default="keep",
         description="keep: on the device; offload: in host memory, on the device while prompts are encoded; drop: the "
-        "prompts that the run will draw are encoded before it begins, and the encoders freed.",
+        "prompts that the run will draw are encoded before it begins, while what is trained is in host memory, and the "
+        "encoders freed.",
     )
     vae: Literal["keep", "offload"] = Field(
         default="keep", description="offload: in host memory, on the device while images are encoded and decoded."

@@ -187,11 +187,16 @@ class _Iteration:
                 if isinstance(part, nn.Module) and name not in family.modules and name not in family.offloaded:
                     materialize(part)
         if config.model.text_encoders == "drop":
-            # Before weights are sharded, and there is an optimizer.
-            with meter.counting("parameters"):
-                loaded = torch.empty(self.loaded, dtype=torch.uint8)
-            with self.phase("encode", "activations"), family.encoding():
+            # Before weights are sharded, and there is an optimizer. What is trained has been loaded whole, and waits in
+            # host memory meanwhile.
+            with self.phase("encode", "activations"):
+                self.stretches.enter("load")
+                with meter.counting("parameters"):
+                    loaded = torch.empty(self.loaded, dtype=torch.uint8)
                 del loaded
+                self.stretches.enter("encode")
+                with family.encoding():
+                    pass
         held = [family.policy, *copies.modules()]
         meter.claim((t for m in held for t in (*m.parameters(), *m.buffers())), "parameters")
         with meter.counting("optimizer"):
