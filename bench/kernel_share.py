@@ -101,7 +101,7 @@ def document() -> str:
     (step_bytes, step_launches), (loss_bytes, loss_launches) = eager().values()
     lines = []
     for row in tables.read(tables.DATA / "planned.csv"):
-        if row["gpu"] != GPU:
+        if row["gpu"] != GPU or row["fits"] != "yes":
             continue
         work, seconds = work_of(row), float(row["iteration_s"])
 

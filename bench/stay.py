@@ -27,14 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgrpo.checkpoints.store import CheckpointStore, DamagedError
 from fastgrpo.config import load_config
+from fastgrpo.distributed import signals as stop_signals
 from fastgrpo.errors import REQUEUE, PreemptedError, UserError
 from fastgrpo.observe.run_log import RunLog, read_metrics
 from fastgrpo.observe.timers import PhaseTimer, peak_memory_bytes
-from fastgrpo.training import signals as stop_signals
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
-from fastgrpo.training.checkpoint import CheckpointStore, DamagedError, training_tensors
+from fastgrpo.training.state import training_tensors
 from fastgrpo.training.trainer import Trainer
 
 from .inputs import inputs
@@ -317,16 +318,18 @@ def costs(count: int = 5) -> dict[str, Any]:
     """Seconds that a checkpoint takes from training, written at once and in the background; telemetry's own."""
     with tempfile.TemporaryDirectory() as temporary:
         trainer = trainer_of(Path(temporary) / "run", 1)
+        checkpoints = CheckpointCallback.of(trainer)
+        assert checkpoints is not None
         tensors = training_tensors(trainer.optimizer)
         size = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(count + 1):
             for background in (False, True):
                 begin = time.perf_counter()
-                trainer.callback(CheckpointCallback).store.save(2 * turn + background, tensors, {}, 2, None, background)
+                checkpoints.store.save(2 * turn + background, tensors, {}, 2, None, background)
                 if turn:
                     seconds[background].append(time.perf_counter() - begin)
-                trainer.callback(CheckpointCallback).store.wait()
+                checkpoints.store.wait()
         at_once, behind = statistics.median(seconds[False]), statistics.median(seconds[True])
         return {
             "MB": size / 1e6,

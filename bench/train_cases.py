@@ -27,12 +27,13 @@ REWARD = {"name": "clip", "path": "shapes:clip"}
 @dataclass(frozen=True)
 class Case:
     """A family's recipes. world: of its prompts. tiny: its model section. recipe: a file of configs, of which `real`
-    are the settings that differ on one GPU."""
+    are the settings that differ on one GPU. family: where it is not the case's name."""
 
     world: str
     tiny: dict[str, Any]
     recipe: str
     real: dict[str, Any] = field(default_factory=dict)
+    family: str | None = None
 
 
 LORA = {"model.lora": {"rank": 64, "alpha": 128.0}}
@@ -53,9 +54,13 @@ MODELS = {
     "ltx2": Case("moving", {"guidance": 1.0, "max_sequence_length": 16}, "ltx2-fast-8xh100"),
     "skyreels": Case("moving", {"guidance": 3.0, "max_sequence_length": 8}, "skyreels-fast-8xh100"),
     "wan": Case("moving", {"guidance": 3.0, "max_sequence_length": 14}, "wan-2.1-1.3b-fast-8xh100"),
+    "wan_2_2_a14b": Case(
+        "moving", {"guidance": 3.0, "max_sequence_length": 14}, "wan-2.2-a14b-fast-8xh100", family="wan"
+    ),
 }
-# Tiny pipelines without shipped weights, which are built with random ones: a module of fastgrpo.shapes, and its sizes.
-BUILT = {
+# Tiny pipelines without shipped weights, built with random ones: a module of fastgrpo.shapes, and its sizes or
+# settings.
+BUILT: dict[str, tuple[str, str | dict[str, Any] | None]] = {
     "sd3": ("tiny_sd3", "TinySD3Sizes"),
     "qwen_image": ("tiny_qwen_image", "TinyQwenImageSizes"),
     "qwen_image_2_1": ("tiny_qwen_image_2_1", None),
@@ -63,6 +68,7 @@ BUILT = {
     "hunyuan_video_1_5": ("tiny_hunyuan_video_1_5", None),
     "ltx2": ("tiny_ltx2", None),
     "wan": ("tiny_wan", None),
+    "wan_2_2_a14b": ("tiny_wan", {"two": True}),
 }
 # Of each world.
 VERIFIERS = {"shapes": "shapes", "moving": "moving_shapes", "editing": "editing"}
@@ -98,6 +104,11 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
 }
 
 
+def family_name(model: str) -> str:
+    """The family of a case."""
+    return MODELS[model].family or model
+
+
 def points(model: str, size: str, sweeps: list[str]) -> list[Point]:
     """`base`, and every place of the sweeps that this model and machine have."""
     found = [Point("base")]
@@ -130,11 +141,12 @@ def case_config(model: str, size: str, settings: dict[str, Any], folder: Path) -
         window = config.rollout.trained.model_dump() | {"move": "fixed", "start": 1}
         config = overridden(config, ONE_GPU | {"prompts.train": f"{case.world}:train", "rollout.trained": window})
         return overridden(config, case.real | settings | {"run.dir": str(folder / "run")})
-    diffusion = {"sampler": "ddim", "eta": 1.0} if family_class(model).paradigm == "diffusion" else {"shift": 3.0}
+    family = family_name(model)
+    diffusion = {"sampler": "ddim", "eta": 1.0} if family_class(family).paradigm == "diffusion" else {"shift": 3.0}
     verifier = {"name": VERIFIERS[case.world], "weight": 0.0}
     data: dict[str, Any] = {
         "run": {"dir": str(folder / "run"), "seed": 0},
-        "model": {"family": model, "path": f"shapes:{model}", "height": 32, "width": 32,
+        "model": {"family": family, "path": f"shapes:{model}", "height": 32, "width": 32,
                   "frames": 5 if case.world == "moving" else 1, **case.tiny},
         "prompts": {"train": f"{case.world}:train"},
         "rewards": [REWARD, verifier],
@@ -155,6 +167,8 @@ def build_tiny(model: str) -> Any:
     name, sizes = BUILT[model]
     module = importlib.import_module(f"fastgrpo.shapes.{name}")
     words = {"shapes": world, "moving": moving_world, "editing": editing_world}[MODELS[model].world].vocabulary()
+    if isinstance(sizes, dict):
+        return module.build_pipeline(words, seed=0, **sizes)
     return module.build_pipeline(words, *([getattr(module, sizes)()] if sizes else []), seed=0)
 
 

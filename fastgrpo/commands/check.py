@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fastgrpo.algorithms.arithmetic import arithmetic
@@ -13,6 +14,7 @@ from fastgrpo.errors import UserError
 from fastgrpo.observe.progress import warn
 from fastgrpo.planning.plan import HARDWARE
 from fastgrpo.preflight.checks import preflight
+from fastgrpo.training.setup import load_callback
 
 
 def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> bool:
@@ -34,6 +36,8 @@ def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -
     name = HARDWARE.fullmatch(path.stem)
     count = ranks or (int(name[1]) if name else int(os.environ.get("WORLD_SIZE", "1")))
     found = preflight(config, count)
+    for callback in config.callbacks:
+        found.attempt(partial(load_callback, callback))
     for remark in found.remarks:
         warn(_line(remark))
     for line in found.missing:

@@ -347,8 +347,7 @@ def _rate_high(e: Evidence) -> Iterator[Finding]:
 def _rate(optimizer: Optimizer, low: int, high: int) -> str:
     """What to multiply or divide, for a rate that changes by a factor of low to high."""
     if optimizer.lr == "auto":
-        # It grows as the rate's square.
-        return f"update.optimizer.movement ({optimizer.movement:g}) by {low**2} to {high**2}"
+        return f"update.optimizer.travel ({optimizer.travel:g}) by {low} to {high}"
     return f"update.optimizer.lr ({optimizer.lr:g}) by {low} to {high}"
 
 

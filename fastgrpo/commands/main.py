@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from fastgrpo import __version__
+from fastgrpo.distributed.signals import stop_listening
 from fastgrpo.errors import EXTRAS, REQUEUE, ConfigError, PreemptedError, UserError, missing, require_extra
 from fastgrpo.observe.quiet import quiet_libraries
-from fastgrpo.training.signals import stop_listening
 
 app = typer.Typer(
     help="GRPO for visual generators: diffusion models and rectified flows, images and video.",
@@ -66,7 +66,7 @@ def train(
     """
     if not check:
         # Before torch is imported, which takes a while.
-        from fastgrpo.training.signals import listen
+        from fastgrpo.distributed.signals import listen
 
         listen()
     require_extra("train", "fastgrpo train")

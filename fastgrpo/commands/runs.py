@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastgrpo.checkpoints.store import CheckpointStore, load_weights
 from fastgrpo.config import Config, RewardSpec, flatten_rewards, load_config, validate
 from fastgrpo.config.sections import Section, load_settings
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.models import ModelFamily
 from fastgrpo.models.trainable import make_trainable
-from fastgrpo.training.checkpoint import CheckpointStore, load_weights
 
 
 class RewardList(Section):

@@ -96,7 +96,8 @@ class Model(Section):
     text_encoders: Literal["keep", "offload", "drop"] = Field(
         default="keep",
         description="keep: on the device; offload: in host memory, on the device while prompts are encoded; drop: the "
-        "prompts that the run will draw are encoded before it begins, and the encoders freed.",
+        "prompts that the run will draw are encoded before it begins, while what is trained is in host memory, and the "
+        "encoders freed.",
     )
     vae: Literal["keep", "offload"] = Field(
         default="keep", description="offload: in host memory, on the device while images are encoded and decoded."
@@ -489,13 +490,14 @@ class Optimizer(Section):
     )
     lr: PositiveFloat | Literal["auto"] = Field(
         default=1e-5,
-        description="Learning rate, after warm-up. auto: finds itself, by how far updates move the policy (movement), "
+        description="Learning rate, after warm-up. auto: finds itself, by how far updates move the policy (travel), "
         "with a forward of the trained rows in the first 16 iterations and every fourth after, which plans leave out.",
     )
-    movement: PositiveFloat = Field(
-        default=7e-5,
-        description="What lr: auto steers to: how far an iteration's update moves the mean of a trained step's "
-        "transition, squared, an element, in units of the step's variance.",
+    travel: PositiveFloat = Field(
+        default=1.5,
+        description="What lr: auto divides among a run's iterations: how far their updates, one after the other, move "
+        "the mean of a trained step's transition, in units of the step's standard deviation (root mean square of the "
+        "elements, at the rate before the schedule).",
     )
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="Decay of the mean of gradients, each step."

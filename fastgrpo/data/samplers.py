@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from fastgrpo.config import Config
+from fastgrpo.data.prompts import Prompt
 
 
 class PromptSampler:
@@ -67,3 +72,18 @@ class SpreadSampler(PromptSampler):
             if not np.isnan(value):
                 before = self.spread[index]
                 self.spread[index] = value if np.isnan(before) else before + self.RECENT * (value - before)
+
+
+def prompts_to_come(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Returns the prompts that a run will draw: all of them, where their rewards decide."""
+    sampler = prompt_sampler(config, len(prompts))
+    if isinstance(sampler, SpreadSampler):
+        return list(prompts)
+    drawn = {i for n in range(config.train.iterations) for i in sampler.at(n).tolist()}
+    return [prompts[i] for i in sorted(drawn)]
+
+
+def prompt_sampler(config: Config, count: int) -> PromptSampler:
+    """Returns the sampler that prompts.select names, over `count` prompts."""
+    kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
+    return kind(count, config.rollout.prompts_per_iteration, config.run.seed)

@@ -1,8 +1,9 @@
-"""The part of a sharded tensor that this rank holds."""
+"""The part of a sharded tensor that this rank holds; and weights that take one another's place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -41,3 +42,21 @@ def first_replica(tensor: DTensor) -> bool:
     return not any(
         here for here, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()
     )
+
+
+@contextmanager
+def exchanged(weights: Sequence[torch.Tensor], averages: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within it weights and averages have each other's values."""
+    _exchange(weights, averages)
+    try:
+        yield
+    finally:
+        _exchange(weights, averages)
+
+
+@torch.no_grad()
+def _exchange(weights: Sequence[torch.Tensor], averages: Sequence[torch.Tensor]) -> None:
+    for weight, average in zip(weights, averages, strict=True):
+        kept = weight.clone()
+        weight.copy_(average)
+        average.copy_(kept)

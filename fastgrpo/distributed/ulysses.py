@@ -38,7 +38,7 @@ def split_tokens(
     if plan is None:
         kind = type(module).__name__
         raise ConfigError(f"parallel.context: {size}, but {kind} has no plan to split its tokens; leave it at 1")
-    check_split(size, getattr(module.config, "num_attention_heads", None), tokens, method)
+    check_split(size, head_count(module.config), tokens, method)  # pyright: ignore[reportArgumentType]
     ring, ulysses = (size, 1) if method == "ring" else (1, size)
     mesh = init_device_mesh(device, (ranks // size, ring, ulysses), mesh_dim_names=("data", "ring", "ulysses"))
     config = ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses)
@@ -49,6 +49,11 @@ def split_tokens(
         if processor is not None and hasattr(processor, "_parallel_config"):
             processor._parallel_config = ParallelConfig(context_parallel_config=config)
     apply_context_parallel(module, config, dict(plan))
+
+
+def head_count(settings: Mapping[str, Any]) -> int | None:
+    """How many attention heads a transformer of these settings has, by either name that diffusers has for it."""
+    return settings.get("num_attention_heads", settings.get("n_heads"))
 
 
 def check_split(size: int, heads: int | None, tokens: Sequence[int], method: str) -> None:
@@ -70,6 +75,11 @@ def group_of(parallel: Any) -> tuple[Any, int, int]:
         return None, 1, 0
     mesh = parallel.context_parallel_config._ulysses_mesh
     return mesh.get_group(), mesh.size(), mesh.get_local_rank()
+
+
+def own_tokens(x: Tensor, dim: int, size: int, rank: int) -> Tensor:
+    """This rank's tokens of what every rank holds: one of `size` equal slices along `dim`."""
+    return x if size == 1 else x.chunk(size, dim=dim)[rank]
 
 
 def tokens_to_heads(x: Tensor, group: Any, size: int) -> Tensor:

@@ -24,6 +24,7 @@ from fastgrpo.distributed.world import World
 from fastgrpo.errors import UserError
 from fastgrpo.models import ModelFamily
 from fastgrpo.models.loading import levels_of
+from fastgrpo.models.resized import resized
 from fastgrpo.observe.media import animate, beside_sources, write_frames, write_grid, write_mp4, write_webp
 from fastgrpo.rewards import Reward, release
 from fastgrpo.rewards.failures import FailureLog
@@ -92,7 +93,7 @@ def draw(family: ModelFamily, prompts: Sequence[Prompt], config: Config, world: 
     """
     share = -(-len(prompts) // world.size)
     mine = np.minimum(np.arange(world.rank * share, (world.rank + 1) * share), len(prompts) - 1)
-    family = family.at(config.evaluated_model, "eval")
+    family = resized(family, config.evaluated_model, "eval")
     single = config.rollout.model_copy(update={"group_size": 1, "best_of": None, "shared_noise": False})
     levels = levels_of(family, config.eval.steps or config.rollout.steps, config.rollout.shift)
     schedule = schedule_steps(single, levels, first + len(prompts), EVAL_ITERATION, config.run.seed, deterministic=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal, cast
 
 import numpy as np
@@ -102,6 +102,10 @@ class PromptEncoding(abc.ABC):
         """Within it everything that encodes prompts is on the device."""
 
     @abc.abstractmethod
+    def trained_on_host(self) -> AbstractContextManager[None]:
+        """Within it the trained components are in host memory."""
+
+    @abc.abstractmethod
     def drop_encoders(self) -> None:
         """Frees the text encoders; a prompt that is not cached loads them again."""
 
@@ -157,10 +161,14 @@ class PromptEncoding(abc.ABC):
         return found
 
     def encode_ahead(self, prompts: Sequence[Prompt]) -> None:
-        """Encodes into model.embedding_cache what it lacks of these prompts, negatives too; then frees the encoders."""
+        """Encodes into model.embedding_cache what it lacks of these prompts, negatives too; then frees the encoders.
+
+        Before weights are sharded: the trained components make room for the encoders.
+        """
         missing = [p for p in prompts if not (self.embeddings.has(p) and self.embeddings.has(self.negative(p)))]
-        for start in range(0, len(missing), AHEAD_BATCH):
-            self.encode(missing[start : start + AHEAD_BATCH], keep=1)
+        with self.trained_on_host() if missing else nullcontext():
+            for start in range(0, len(missing), AHEAD_BATCH):
+                self.encode(missing[start : start + AHEAD_BATCH], keep=1)
         # What was read back from disk would be on the host; this is on the device.
         self.embeddings.forget(0)
         self.drop_encoders()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastgrpo.config import Config
-from fastgrpo.distributed.ulysses import check_split
+from fastgrpo.distributed.ulysses import check_split, head_count
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.protocol import ModelFamily
 
@@ -24,7 +24,7 @@ def check_context(config: Config, cls: type[ModelFamily], parts: Mapping[str, Ma
         )
     if method == "ring" and device == "cpu":
         raise ConfigError("parallel.context_kind: ring attention needs GPUs; on a CPU use ulysses")
-    heads = next(parts[name].get("num_attention_heads") for name in cls.trained if name in parts)
+    heads = next(head_count(parts[name]) for name in cls.trained if name in parts)
     check_split(size, heads, cls.token_lengths(config.model, parts), method)
 
 

@@ -160,6 +160,18 @@ class PlacedPipeline:
         with self.on_device(*self.encoders, "vae"):
             yield
 
+    @contextmanager
+    def trained_on_host(self) -> Iterator[None]:
+        """Within it the trained components are in host memory, but for those that are still without weights."""
+        whole = [module for module in self.modules.values() if not any(p.is_meta for p in module.parameters())]
+        for module in whole:
+            module.to("cpu")
+        try:
+            yield
+        finally:
+            for module in whole:
+                module.to(self.device)
+
     def drop_encoders(self) -> None:
         """Frees the text encoders; a prompt that is not cached loads them again."""
         vars(self).pop("encoder", None)

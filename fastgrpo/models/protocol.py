@@ -7,11 +7,9 @@ diffusers' and transformers' own. docs/adding-a-model.md tells how to write one.
 from __future__ import annotations
 
 import abc
-import copy
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,39 +68,6 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
         self.check(config, self.component_configs)
         self.place(pipeline)
 
-    def at(self, config: Model, section: str = "model") -> Self:
-        """The same weights at another size or guidance; shares all that does not depend on these.
-
-        Args:
-            config: The model section to follow.
-            section: Where its sizes are set, for errors.
-
-        Raises:
-            ConfigError: For a size that the family cannot make.
-        """
-        if config == self.config:
-            return self
-        self.check_section(section, config, self.component_configs)
-        # Not `encoder` and the like, which belong to the pipeline and not to a size.
-        kept = {name for name, value in vars(PlacedPipeline).items() if isinstance(value, cached_property)}
-        other = copy.copy(self)
-        for name in vars(self).keys() - kept:
-            if isinstance(getattr(type(self), name, None), cached_property):
-                del vars(other)[name]
-        other.config = config
-        if self.takes_image:
-            # Its encodings are those of a size.
-            other.embeddings = EmbeddingCache(self.embeddings.directory, encoded_size(config))
-        return other
-
-    @classmethod
-    def check_section(cls, section: str, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
-        """`check` of sizes that another section of the config than `model` sets; its errors name that one."""
-        try:
-            cls.check(config, parts)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("model.", f"{section}.", 1)) from None
-
     @classmethod
     @abc.abstractmethod
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -110,28 +75,6 @@ class ModelFamily(PlacedPipeline, PromptEncoding, PipelineSampling):
 
         parts: the config of each component by name; called before their weights are loaded.
         """
-
-    @property
-    @abc.abstractmethod
-    def latent_shape(self) -> tuple[int, ...]:
-        """Of one sample, without the batch dimension, from model.height, width and frames."""
-
-    @property
-    def beside(self) -> int:
-        """How many elements of a sample's flat latents, its last, are denoised beside those that are trained: sound.
-
-        They take every step without noise, and no loss sees them.
-        """
-        return 0
-
-    @property
-    def policy_shape(self) -> tuple[int, ...]:
-        """Of the part of a sample's latents that is trained: `latent_shape`, without what is denoised beside it."""
-        return (self.latent_shape[0] - self.beside,) if self.beside else self.latent_shape
-
-    def of_policy(self, rows: Tensor) -> Tensor:
-        """The trained part of rows [R, *latent_shape]: [R, *policy_shape]."""
-        return rows[:, : -self.beside].contiguous() if self.beside else rows
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:

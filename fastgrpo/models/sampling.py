@@ -1,28 +1,52 @@
-"""How a pipeline samples: the noise levels of a run, from the pipeline's own scheduler, and how the pipeline is called.
+"""How a pipeline samples: latents of which shape, at the noise levels of its own scheduler, and how it is called.
 
 Knows no family: a family overrides where its pipeline differs.
 """
 
 from __future__ import annotations
 
+import abc
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from torch import Tensor
 
 from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Model
 from fastgrpo.models.schedulers import flow_steps, with_shift
 
 
-class PipelineSampling:
-    """The part of a family (fastgrpo/models/protocol.py) that says at which noise levels its pipeline samples."""
+class PipelineSampling(abc.ABC):
+    """The part of a family (fastgrpo/models/protocol.py) that says what its pipeline samples, at which noise levels."""
 
     pipeline: Any
     config: Model
     # What a family declares: see fastgrpo/models/protocol.py.
     trained: ClassVar[tuple[str, ...]]
     guidance_style: ClassVar[Literal["embedded", "cfg"]]
+
+    @property
+    @abc.abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one sample, without the batch dimension, from model.height, width and frames."""
+
+    @property
+    def beside(self) -> int:
+        """How many elements of a sample's flat latents, its last, are denoised beside those that are trained: sound.
+
+        They take every step without noise, and no loss sees them.
+        """
+        return 0
+
+    @property
+    def policy_shape(self) -> tuple[int, ...]:
+        """Of the part of a sample's latents that is trained: `latent_shape`, without what is denoised beside it."""
+        return (self.latent_shape[0] - self.beside,) if self.beside else self.latent_shape
+
+    def of_policy(self, rows: Tensor) -> Tensor:
+        """The trained part of rows [R, *latent_shape]: [R, *policy_shape]."""
+        return rows[:, : -self.beside].contiguous() if self.beside else rows
 
     def noise_levels(self, steps: int, shift: float | str) -> NoiseLevels:
         """The levels of a run of `steps`, as the family's pipeline would use them; shift: rollout.shift."""

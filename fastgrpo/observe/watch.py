@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from typing import Any
+
+from fastgrpo.observe.progress import warn
 
 # In these phases a rank waits for others, or has nothing to do.
 WAITING = ("sync", "")
@@ -108,3 +111,16 @@ class Watch:
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"{rank}.json"
+
+
+@contextmanager
+def warned_after(seconds: float, text: str) -> Iterator[None]:
+    """Says `text` where what is done within it lasts longer than `seconds`; 0: never."""
+    timer = Timer(seconds, warn, [text])
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

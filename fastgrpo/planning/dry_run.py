@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.layout import lay_out, rank_samples, share_out, sharers
 from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config, Update
+from fastgrpo.distributed.adamw_8bit import AdamW8bit
 from fastgrpo.distributed.fsdp import unsharded
+from fastgrpo.distributed.residency import Residency, decide_residency, kept_bytes
 from fastgrpo.distributed.shards import local_bytes
 from fastgrpo.distributed.world import World, check_world, make_world, sharded
 from fastgrpo.errors import ConfigError
@@ -30,7 +33,6 @@ from fastgrpo.models import Conditioning, ModelFamily
 from fastgrpo.models.architectures import build_family
 from fastgrpo.models.nf4 import parameter_count, quantized_layers
 from fastgrpo.models.placement import Memory
-from fastgrpo.models.trainable import Reference, reference_of
 from fastgrpo.planning.depth import SHORT, Stack, Stretches, deep_cost, deep_number, deep_peaks, shorten, stacks_of
 from fastgrpo.planning.meter import Cost, Meter, Peaks
 from fastgrpo.planning.repeated import CountedWalk, Repeated
@@ -38,13 +40,11 @@ from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.rollout.trajectory import Trajectory, kept_empty
-from fastgrpo.training.adamw_8bit import AdamW8bit
 from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.replay import KeptRollout, Replay
-from fastgrpo.training.residency import Residency, decide_residency, kept_bytes
 from fastgrpo.training.update import Updater
-from fastgrpo.training.weights import needs_reference, prepare_weights
+from fastgrpo.training.weights import prepare_weights
 
 CPU = torch.device("cpu")
 
@@ -187,11 +187,16 @@ class _Iteration:
                 if isinstance(part, nn.Module) and name not in family.modules and name not in family.offloaded:
                     materialize(part)
         if config.model.text_encoders == "drop":
-            # Before weights are sharded, and there is an optimizer.
-            with meter.counting("parameters"):
-                loaded = torch.empty(self.loaded, dtype=torch.uint8)
-            with self.phase("encode", "activations"), family.encoding():
+            # Before weights are sharded, and there is an optimizer. What is trained has been loaded whole, and waits in
+            # host memory meanwhile.
+            with self.phase("encode", "activations"):
+                self.stretches.enter("load")
+                with meter.counting("parameters"):
+                    loaded = torch.empty(self.loaded, dtype=torch.uint8)
                 del loaded
+                self.stretches.enter("encode")
+                with family.encoding():
+                    pass
         held = [family.policy, *copies.modules()]
         meter.claim((t for m in held for t in (*m.parameters(), *m.buffers())), "parameters")
         with meter.counting("optimizer"):
@@ -209,10 +214,13 @@ class _Iteration:
         layout = lay_out(schedule, roll, mine)
         with meter.counting("caches"):
             conditioning = fake_conditioning(family, len(layout.prompts))
-        reference = reference_of(family.policy, copies.frozen) if needs_reference(config) else None
         counted = meter, self.stretches, self.whole
         walk = CountedWalk(*counted, family.policy, kept)
-        updater = Updater(family, config, world, optimizer, reference, kept, walk, self._forward(reference))
+        forward = None
+        if config.objective.forward:
+            repeated = partial(Repeated, *counted)
+            forward = ForwardTraining(family, config, world, self.levels, copies, kept.update_unsharded, repeated)
+        updater = Updater(family, config, world, optimizer, copies.reference, kept, walk, forward)
 
         if config.model.text_encoders == "offload":
             with self.phase("encode", "activations"), family.encoding():
@@ -250,12 +258,6 @@ class _Iteration:
             self.loading,
             self.encoders,
         )
-
-    def _forward(self, reference: Reference | None) -> ForwardTraining | None:
-        """The training of a forward process, if the config has one."""
-        if not self.config.objective.forward:
-            return None
-        return ForwardTraining(self.family, self.config, self.world, self.levels, self.copies.old, reference)
 
     def _replay(self, optimizer: OptimizerState, kept: KeptRollout) -> Replay:
         """A replay that is full: the same rollout again and again, each with the bytes of its own."""

@@ -31,6 +31,7 @@ CATEGORIES = (
 # Name of a collective operation: its kind, and which argument is the full tensor (-1: the result).
 COLLECTIVES = {
     "c10d._allgather_base_": ("all_gather", 0),
+    "c10d.allgather_": ("all_gather", 0),
     "c10d._reduce_scatter_base_": ("reduce_scatter", 1),
     "c10d.allreduce_": ("all_reduce", 0),
     "c10d.alltoall_base_": ("all_to_all", 1),

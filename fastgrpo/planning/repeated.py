@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from fastgrpo.distributed.residency import Residency
 from fastgrpo.planning.depth import Stretches
 from fastgrpo.planning.meter import Cost, Meter, Peaks
 from fastgrpo.training.micro_batches import MicroBatch
-from fastgrpo.training.residency import Residency
 from fastgrpo_kernels.clipped_loss import FIELDS
 
 

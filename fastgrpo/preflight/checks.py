@@ -19,6 +19,7 @@ from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.algorithms.schedule import check_sampler
 from fastgrpo.config import Config, Model
 from fastgrpo.data.prompts import Prompt, load_prompts
+from fastgrpo.distributed.adamw_8bit import check_optimizer
 from fastgrpo.distributed.world import check_world
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.models import ModelFamily, check_guidance, family_class
@@ -27,12 +28,11 @@ from fastgrpo.models.attention import check_backend
 from fastgrpo.models.context import check_context
 from fastgrpo.models.loading import check_encoders, one_line, read_configs, resolve_path
 from fastgrpo.models.nf4 import check_quantization
+from fastgrpo.models.resized import check_section
 from fastgrpo.models.weight_files import check_files, damaged_files
 from fastgrpo.preflight.assets import find_assets
+from fastgrpo.preflight.remarks import check_pictures, remarks
 from fastgrpo.rewards import load_reward
-from fastgrpo.training.adamw_8bit import check_optimizer
-from fastgrpo.training.remarks import check_pictures, remarks
-from fastgrpo.training.setup import load_callback
 
 Result = TypeVar("Result")
 # GPUs of a node, where only the number of ranks is known.
@@ -69,7 +69,7 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
         if parts:
             found.attempt(lambda: cls.check(config.model, parts))
         if parts and config.evaluated_model != config.model:
-            found.attempt(lambda: cls.check_section("eval", config.evaluated_model, parts))
+            found.attempt(lambda: check_section(cls, "eval", config.evaluated_model, parts))
         if parts and config.parallel.context > 1:
             found.attempt(lambda: check_context(config, cls, parts, "cuda" if torch.cuda.is_available() else "cpu"))
     found.attempt(lambda: forward_objective(config))
@@ -82,8 +82,6 @@ def preflight(config: Config, ranks: int = 1) -> Preflight:
     found.attempt(lambda: _check_groups(config, ranks))
     for spec in config.scored:
         found.attempt(lambda spec=spec: load_reward(spec))
-    for name in config.callbacks:
-        found.attempt(lambda name=name: load_callback(name))
     pictured = kind if cls is not None and kind in cls.image_pipelines else ""
     for source in dict.fromkeys(filter(None, (config.prompts.train, config.prompts.heldout))):
         prompts = found.attempt(lambda source=source: load_prompts(source))

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastgrpo.algorithms.advantages import group_spread
+from fastgrpo.algorithms.advantages import Advantages, compute_advantages, group_spread
 from fastgrpo.algorithms.layout import rank_samples
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.data.samplers import PromptSampler, SpreadSampler
+from fastgrpo.data.samplers import SpreadSampler, prompt_sampler
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import UserError
 from fastgrpo.models.loading import levels_of
 from fastgrpo.models.protocol import ModelFamily
+from fastgrpo.observe.metrics import reward_metrics
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Reward
 from fastgrpo.rewards.failures import FailureLog
@@ -93,6 +94,17 @@ class Rollouts:
             return np.ones(self.samples, dtype=bool)
         return keep_extremes(scored.values, scored.valid, self.weights, np.arange(self.samples), self.config)
 
+    def advantages(self, scored: AllScores) -> Advantages:
+        """Returns the advantages of all global samples, 0 of those that are not trained on."""
+        group, settings = self.config.rollout.candidates, self.config.advantage
+        return compute_advantages(scored.values, scored.valid, group, self.weights, settings).of(self.kept(scored))
+
+    def metrics(self, scored: AllScores) -> dict[str, float]:
+        """Returns what metrics.jsonl has of an iteration's scores."""
+        group, names = self.config.rollout.candidates, list(self.generator.rewards)
+        components = scored.components
+        return reward_metrics(scored.values, scored.valid, scored.asked, self.weights, names, components, group)
+
     def observe(self, batch: Batch, scored: AllScores) -> None:
         """Takes in the spread of each prompt's rewards, where it decides what is drawn next."""
         if isinstance(self.sampler, SpreadSampler):
@@ -158,18 +170,3 @@ class Rollouts:
         rank, context_rank = divmod(process, self.world.context)
         shares = rank_samples(self.samples, self.config.update.optimizer_steps, self.world.size, rank)
         return self.generator.scores_of(np.sort(shares, None), context_rank)
-
-
-def prompts_to_come(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Returns the prompts that a run will draw: all of them, where their rewards decide."""
-    sampler = prompt_sampler(config, len(prompts))
-    if isinstance(sampler, SpreadSampler):
-        return list(prompts)
-    drawn = {i for n in range(config.train.iterations) for i in sampler.at(n).tolist()}
-    return [prompts[i] for i in sorted(drawn)]
-
-
-def prompt_sampler(config: Config, count: int) -> PromptSampler:
-    """Returns the sampler that prompts.select names, over `count` prompts."""
-    kind = SpreadSampler if config.prompts.select == "spread" else PromptSampler
-    return kind(count, config.rollout.prompts_per_iteration, config.run.seed)

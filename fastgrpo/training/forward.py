@@ -6,14 +6,14 @@ shape. No noise is stored, and nothing is read back to the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.arithmetic import trained_samples
@@ -22,15 +22,21 @@ from fastgrpo.algorithms.layout import epoch_samples
 from fastgrpo.algorithms.objectives import ForwardObjective, RowInputs, RowSums, forward_objective
 from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Config
+from fastgrpo.distributed.fsdp import hold_weights, unsharded
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
-from fastgrpo.models.conditioning import to_device
+from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.models.protocol import ModelFamily
+from fastgrpo.models.resized import resized
 from fastgrpo.models.trainable import Reference
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.trajectory import take_rows
 from fastgrpo.training.micro_batches import MicroBatch, OptimizerStep, epoch_draw
+from fastgrpo.training.weights import Copies
 from fastgrpo_kernels import MatchingTarget, gaussian_step, noise, shift_moments
+
+# (x, time, conditioning, module) to the module's output, as `ModelFamily.predict`.
+Predict = Callable[..., Tensor]
 
 # Columns of a step's table.
 COLUMNS = ("time", "signal", "noise", "target_noise", "target_x0", "clean", "t", "advantage", "weight")
@@ -46,12 +52,6 @@ class Units:
 
     def of(self, chosen: np.ndarray) -> Units:
         return Units(self.samples[chosen], self.key[chosen])
-
-
-def single_samples(advantages: Advantages, kept: np.ndarray) -> Units:
-    """Every sample of `kept` (bool [N]) by itself."""
-    samples = np.flatnonzero(kept)
-    return Units(samples[:, None], samples)
 
 
 def best_and_worst(advantages: Advantages, group: int, pairs: int) -> Units:
@@ -82,42 +82,44 @@ class ForwardTraining:
         config: Of the run.
         world: This rank among its peers.
         levels: The noise levels of the rollout.
-        old: Gives the components of the old policy; None where the policy is compared with itself.
-        reference: Gives those of the reference model; None without one.
+        copies: What the policy is compared with.
+        held: Whether weights stay unsharded for a whole optimizer step.
+        repeated: Gives what is called in place of `predict` for the other policies' outputs, new for an optimizer step;
+            a plan counts with it.
 
     Raises:
         ConfigError: Where pairs would not stay on one rank and in one optimizer step.
     """
 
     def __init__(
-        self, family: ModelFamily, config: Config, world: World, levels: NoiseLevels, old: Reference | None = None,
-        reference: Reference | None = None,
+        self, family: ModelFamily, config: Config, world: World, levels: NoiseLevels, copies: Copies, held: bool = True,
+        repeated: Callable[[Predict], Predict] = lambda predict: predict,
     ) -> None:  # fmt: skip
         objective = forward_objective(config)
         assert objective is not None
         self.objective: ForwardObjective = objective
-        self.config, self.world, self.old, self.reference = config, world, old, reference
+        self.config, self.world, self.old, self.reference = config, world, copies.old, copies.reference
+        self.held, self.repeated = held, repeated
         guidance = config.objective.guidance
         given = config.model if guidance is None else config.model.model_copy(update={"guidance": guidance})
-        self.family = family.at(given)
+        self.family = resized(family, given)
         if self.family.guided and not family.guided:
             raise ConfigError(
                 f"objective.guidance: {guidance:g} needs negative prompts, which model.guidance "
                 f"{config.model.guidance:g} does not encode; set it to null"
             )
-        names = list(family.modules)
-        self.modules = names
-        self.source = LevelSource(
-            levels, config.objective.times, family.forward_table(), partial(_acting, family, levels.prediction, names)
-        )
-        roll, steps = config.rollout, config.update.optimizer_steps
-        samples = roll.prompts_per_iteration * roll.candidates
-        self.samples, self.planned = samples, planned_rows(config, objective)
-        if objective.paired and samples // steps // world.size % roll.candidates:
+        self.modules = list(family.modules)
+        acting = partial(_acting, family, levels.prediction, self.modules)
+        self.source = LevelSource(levels, config.objective.times, family.forward_table(), acting)
+        prompts, steps = config.rollout.prompts_per_iteration, config.update.optimizer_steps
+        self.samples = prompts * config.rollout.candidates
+        # Rows of an epoch of an iteration, where every group has a spread.
+        chosen = 2 * prompts * config.objective.pairs if objective.paired else trained_samples(config)
+        self.planned = chosen * config.objective.times.count
+        if objective.paired and prompts % (world.size * steps):
             raise ConfigError(
                 f"rollout.prompts_per_iteration: the pairs of objective.kind {config.objective.kind} keep groups "
-                f"whole, and {roll.prompts_per_iteration} prompts do not divide over {world.size} ranks × {steps} "
-                "optimizer steps"
+                f"whole, and {prompts} prompts do not divide over {world.size} ranks × {steps} optimizer steps"
             )
 
     def steps(
@@ -148,15 +150,18 @@ class ForwardTraining:
         if self.objective.paired:
             return best_and_worst(advantages, self.config.rollout.candidates, self.config.objective.pairs)
         always = self.objective.trains_zero or kl_weight > 0 or self.config.objective.old_weight > 0
-        return single_samples(advantages, advantages.valid & ((advantages.values != 0) | always))
+        samples = np.flatnonzero(advantages.valid & ((advantages.values != 0) | always))
+        return Units(samples[:, None], samples)
 
     def _owners(self, iteration: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Which rank has each global sample, and which optimizer step of an epoch takes it, [N] each."""
+        config, draw = self.config, epoch_draw(self.config, iteration, epoch)
+        count, size, group = config.update.optimizer_steps, self.world.size, config.rollout.candidates
         owners, steps = np.zeros(self.samples, dtype=np.int64), np.zeros(self.samples, dtype=np.int64)
-        for rank in range(self.world.size):
-            shares = epoch_shares(self.config, self.world.size, rank, iteration, epoch)
+        for rank in range(size):
+            shares = epoch_samples(self.samples, count, size, rank, group, draw)
             owners[shares] = rank
-            steps[shares] = np.arange(len(shares))[:, None]
+            steps[shares] = np.arange(count)[:, None]
         return owners, steps
 
     def _step(
@@ -174,33 +179,58 @@ class ForwardTraining:
             mine = np.flatnonzero(levels.modules[rows.key[:-1], rows.draw[:-1]] == number)
             chosen += cut(mine, size, -(-needed // size), len(rows.key) - 1, module, others)
         inputs = _RowInputs.of(chosen, rows, batch, advantages, levels, config, epoch, self.family.device)
-        return OptimizerStep(chosen, partial(self._loss, batch, inputs, kl_weight, fresh), scale)
+        # Asked for by the first micro-batch, before the weights that it trains are gathered.
+        old = None if fresh or self.objective.against == "reference" else self.old
+        others = cache(lambda: [self._outputs_of(policy, batch, inputs, chosen) for policy in (old, self.reference)])
+        return OptimizerStep(chosen, partial(self._loss, batch, inputs, kl_weight, others), scale)
 
-    def _loss(
-        self, batch: Batch, inputs: _RowInputs, kl_weight: float, fresh: bool, micro: MicroBatch
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, `LossStatistics.values`) of a micro-batch."""
-        family, trajectory, keeps = self.family, batch.trajectory, self.config.rollout.keeps_noise
-        places = inputs.places[id(micro)]
-        column = dict(zip(COLUMNS, inputs.table[places].unbind(1), strict=True))
+    def _noised(
+        self, batch: Batch, inputs: _RowInputs, micro: MicroBatch
+    ) -> tuple[Tensor, Tensor, noise.NoiseKey | Tensor, Conditioning]:
+        """(x̂0, x, ε or its key, conditioning) of the rows of a micro-batch."""
+        family, trajectory, places = self.family, batch.trajectory, inputs.places[id(micro)]
+        column = inputs.columns(micro)
         x0 = take_rows(trajectory.latents, inputs.local[places], inputs.on_device[places])
         key = noise.NoiseKey(inputs.key.seed, inputs.key.words[places])
-        eps = noise.normal(key, family.latent_shape) if keeps(family.device.type) else key
+        eps = noise.normal(key, family.latent_shape) if self.config.rollout.keeps_noise(family.device.type) else key
         x = gaussian_step(x0, x0, column["signal"], 0.0, column["noise"], eps)
-        condition = batch.conditioning.rows(trajectory.layout.sample_prompt[inputs.local[places]])
+        return x0, x, eps, batch.conditioning.rows(trajectory.layout.sample_prompt[inputs.local[places]])
 
-        def evaluate(module: nn.Module) -> Tensor:
-            return family.of_policy(family.predict(x, column["time"], condition, module))
+    @torch.no_grad()
+    def _outputs_of(
+        self, policy: Reference | None, batch: Batch, inputs: _RowInputs, chosen: Sequence[MicroBatch]
+    ) -> dict[int, Tensor]:
+        """Another policy's outputs for the rows of all micro-batches of an optimizer step, by `id`; none without one.
 
-        def other(policy: Reference) -> Tensor:
-            with torch.no_grad(), policy() as modules:
-                return evaluate((modules or family.modules)[micro.module])
+        All at once, so that its weights and the trained ones are not unsharded together.
+        """
+        found: dict[int, Tensor] = {}
+        if policy is None:
+            return found
+        predict = self.repeated(self.family.predict)
+        with policy() as copies, unsharded((copies or {}).values(), self.held):
+            if copies is None and self.held:
+                # The trained components themselves, which stay as they are for the update that follows.
+                for module in self.family.modules.values():
+                    hold_weights(module, last=False)
+            for micro in chosen:
+                _, x, _, condition = self._noised(batch, inputs, micro)
+                module = (copies or self.family.modules)[micro.module]
+                v = predict(x, inputs.columns(micro)["time"], condition, module)
+                found[id(micro)] = self.family.of_policy(v)
+        return found
 
-        v_reference = None if self.reference is None else other(self.reference)
-        v_old = v_reference if self.objective.against == "reference" else None
-        if self.objective.against == "old" and not fresh and self.old is not None:
-            v_old = other(self.old)
-        v = evaluate(family.modules[micro.module])
+    def _loss(
+        self, batch: Batch, inputs: _RowInputs, kl_weight: float, others: Callable[[], list[dict[int, Tensor]]],
+        micro: MicroBatch,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(loss, `LossStatistics.values`) of a micro-batch."""
+        family, column = self.family, inputs.columns(micro)
+        v_old, v_reference = (outputs.get(id(micro)) for outputs in others())
+        if self.objective.against == "reference":
+            v_old = v_reference
+        x0, x, eps, condition = self._noised(batch, inputs, micro)
+        v = family.of_policy(family.predict(x, column["time"], condition, family.modules[micro.module]))
         if isinstance(eps, Tensor):
             eps = family.of_policy(eps)
         old = v.detach() if v_old is None else v_old
@@ -276,6 +306,10 @@ class _RowInputs:
     key: noise.NoiseKey
     table: Tensor
 
+    def columns(self, micro: MicroBatch) -> dict[str, Tensor]:
+        """The columns of a micro-batch's rows, by name."""
+        return dict(zip(COLUMNS, self.table[self.places[id(micro)]].unbind(1), strict=True))
+
     @staticmethod
     def of(
         chosen: Sequence[MicroBatch], rows: _RowTable, batch: Batch, advantages: Advantages, levels: ForwardLevels,
@@ -314,20 +348,6 @@ def matching_sums(
     if branches is None:
         return RowSums(*shift_moments(v, v_old, 1.0, 1.0, target))
     return RowSums(*shift_moments(v, v_old, 1.0, 1.0, target, residuals=branches))
-
-
-def planned_rows(config: Config, objective: ForwardObjective) -> int:
-    """How many rows an epoch of an iteration trains, where every group has a spread."""
-    pairs = config.rollout.prompts_per_iteration * config.objective.pairs
-    return (2 * pairs if objective.paired else trained_samples(config)) * config.objective.times.count
-
-
-def epoch_shares(config: Config, world: int, rank: int, iteration: int, epoch: int) -> np.ndarray:
-    """`epoch_samples` of a run, [optimizer_steps, n]."""
-    roll = config.rollout
-    samples = roll.prompts_per_iteration * roll.candidates
-    draw = epoch_draw(config, iteration, epoch)
-    return epoch_samples(samples, config.update.optimizer_steps, world, rank, roll.candidates, draw)
 
 
 def _acting(family: ModelFamily, prediction: Any, names: Sequence[str], times: np.ndarray) -> np.ndarray:

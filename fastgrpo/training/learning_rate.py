@@ -22,15 +22,21 @@ MEMORY, UNLIKE = 32, 3
 class LearningRate:
     """The rate at each optimizer step; with `lr: auto` it follows what the updates before moved.
 
-    An update moves the model's output by as much as its rate, so the movement Q (`Updater`) grows as its square:
-    the rate whose movement is `optimizer.movement` is known from what any rate moved. All ranks know the same numbers.
+    An update moves the model's output by as much as its rate, so the movement Q (`Updater`) grows as its square: the
+    rate of any movement is known from what another moved. Wanted is √Q = `optimizer.travel` / `updates`: a longer run
+    goes as far in smaller steps. All ranks know the same numbers.
+
+    Args:
+        config: Of the optimizer.
+        total_steps: Optimizer steps of the run, at the end of which a cosine is zero.
+        updates: Iterations of the run; for `auto`.
 
     Attributes:
         peak: The rate that warm-up ends in and a cosine begins at.
     """
 
-    def __init__(self, config: Optimizer, total_steps: int) -> None:
-        self.config, self.total_steps = config, total_steps
+    def __init__(self, config: Optimizer, total_steps: int, updates: float = 1) -> None:
+        self.config, self.total_steps, self.updates = config, total_steps, updates
         self.peak = FIRST if config.lr == "auto" else config.lr
         self._mobility: list[float] = []
 
@@ -54,7 +60,7 @@ class LearningRate:
             del self._mobility[UNLIKE]
         latest = self._mobility[UNLIKE:] or self._mobility
         mobility = sum(latest) / len(latest)
-        wanted = math.sqrt(self.config.movement / mobility) if mobility > 0 else math.inf
+        wanted = self.config.travel / self.updates / math.sqrt(mobility) if mobility > 0 else math.inf
         self.peak = min(max(wanted, self.peak / DOWN), self.peak * UP)
 
     def state(self) -> dict[str, Any]:

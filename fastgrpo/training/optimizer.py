@@ -1,7 +1,7 @@
 """AdamW on the trained weights, gradient clipping, the learning-rate schedule and the EMA, without a host read.
 
 A gradient that is not finite skips the step on every rank alike (fused AdamW's found_inf) and is counted. With 8-bit
-moments (fastgrpo/training/adamw_8bit.py) fused AdamW keeps the small tensors.
+moments (fastgrpo/distributed/adamw_8bit.py) fused AdamW keeps the small tensors.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import Config, OldPolicyDecay, Update
+from fastgrpo.distributed.adamw_8bit import SMALLEST, AdamW8bit
 from fastgrpo.distributed.fsdp import reshard
-from fastgrpo.distributed.shards import locals_of
+from fastgrpo.distributed.shards import exchanged, locals_of
 from fastgrpo.models.trainable import OldPolicy
-from fastgrpo.training.adamw_8bit import SMALLEST, AdamW8bit
 from fastgrpo.training.learning_rate import LearningRate
 
 # As torch.amp.GradScaler has them.
@@ -57,7 +57,7 @@ class OptimizerState:
         loss_scaling: bool = False, old: OldPolicy | None = None, old_decay: OldPolicyDecay | None = None,
     ) -> None:  # fmt: skip
         self.config, self.steps = config, 0
-        self.rate = LearningRate(config.optimizer, total_steps)
+        self.rate = LearningRate(config.optimizer, total_steps, total_steps / (config.optimizer_steps * config.epochs))
         self.policy, self.old, self.old_decay = policy, old, old_decay or OldPolicyDecay()
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -82,6 +82,11 @@ class OptimizerState:
         self.loss_scale = LossScale(self.parameters[0].device) if loss_scaling else None
         decay = config.ema_decay
         self.ema = None if decay is None else [p.detach().clone() for p in self.parameters]
+
+    @property
+    def latest_rate(self) -> float:
+        """The learning rate of the last step, before the first one that of the first."""
+        return self.rate.at(max(self.steps - 1, 0))
 
     def seed(self, gradient: Tensor) -> Tensor:
         """Returns what a loss's backward starts from for the coming step: `gradient`, times the loss scale if any."""
@@ -164,21 +169,3 @@ class OptimizerState:
                 yield
             finally:
                 reshard([self.policy])
-
-
-@contextmanager
-def exchanged(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> Iterator[None]:
-    """Within it weights and averages have each other's values."""
-    _exchange(weights, averages)
-    try:
-        yield
-    finally:
-        _exchange(weights, averages)
-
-
-@torch.no_grad()
-def _exchange(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> None:
-    for weight, average in zip(weights, averages, strict=True):
-        kept = weight.clone()
-        weight.copy_(average)
-        average.copy_(kept)

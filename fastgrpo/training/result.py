@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
+
+if TYPE_CHECKING:
+    from fastgrpo.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,9 @@ class TrainResult:
     evaluations: list[dict[str, Any]]
 
 
-def result_of(
-    callbacks: Sequence[Callback], directory: Path | None, iterations: int, metrics: dict[str, float]
-) -> TrainResult:
-    """Returns the result of a trainer's callbacks, counts and last metrics."""
-    history = [row for c in callbacks if isinstance(c, EvaluationCallback) for row in c.history]
-    best = next((c.best_checkpoint for c in callbacks if isinstance(c, CheckpointCallback)), None)
-    return TrainResult(directory, iterations, metrics, best, history)
+def result_of(trainer: Trainer) -> TrainResult:
+    """Returns what a trainer's run has come to so far, its statistics read."""
+    evaluation, checkpoints = EvaluationCallback.of(trainer), CheckpointCallback.of(trainer)
+    history = [] if evaluation is None else evaluation.history
+    best = None if checkpoints is None else checkpoints.best_checkpoint
+    return TrainResult(trainer.log.directory, trainer.iteration, trainer.flush(), best, history)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from threading import Timer
 from typing import TYPE_CHECKING, TypeVar
 
 from fastgrpo.algorithms.objectives import forward_objective
+from fastgrpo.checkpoints.resume import Claim, claim_directory
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
+from fastgrpo.data.samplers import prompts_to_come
+from fastgrpo.distributed.adamw_8bit import check_optimizer
+from fastgrpo.distributed.signals import StopRequest, stop_request
 from fastgrpo.distributed.world import World, start_world, this_machine
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import heldout_prompts
 from fastgrpo.models import ModelFamily, check_family
-from fastgrpo.observe.progress import warn
 from fastgrpo.observe.run_log import RunLog
+from fastgrpo.observe.watch import warned_after
+from fastgrpo.preflight.remarks import check_pictures, remarks
 from fastgrpo.rewards import load_rewards
-from fastgrpo.rollout.rollouts import prompts_to_come
-from fastgrpo.training.adamw_8bit import check_optimizer
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
@@ -30,10 +33,6 @@ from fastgrpo.training.callbacks.guard import GuardCallback
 from fastgrpo.training.callbacks.profiling import ProfilingCallback
 from fastgrpo.training.callbacks.progress import ProgressCallback
 from fastgrpo.training.callbacks.stalls import StallCallback
-from fastgrpo.training.checkpoint import CheckpointStore
-from fastgrpo.training.remarks import check_pictures, remarks
-from fastgrpo.training.resume import Claim, claim_directory
-from fastgrpo.training.signals import StopRequest, stop_request
 from fastgrpo.training.state import restore
 
 if TYPE_CHECKING:
@@ -80,19 +79,6 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
         leave_if_asked(stop, world, config)
         on_failure.pop_all()
     return trainer
-
-
-@contextmanager
-def warned_after(seconds: float, text: str) -> Iterator[None]:
-    """Says `text` where what is done within it lasts longer than `seconds`; 0: never."""
-    timer = Timer(seconds, warn, [text])
-    timer.daemon = True
-    if seconds:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def leave_if_asked(stop: StopRequest, world: World, config: Config) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastgrpo.training.checkpoint import CheckpointStore, training_tensors
+from fastgrpo.checkpoints.store import CheckpointStore
+from fastgrpo.training.optimizer import OptimizerState
 
 if TYPE_CHECKING:
     from fastgrpo.training.trainer import Trainer
@@ -20,7 +21,7 @@ def save(trainer: Trainer, store: CheckpointStore, best: int | None, identity: M
         trainer: Between two iterations.
         store: Where the checkpoint goes; in the background with checkpoint.background.
         best: The iteration of the best evaluation, whose checkpoint stays beside the latest ones.
-        identity: What the checkpoint says of its run (fastgrpo/training/resume.py).
+        identity: What the checkpoint says of its run (fastgrpo/checkpoints/resume.py).
 
     Raises:
         UserError: If the checkpoint before this one could not be written (disk full, no permission).
@@ -69,3 +70,21 @@ def restore(trainer: Trainer, store: CheckpointStore, iteration: int) -> None:
     for callback in trainer.callbacks:
         if callback.name in state["callbacks"]:
             callback.restore(state["callbacks"][callback.name])
+
+
+def training_tensors(optimizer: OptimizerState) -> dict[str, Any]:
+    """Every tensor that training changes, by parameter name: weights, AdamW's state, EMA, old policy. DTensors stay
+    sharded."""
+    named = list(zip(optimizer.names, optimizer.parameters, strict=True))
+    tensors: dict[str, Any] = {"model": dict(named)}
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        tensors[key] = {name: optimizer.adamw.state[parameter][key] for name, parameter in optimizer.full.items()}
+    if optimizer.eight_bit is not None:
+        tensors["adamw_8bit"] = optimizer.eight_bit.state()
+    if optimizer.loss_scale is not None:
+        tensors["loss_scale"] = {"scale": optimizer.loss_scale.scale, "growth": optimizer.loss_scale.growth}
+    if optimizer.ema is not None:
+        tensors["ema"] = dict(zip(optimizer.names, optimizer.ema, strict=True))
+    if optimizer.old is not None:
+        tensors["old"] = dict(zip(optimizer.names, optimizer.old.parameters, strict=True))
+    return tensors

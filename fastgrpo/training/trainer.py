@@ -6,22 +6,21 @@ The host is asked once an iteration, at scoring: images come to it there, and th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from torch import nn
-
-from fastgrpo.algorithms.advantages import Advantages, compute_advantages
+from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
-from fastgrpo.distributed.fsdp import unsharded
+from fastgrpo.distributed.residency import residency
+from fastgrpo.distributed.signals import ENDS, StopRequest, listening, stop_request
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import RunPausedError, UserError
 from fastgrpo.models import ModelFamily, load_family
-from fastgrpo.models.trainable import reference_of
-from fastgrpo.observe.metrics import advantage_metrics, reward_metrics
+from fastgrpo.observe.iteration_log import IterationLog
+from fastgrpo.observe.metrics import advantage_metrics
 from fastgrpo.observe.provenance import provenance
 from fastgrpo.observe.run_log import RunLog
 from fastgrpo.observe.timers import PhaseTimer
@@ -33,17 +32,12 @@ from fastgrpo.rollout.rollouts import Rollouts
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.finite import raise_if_not_finite
 from fastgrpo.training.forward import ForwardTraining
-from fastgrpo.training.iteration_log import IterationLog
 from fastgrpo.training.optimizer import OptimizerState, optimizer_steps
 from fastgrpo.training.replay import Replay
-from fastgrpo.training.residency import residency
 from fastgrpo.training.result import TrainResult, result_of
 from fastgrpo.training.setup import open_trainer
-from fastgrpo.training.signals import ENDS, StopRequest, listening, stop_request
 from fastgrpo.training.update import Updater, UpdateResult, packed
-from fastgrpo.training.weights import needs_reference, prepare_weights
-
-CallbackType = TypeVar("CallbackType", bound=Callback)
+from fastgrpo.training.weights import prepare_weights, rolling_out
 
 
 class Trainer:
@@ -79,22 +73,19 @@ class Trainer:
         errors = None if log is None else Path(config.run.dir) / "errors"
         self.failures = FailureLog(self.note, errors, world.process)
         prompts = load_prompts(config.prompts.train) if prompts is None else prompts
-        copies = prepare_weights(family, config, world)
-        self.old = copies.old
-        steps = optimizer_steps(config)
+        copies, steps = prepare_weights(family, config, world), optimizer_steps(config)
         self.optimizer = OptimizerState(
             family.policy, config.update, steps, loss_scaling=config.model.dtype == "float16", old=copies.old,
             old_decay=config.objective.old_decay,
         )  # fmt: skip
         self.residency = residency(config, family.policy, world, copies.old_modules())
-        reference = reference_of(family.policy, copies.frozen) if needs_reference(config) else None
-        self.rollouts = Rollouts(
-            family, config, world, prompts, self.rewards, self.timer, self.failures, self._acting
-        )  # fmt: skip
+        acting = partial(rolling_out, family, config, copies, self.residency)
+        self.rollouts = Rollouts(family, config, world, prompts, self.rewards, self.timer, self.failures, acting)
         forward = None
         if config.objective.forward:
-            forward = ForwardTraining(family, config, world, self.rollouts.levels, copies.old, reference)
-        self.updater = Updater(family, config, world, self.optimizer, reference, self.residency, forward=forward)
+            held = self.residency.update_unsharded
+            forward = ForwardTraining(family, config, world, self.rollouts.levels, copies, held)
+        self.updater = Updater(family, config, world, self.optimizer, copies.reference, self.residency, forward=forward)
         self.replay = Replay(config.update.replay, self.optimizer)
         self.kl_weight = config.objective.kl_weight
         self.iteration, self.train_seconds = 0, 0.0
@@ -169,19 +160,7 @@ class Trainer:
 
     def result(self) -> TrainResult:
         """Returns what the run has come to so far."""
-        return result_of(self.callbacks, self.log.directory, self.iteration, self.flush())
-
-    def callback(self, kind: type[CallbackType]) -> CallbackType:
-        """Returns the trainer's callback of a class.
-
-        Args:
-            kind: The class.
-
-        Raises:
-            ValueError: The trainer has no such callback.
-        """
-        found, *_ = [c for c in self.callbacks if isinstance(c, kind)]
-        return found
+        return result_of(self)
 
     def note(self, text: str) -> None:
         """Says a line: into the log, and to the callbacks.
@@ -191,14 +170,6 @@ class Trainer:
         """
         self._each("on_note", text)
         self.log.event("note", self.iteration, text=text)
-
-    def outside_iteration(self, name: str) -> AbstractContextManager[None]:
-        """Returns a context that times a block which is not part of an iteration.
-
-        Args:
-            name: The seconds are logged as `time/<name>` with the next iteration, outside its total.
-        """
-        return self.iterations.outside(name, self.iteration)
 
     def _iterate(self) -> bool:
         """Returns whether there was an update: none where the ranks agree to stop before it."""
@@ -212,7 +183,7 @@ class Trainer:
             # A resumed run rolls the same samples out again, to the bit; with staleness it could not.
             return False
         self._check(scored)
-        advantages = self._advantages(scored)
+        advantages = self.rollouts.advantages(scored)
         self.rollouts.observe(batch, scored)
         with self.timer.phase("update"):
             kept = self.replay.keep(batch, advantages, self.rollouts.kept(scored))
@@ -230,21 +201,11 @@ class Trainer:
             paused = "The run is paused with a checkpoint: mend the reward, then go on with run.resume=true"
             raise RunPausedError(f"{wrong}; see the messages above. {paused}")
 
-    def _advantages(self, scored: AllScores) -> Advantages:
-        group, weights = self.config.rollout.candidates, self.rollouts.weights
-        advantages = compute_advantages(scored.values, scored.valid, group, weights, self.config.advantage)
-        return advantages.of(self.rollouts.kept(scored))
-
     def _emit(self, batch: Batch, scored: AllScores, advantages: Advantages, result: UpdateResult) -> None:
         """The iteration is done but for its statistics, which are read while the next one runs."""
         self.iteration += 1
-        metrics = reward_metrics(
-            scored.values, scored.valid, scored.asked, self.rollouts.weights, list(self.rewards), scored.components,
-            self.config.rollout.candidates,
-        )  # fmt: skip
-        # Before the first step, where no group had a spread yet, the rate of the first.
-        rate = self.optimizer.rate.at(max(self.optimizer.steps - 1, 0))
-        metrics |= advantage_metrics(advantages) | {"lr": rate} | batch.spent
+        metrics = self.rollouts.metrics(scored) | advantage_metrics(advantages)
+        metrics |= {"lr": self.optimizer.latest_rate} | batch.spent
         for callback in self.callbacks:
             metrics |= callback.on_scored(self, batch.iteration, scored, metrics)
         self.iterations.keep(batch.iteration, metrics, packed(result))
@@ -256,12 +217,3 @@ class Trainer:
     def _each(self, event: str, *arguments: object) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
-
-    @contextmanager
-    def _acting(self) -> Iterator[Mapping[str, nn.Module] | None]:
-        """What rolls out: the policy, or the old policy where it is not a copy of it."""
-        old = self.old if self.old is not None and not self.config.objective.old_decay.copies else None
-        with nullcontext() if old is None else old() as copies:
-            modules = copies or self.family.modules
-            with unsharded(modules.values(), self.residency.rollout_unsharded):
-                yield modules

@@ -21,6 +21,7 @@ from fastgrpo.algorithms.objectives.grpo import clipped_loss_settings
 from fastgrpo.algorithms.schedule import kl_factors, loss_scale
 from fastgrpo.config import Config
 from fastgrpo.distributed.fsdp import hold_weights, reshard, set_gradient_sync
+from fastgrpo.distributed.residency import KEPT, Residency
 from fastgrpo.distributed.world import World
 from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.protocol import ModelFamily
@@ -31,7 +32,6 @@ from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.micro_batches import MicroBatch, OptimizerStep, epoch_draw, micro_batches_of_step
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.replay import Replay
-from fastgrpo.training.residency import KEPT, Residency
 from fastgrpo_kernels import LossStatistics, clipped_loss, grpo_loss, log_prob, noise, shift_moments
 from fastgrpo_kernels.clipped_loss import FIELDS
 

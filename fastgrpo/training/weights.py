@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +13,38 @@ from torch import nn
 from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.config import Config
 from fastgrpo.distributed.activation import checkpoint_activations, compile_blocks
-from fastgrpo.distributed.fsdp import shard
+from fastgrpo.distributed.fsdp import shard, unsharded
+from fastgrpo.distributed.residency import Residency
 from fastgrpo.distributed.ulysses import split_tokens
 from fastgrpo.distributed.world import World
 from fastgrpo.models.attention import set_backend
 from fastgrpo.models.context import split_lengths
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.models.sharded_load import load_shards
-from fastgrpo.models.trainable import OldPolicy, add_old_lora, freeze_old_lora, load_lora, make_trainable
+from fastgrpo.models.trainable import (
+    OldPolicy,
+    Reference,
+    add_old_lora,
+    freeze_old_lora,
+    load_lora,
+    make_trainable,
+    reference_of,
+)
 
 
 @dataclass(frozen=True)
 class Copies:
-    """What a policy is compared with. frozen: the reference model's components in full fine-tuning, None where no term
-    needs them or a LoRA can be turned off; old: the old policy, None where none is kept."""
+    """What a policy is compared with.
+
+    Attributes:
+        frozen: The reference model's components in full fine-tuning; None where no term needs them, or a LoRA can be
+            turned off.
+        reference: Gives the components of the model that the run starts from; None where nothing is compared with it.
+        old: The old policy; None where none is kept.
+    """
 
     frozen: dict[str, nn.Module] | None
+    reference: Reference | None
     old: OldPolicy | None
 
     def modules(self) -> list[nn.Module]:
@@ -92,4 +109,18 @@ def prepare_weights(
     freeze_old_lora(family.policy)
     for module in old.values():
         module.requires_grad_(False)
-    return Copies(frozen or None, OldPolicy(family.policy, old or None) if needs_old(config) else None)
+    reference = reference_of(family.policy, frozen or None) if needs_reference(config) else None
+    return Copies(frozen or None, reference, OldPolicy(family.policy, old or None) if needs_old(config) else None)
+
+
+@contextmanager
+def rolling_out(
+    family: ModelFamily, config: Config, copies: Copies, residency: Residency
+) -> Iterator[Mapping[str, nn.Module] | None]:
+    """Within it the components that roll out are whole where they stay so: the policy's (None), or the old policy's
+    where it is not a copy of it."""
+    old = None if config.objective.old_decay.copies else copies.old
+    with nullcontext() if old is None else old() as components:
+        modules = components or family.modules
+        with unsharded(modules.values(), residency.rollout_unsharded):
+            yield modules

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from support.redness import REDNESS, Redness, assert_same, finished
-from support.runs import metrics
+from support.runs import callback_of, metrics
 from support.tiny import tiny_config
 
 from fastgrpo.algorithms.guard import RewardGuard, moved
@@ -85,7 +85,7 @@ def test_a_hacked_run_stops_with_a_checkpoint_and_goes_on_without_the_guard(tiny
     trainer = Trainer.from_config(config)
     with pytest.raises(UserError, match="stopped at iteration 4 with a checkpoint: held-out held fell"):
         trainer.run()
-    assert trainer.callback(CheckpointCallback).store.iterations() == [4]
+    assert callback_of(trainer, CheckpointCallback).store.iterations() == [4]
     off = config.model_copy(
         update={
             "run": config.run.model_copy(update={"resume": True}),

@@ -18,7 +18,7 @@ def measured(folder, what, count):
     return json.loads(said.splitlines()[-1])
 
 
-# The moments one by one are tests/training/test_signals.py.
+# The moments one by one are tests/distributed/test_signals.py.
 @pytest.mark.full
 def test_random_signals_end_both_ranks_alike_and_lose_nothing(tmp_path):
     found = measured(tmp_path, "signals", 2)

@@ -89,7 +89,7 @@ def test_every_point_is_a_valid_config(model, tmp_path):
     for size in cases.SIZES:
         for number, point in enumerate(cases.points(model, size, list(cases.SWEEPS))):
             config = cases.case_config(model, size, point.settings, tmp_path / f"{size}{number}")
-            assert config.model.family == model
+            assert config.model.family == cases.family_name(model)
             window = config.rollout.trained
             assert window.move == "fixed"
             assert not config.eval.every

@@ -19,17 +19,29 @@ from fastgrpo.algorithms.layout import lay_out, rank_samples
 from fastgrpo.algorithms.schedule import schedule_steps
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt
+from fastgrpo.distributed.activation import checkpoint_activations
 from fastgrpo.distributed.ulysses import split_tokens
 from fastgrpo.errors import ConfigError, UserError
-from fastgrpo.models import Conditioning, ModelFamily, check_parts, family_class
+from fastgrpo.models import FAMILIES, Conditioning, ModelFamily, check_parts, family_class
 from fastgrpo.models.attention import set_backend
-from fastgrpo.models.context import split_lengths
+from fastgrpo.models.context import check_context, split_lengths
 from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.sampler import rollout
 from fastgrpo.shapes.editing_world import all_prompts, image_name
 
 CPU = torch.device("cpu")
-KINDS = ("flux", "flux_kontext", "flux2", "wan", "hunyuan_video", "hunyuan_15", "skyreels")
+KINDS = (
+    "flux", "flux_kontext", "flux2", "qwen_image", "qwen_edit", "qwen_edit_plus", "qwen_2_1", "z_image", "wan",
+    "hunyuan_video", "hunyuan_15", "skyreels",
+)  # fmt: skip
+
+# Texts that two ranks do not divide; a text that one of them has nothing of, beside an image whose padding is shorter
+# than a rank's part.
+SIZES = {
+    "qwen_image": {"max_sequence_length": 13},
+    "qwen_edit": {"max_sequence_length": 47},
+    "z_image": {"height": 128, "width": 96, "max_sequence_length": 40},
+}
 
 
 def family_of(kind: str) -> tuple[Config, ModelFamily]:
@@ -44,7 +56,7 @@ def family_of(kind: str) -> tuple[Config, ModelFamily]:
         )
         torch.nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.3)
     elif kind in tiny_images.MODELS:
-        config, pipeline = image_config("unused", kind), tiny_images.build(kind)
+        config, pipeline = image_config("unused", kind, model=SIZES.get(kind, {})), tiny_images.build(kind)
     else:
         config, pipeline = video_config("unused", kind), build(kind)
     return config, family_class(config.model.family)(pipeline, config.model, CPU)
@@ -73,6 +85,10 @@ def sampled(kind: str, split: bool) -> list[torch.Tensor]:
         for module in family.modules.values():
             split_tokens(module, family.context_plan(module), split_lengths(family), 2, 2, "cpu")
     make_trainable(family)
+    if split:
+        # Blocks that are run again in backward exchange again.
+        for module in family.modules.values():
+            checkpoint_activations(family.blocks(module), "all")
     plan = schedule_steps(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), 4, 0, 0)
     layout = lay_out(plan, config.rollout.model_copy(update={"group_size": 2}), rank_samples(4, 1, 1, 0).reshape(-1))
     latents = rollout(family, plan, layout, conditioning, config.rollout, 0, 0).latents
@@ -147,6 +163,19 @@ def test_a_missing_backend_package_names_its_extra(tiny_flux, monkeypatch):
         check_parts(tiny_config(tiny_flux, model={"attention_backend": "flash"}), "cpu")
 
 
+def test_families_whose_tokens_cannot_be_split_say_so_and_the_document_names_the_others():
+    able = {name for name in FAMILIES.built_in if family_class(name).context_kinds}
+    document = Path("docs/scale.md").read_text()
+    (line,) = re.findall(r"^\| `parallel\.context` \| .*: (.*) \|$", document, re.MULTILINE)
+    assert set(re.findall("`([a-z0-9_]+)`", line)) == able
+    config = tiny_config("unused", parallel={"context": 2})
+    for name in set(FAMILIES.built_in) - able:
+        said = f"parallel.context: 2, but the tokens of {name} cannot be split by ulysses; leave it at 1"
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            check_context(config, family_class(name), {}, "cpu")
+        assert f"`{name}`" in document
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_token_lengths_are_those_that_a_block_sees(kind):
     _, family = family_of(kind)
@@ -158,7 +187,9 @@ def test_token_lengths_are_those_that_a_block_sees(kind):
     family.blocks(family.denoiser)[0].register_forward_pre_hook(watch, with_kwargs=True)
     x = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
     family.predict(x, torch.tensor([0.9, 0.4]), conditioning_of(kind, family))
-    assert seen[0].shape[1] == split_lengths(family)[0]
+    lengths = split_lengths(family)
+    # One stream of Qwen-Image 2.1 has both.
+    assert seen[0].shape[1] == (sum(lengths) if kind == "qwen_2_1" else lengths[0])
 
 
 def test_a_backend_is_what_every_attention_uses(monkeypatch):

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from support.tiny import tiny_config
 
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config.sections import dump_settings
 from fastgrpo.observe.run_log import read_metrics
-from fastgrpo.training.checkpoint import CheckpointStore
 
 ROOT = Path(__file__).parents[2]
 HOSTS = ("fastgrpo-a", "fastgrpo-b")

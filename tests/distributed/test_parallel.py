@@ -13,10 +13,10 @@ from support.tiny import tiny_config
 from support.two_ranks import PLANNED, finished, measured, runs_of
 
 from fastgrpo.distributed.fsdp import hold_weights, unsharded
+from fastgrpo.distributed.residency import residency
 from fastgrpo.distributed.world import World, check_world
 from fastgrpo.errors import ConfigError
 from fastgrpo.planning.dry_run import dry_run
-from fastgrpo.training.residency import residency
 
 UPDATE = {"optimizer_steps": 2, "ema_decay": 0.9}
 ALONE = {"update": UPDATE}

@@ -13,6 +13,7 @@ from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import draw
 from fastgrpo.models import family_class, load_family
+from fastgrpo.models.resized import resized
 from fastgrpo.preflight.checks import preflight
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -28,7 +29,7 @@ def test_an_evaluation_at_another_size_is_that_of_a_model_of_that_size(tiny_flux
     plain = tiny_config(tiny_flux, eval={"steps": 3}).model_copy(update={"model": there})
     assert torch.equal(small, draw(load_family(there, ALONE.device), PROMPTS, plain, ALONE))
     # Training is where it was, its positions too.
-    assert family.at(config.model) is family
+    assert resized(family, config.model) is family
     trained = draw(family, PROMPTS, tiny_config(tiny_flux), ALONE)
     assert trained.shape == (2, 3, 32, 32)
     assert torch.equal(trained, draw(load_family(config.model, ALONE.device), PROMPTS, tiny_config(tiny_flux), ALONE))
@@ -44,7 +45,7 @@ def test_guidance_of_two_branches_may_be_on_in_evaluation_alone():
         family, PROMPTS, config.model_copy(update={"eval": config.eval.model_copy(update={"guidance": None})}), ALONE
     )
     assert (drawn - plain).abs().max() > 1e-3
-    assert family.at(config.evaluated_model).guided
+    assert resized(family, config.evaluated_model).guided
 
 
 def test_first_frames_are_encoded_at_the_size_that_is_drawn():
@@ -52,7 +53,7 @@ def test_first_frames_are_encoded_at_the_size_that_is_drawn():
     family = family_class("wan")(tiny_video.build("wan_i2v"), config.model, ALONE.device)
     prompts = load_prompts("moving:train")[:1]
     assert family.encode(prompts)["condition"].shape[2:] == (3, 4, 4)
-    view = family.at(config.evaluated_model)
+    view = resized(family, config.evaluated_model)
     assert view.encode(prompts)["condition"].shape[2:] == (2, 2, 4)
     assert draw(family, prompts, config, ALONE).shape == (1, 3, 5, 16, 32)
     assert family.encode(prompts)["condition"].shape[2:] == (3, 4, 4)

@@ -72,7 +72,8 @@ REAL: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, dict[str, tuple[
         "qwen_image_2_1", {"num_layers": 32}, {"num_layers": 1}, 736, {"text": (256, 4096), "mask": (256,)}, 7.1
     ),
     "qwen_edit": (
-        "qwen_image_edit", {"num_layers": 60}, {"num_layers": 1}, 720,
+        # With what its checkpoint 2511 has beside 2509.
+        "qwen_image_edit", {"num_layers": 60, "zero_cond_t": True}, {"num_layers": 1, "zero_cond_t": True}, 720,
         {"text": (14 * 14 + 256, 3584), "mask": (14 * 14 + 256,), "source": (2025, 64)}, 20.4,
     ),
     "z_image": (

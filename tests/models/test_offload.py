@@ -1,5 +1,7 @@
 """Offloaded components: where they are when; encoders dropped change no bit; a plan counts when each is there."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.runs import finished, metrics
@@ -64,6 +66,38 @@ def test_where_components_are_when(tiny_flux, monkeypatch):
     assert all(devices(parts[name]) == {"cpu"} for name in waiting)
 
 
+def test_what_is_trained_waits_on_the_host_while_prompts_are_encoded_ahead(tiny_flux, tmp_path, monkeypatch):
+    settings = {"height": 32, "width": 32, "max_sequence_length": 10, "text_encoders": "drop"}
+    model = Model(family="flux", path=str(tiny_flux), embedding_cache=str(tmp_path), **settings)
+    family = load_family(model, torch.device("cpu"))
+    transformer, encode, seen = family.denoiser, family.encode_prompts, []
+
+    class Moved(torch.nn.Module):
+        """Says where it is told to go."""
+
+        def to(self, *args: Any, **_: Any) -> Any:
+            seen.append(str(args[0]))
+            return self
+
+    monkeypatch.setattr(family, "encode_prompts", lambda prompts: (seen.append("encoding"), encode(prompts))[1])
+    family.modules["beside"] = Moved()
+    family.encode_ahead([Prompt("a red circle")])
+    assert seen == ["cpu", "encoding", "cpu"]
+    family.device = torch.device("meta")
+    with pytest.raises(RuntimeError, match="spoiled"), family.trained_on_host():
+        raise RuntimeError("spoiled")
+    assert seen[3:] == ["cpu", "meta"]
+    assert devices(transformer) == {"meta"}
+    # It has no values to be moved.
+    family.device = torch.device("cpu")
+    with family.trained_on_host():
+        assert devices(transformer) == {"meta"}
+    assert devices(transformer) == {"meta"}
+    # Nothing is missing from the cache any more.
+    family.encode_ahead([Prompt("a red circle")])
+    assert seen[5:] == ["cpu", "cpu"]
+
+
 def test_dropped_encoders_change_no_bit(tiny_flux, tmp_path, monkeypatch):
     sections = {"train": {"iterations": 2}, "eval": {"every": 2, "images": 3}}
     finished(tiny_config(tiny_flux, tmp_path / "kept", **sections))
@@ -95,7 +129,8 @@ def test_a_plan_counts_offloaded_components(tiny_flux):
     for settings, beside in (
         ({}, [vae + encoders] * 3),
         ({"vae": "offload", "text_encoders": "offload"}, [vae + encoders, 0, vae, 0]),
-        ({"text_encoders": "drop", "embedding_cache": "none"}, [vae + encoders, vae, vae, vae]),
+        # What is trained is loaded first, and makes room.
+        ({"text_encoders": "drop", "embedding_cache": "none"}, [vae + max(encoders - policy, 0), vae, vae, vae]),
     ):
         planned = dry_run(tiny_config(tiny_flux, model=settings))
         assert [p.name for p in planned.phases] == ["encode"] * (len(beside) - 3) + ["rollout", "decode", "update"]

@@ -1,5 +1,6 @@
 """The recipes of the real models: they load, and the parity ones hold DanceGRPO's published numbers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ VIDEOS = (
     "skyreels-fast-8xh100",
     "wan-2.1-1.3b-fast-8xh100",
     "wan-2.1-1.3b-lora-1x24gb",
+    "hunyuan-video-1.5-lora-1x24gb",
     "hunyuan-video-1.5-fast-8xh100",
     "ltx2-parity-8xh100",
     "ltx2-fast-8xh100",
@@ -49,6 +51,7 @@ IMAGES = (
     "z-image-turbo-parity-8xh100",
     "z-image-turbo-fast-8xh100",
     "z-image-turbo-lora-1x24gb",
+    "qwen-image-2.1-lora-1x24gb",
     "flux2-klein-9b-parity-8xh100",
     "flux2-klein-9b-fast-8xh100",
     "flux2-klein-4b-lora-1x24gb",
@@ -66,6 +69,21 @@ def test_a_recipe_loads_and_divides_over_its_ranks(name):
     assert samples % (ranks // config.parallel.context * config.update.optimizer_steps) == 0
     assert (config.model.frames - 1) % 4 == 0
     assert config.model.height % 16 == config.model.width % 16 == 0
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*-[0-9]*x*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_names_the_licence_of_its_model(path):
+    said = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    model = load_config(path).model.path
+    # Made of a published transformer and the parts of another model (docs/video.md).
+    model = "Skywork/SkyReels-V1-Hunyuan-I2V" if model == "skyreels-v1-i2v" else model
+    assert re.search(rf"Licence of {re.escape(model)}: \w", said)
+
+
+def test_every_config_of_a_published_model_has_a_machine_in_its_name():
+    """Those that the test above reads; the others are of the embedded worlds."""
+    for path in set(Path("configs").glob("*.yaml")) - set(Path("configs").glob("*-[0-9]*x*.yaml")):
+        assert path.stem.startswith(("shapes-", "pretrain-shapes-")), path
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,19 @@ from fastgrpo.models import ModelFamily, family_class
 CPU = torch.device("cpu")
 STEPS = 4
 KINDS = (
-    *("flux", "flux_kontext", "flux2", "sd3", "qwen_image", "qwen_2_1", "qwen_edit", "qwen_edit_plus", "z_image"),
-    *("hunyuan_video", "hunyuan_15", "ltx2", "wan"),
+    *(
+        "flux",
+        "flux_kontext",
+        "flux2",
+        "flux2_distilled",
+        "sd3",
+        "qwen_image",
+        "qwen_2_1",
+        "qwen_edit",
+        "qwen_edit_plus",
+        "z_image",
+    ),
+    *("hunyuan_video", "hunyuan_15", "hunyuan_15_i2v", "ltx2", "ltx2_3", "skyreels", "wan", "wan_i2v", "wan_two"),
 )
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # Of each scheduler: its class, its settings, and whether its levels are those of a flow that falls to 0.
@@ -80,7 +91,7 @@ def of_pipeline(family: ModelFamily, scheduler: Any, monkeypatch: pytest.MonkeyP
     def reached(*_: Any, **__: Any) -> Any:
         raise ReachedError
 
-    source = {"image": Image.new("RGB", (32, 32), "red")} if family.image_encoding == "source" else {}
+    source = {"image": Image.new("RGB", (32, 32), "red")} if family.takes_image else {}
     monkeypatch.setattr(family.pipeline, "scheduler", scheduler)
     monkeypatch.setattr(family.denoiser, "forward", reached)
     with pytest.raises(ReachedError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fastgrpo.data.prompts import Prompt, load_prompts, open_image
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.models import ModelFamily, load_family
+from fastgrpo.models.resized import resized
 from fastgrpo.models.trainable import make_trainable
 from fastgrpo.rollout.decode import decode
 from fastgrpo.rollout.sampler import initial_noise, rollout
@@ -103,7 +105,7 @@ def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps
         if prompt.image and "ImageToVideo" in type(pipeline).__name__:
             settings["image"] = open_image(prompt.image)
         if kind == "skyreels":
-            settings |= {"true_cfg_scale": scale, "negative_prompt": "", "guidance_scale": 1.0}
+            settings |= {"true_cfg_scale": scale, "negative_prompt": prompt.negative or "", "guidance_scale": 1.0}
             settings["generator"] = [torch.Generator().manual_seed(0)]
         elif kind == "ltx2":
             flat, sound = settings["latents"], family.beside
@@ -147,7 +149,7 @@ def test_a_rollout_is_the_pipelines_video(saved, families, kind, monkeypatch):
     assert (ours[0] - ours[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("kind", ["wan", "wan_two", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"])
+@pytest.mark.parametrize("kind", ["skyreels", "wan", "wan_two", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"])
 def test_a_negative_prompt_is_the_pipelines_too(saved, families, kind, monkeypatch):
     path, pipeline = saved(kind)
     family = families(kind)
@@ -160,17 +162,23 @@ def test_a_negative_prompt_is_the_pipelines_too(saved, families, kind, monkeypat
     assert (ours - drawn(family, config, [without])).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["hunyuan_video", "wan", "wan_two", "hunyuan_15", "ltx2"])
-def test_another_size_is_the_pipelines_too(saved, kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["hunyuan_video", "wan", "wan_two", "hunyuan_15", "ltx2", *FROM_IMAGE])
+def test_another_size_is_the_pipelines_too(saved, tmp_path, kind, monkeypatch):
     path, pipeline = saved(kind)
-    height = 64 if kind == "ltx2" else 48
-    config = video_config(path, kind, model={**MODELS[kind], "height": height, "width": 32, "frames": 5})
+    height, width = (64, 32) if kind == "ltx2" else (48, 16) if kind == "hunyuan_15_i2v" else (48, 32)
+    prompt = PROMPTS[0]
+    if kind == "hunyuan_15_i2v":
+        # Its pipeline's size is that of the picture's shape.
+        assert prompt.image is not None
+        open_image(prompt.image).resize((32, 96)).save(tmp_path / "tall.png")
+        prompt = replace(prompt, image=str(tmp_path / "tall.png"))
+    config = video_config(path, kind, model={**MODELS[kind], "height": height, "width": width, "frames": 5})
     family = load_family(config.model, CPU)
     if family.name == "wan":
         for one in (pipeline, family.pipeline):
             monkeypatch.setattr(one, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))
-    ours, theirs = drawn(family, config, PROMPTS[:1]), by_pipeline(pipeline, family, PROMPTS[:1])
-    assert ours.shape == theirs.shape == (1, 3, 5, height, 32)
+    ours, theirs = drawn(family, config, [prompt]), by_pipeline(pipeline, family, [prompt])
+    assert ours.shape == theirs.shape == (1, 3, 5, height, width)
     assert (ours - theirs).abs().max() <= 1e-4
 
 
@@ -290,7 +298,7 @@ def test_the_first_ratio_is_one_and_the_update_moves_the_weights(saved, kind):
     assert sum(moved) > len(moved) / 3
 
 
-@pytest.mark.parametrize("kind", ["wan_two", "wan_two_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2", "ltx2_3"])
+@pytest.mark.parametrize("kind", [HUNYUAN_15 if kind == "hunyuan_15" else kind for kind in KINDS])
 def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     config = video_config(saved(kind)[0], kind, model={**MODELS[kind], "dtype": "bfloat16"})
     family = load_family(config.model, CPU)
@@ -385,7 +393,7 @@ def test_each_transformer_of_two_has_its_guidance_and_its_gradient(saved):
     """Of a step of its own: the other one's weights, and its scale, have no part in it."""
     family = load_family(video_config(saved("wan_two")[0], "wan_two").model, CPU)
     family.policy.requires_grad_(True)
-    other = family.at(family.config.model_copy(update={"guidance_2": 5.0}))
+    other = resized(family, family.config.model_copy(update={"guidance_2": 5.0}))
     conditioning, x, time = family.encode(PROMPTS), initial(family, range(2)), torch.tensor([0.7, 0.4])
     for name, module in family.modules.items():
         v = family.predict(x, time, conditioning, module)
@@ -471,7 +479,9 @@ def test_tiling_is_switched_on_by_the_config(saved):
     assert load_family(config.model, CPU).pipeline.vae.use_tiling
 
 
-@pytest.mark.parametrize("kind", ["skyreels", "wan_two", "wan_5b_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"])
+@pytest.mark.parametrize(
+    "kind", ["hunyuan_video", "skyreels", "wan_two", "wan_5b_i2v", HUNYUAN_15, "hunyuan_15_i2v", "ltx2"]
+)
 def test_encoded_prompts_and_first_frames_are_cached_on_disk(saved, tmp_path, kind, monkeypatch):
     model = {**MODELS[kind], "embedding_cache": str(tmp_path)}
     config = video_config(saved(kind)[0], kind, model=model)

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from support.runs import callback_of
 from support.tiny import tiny_config
 
 from fastgrpo.observe.watch import Watch
@@ -71,7 +72,7 @@ def test_a_slow_reward_of_a_run_is_named(tiny_flux, tmp_path, capsys):
         telemetry={"progress": False, "stall_seconds": 0.5},
     )  # fmt: skip
     trainer = Trainer.from_config(config)
-    assert trainer.callback(StallCallback).seconds == 0.5
+    assert callback_of(trainer, StallCallback).seconds == 0.5
     trainer.run()
     assert "warning: rank 0 has been in 'reward' of iteration 0 for 1 s" in capsys.readouterr().err
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]

@@ -6,12 +6,12 @@ import pytest
 from support.runs import finished
 from support.tiny import tiny_config
 
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config import RewardSpec
 from fastgrpo.planning import plan as planning
 from fastgrpo.planning.bill import reward_bill
 from fastgrpo.planning.gpus import GPUS
 from fastgrpo.rewards.published import COSTS
-from fastgrpo.training.checkpoint import CheckpointStore
 
 GPU = GPUS["h100"]
 

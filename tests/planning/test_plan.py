@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from support import tiny_images
 from support.tiny import tiny_config
+from support.tiny_images import image_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
@@ -113,6 +115,17 @@ def test_a_family_whose_scheduler_reads_its_tensors_is_planned():
     assert [phase.name for phase in dry_run(config).phases] == ["rollout", "decode", "update"]
 
 
+def test_masks_that_ranks_exchange_are_counted(tmp_path):
+    tiny_images.build("qwen_image").save_pretrained(tmp_path)
+    small = {"steps": 2, "group_size": 2, "trained": {"kind": "window", "size": 1, "start": 0}}
+    config = image_config(tmp_path, "qwen_image", rollout=small, parallel={"context": 2, "shard": 1})
+    count, blocks = dry_run(config, 2).phases[0].cost.count, 2
+    # Queries, keys, values and the output of every block's attention.
+    calls = count[Collective("all_to_all", 2)] // 4
+    # Its mask, every output of the model, and the weights of each block and of the rest, once.
+    assert count[Collective("all_gather", 2)] == calls + calls // blocks + blocks + 1
+
+
 def test_one_line_each(tiny_flux):
     with pytest.raises(UserError, match="--gpu: unknown GPU 'h1000'; did you mean 'h100'"):
         gpu_named("h1000")
@@ -177,6 +190,16 @@ def test_a_recipe_says_its_hardware(tiny_flux, tmp_path):
 def test_every_recipe_fits_and_the_document_has_its_plan(recipe):
     row = planning.table_row(Path("configs") / f"{recipe}.yaml")
     assert row.startswith(f"| {recipe} | yes |")
+    assert row in Path("docs/scale.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in Path("configs").glob("*-1x24gb.yaml")))
+def test_every_recipe_for_a_card_of_24_gb_fits_it_and_the_document_has_its_plan(recipe):
+    found = planning.plan(load_config(f"configs/{recipe}.yaml"), GPUS["rtx4090"], 1)
+    assert found.fits
+    rate = planning.total_seconds(found, GPUS["rtx4090"])
+    row = f"| {recipe} | {found.need / 2**30:.1f} | {found.worst.name} | {rate:.0f} |"
     assert row in Path("docs/scale.md").read_text(encoding="utf-8").splitlines()
 
 

@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 from support.redness import REDNESS, Redness, assert_same, finished
-from support.runs import metrics
+from support.runs import callback_of, metrics
 from support.tiny import tiny_config
 
 from fastgrpo.algorithms.advantages import extremes
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.observe.timers import PhaseTimer
 from fastgrpo.rewards import Scores
 from fastgrpo.rollout.generator import Generator
 from fastgrpo.training.callbacks.guard import GuardCallback
-from fastgrpo.training.checkpoint import CheckpointStore
 from fastgrpo.training.trainer import Trainer
 
 GAUGES = ("scoring/",)
@@ -245,4 +245,4 @@ def test_a_held_out_reward_is_scored_every_so_many_iterations(tiny_flux, tmp_pat
     assert Alternates.calls == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ["reward/held" in line for line in lines] == [True, False, True]
-    assert [row[0] for row in trainer.callback(GuardCallback).guard.history["held"]] == [0, 2]
+    assert [row[0] for row in callback_of(trainer, GuardCallback).guard.history["held"]] == [0, 2]

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config import Config, dump
 from fastgrpo.models import ModelFamily, load_family
 from fastgrpo.models.trainable import make_trainable
-from fastgrpo.training.checkpoint import CheckpointStore, training_tensors
 from fastgrpo.training.optimizer import OptimizerState
+from fastgrpo.training.state import training_tensors
 from support import tiny_images, tiny_video
 
 # alpha is not the rank.

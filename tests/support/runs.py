@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from fastgrpo.training.checkpoint import training_tensors
+from fastgrpo.training.callbacks import Callback
+from fastgrpo.training.state import training_tensors
 from fastgrpo.training.trainer import Trainer
 
 TIMES = ("time/", "samples_per_second", "memory/", "ranks/", "gpu/")
@@ -25,6 +27,16 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
             yield from inner
 
     return {name: tensor.detach().clone() for name, tensor in flat(training_tensors(trainer.optimizer), "")}
+
+
+Kind = TypeVar("Kind", bound=Callback)
+
+
+def callback_of(trainer: Trainer, kind: type[Kind]) -> Kind:
+    """The trainer's callback of a class, which it has."""
+    found = kind.of(trainer)
+    assert found is not None
+    return found
 
 
 def finished(config) -> Trainer:

@@ -104,7 +104,12 @@ def build(kind: str, seed: int = 0) -> Any:
         from fastgrpo.shapes import tiny_qwen_image_edit
 
         shrink_sources()
-        return tiny_qwen_image_edit.build_pipeline(words, seed, plus=kind == "qwen_edit_plus")
+        pipeline = tiny_qwen_image_edit.build_pipeline(words, seed, plus=kind == "qwen_edit_plus")
+        if kind == "qwen_edit_plus":
+            # As Qwen-Image-Edit-2511 has it: the source is told that it is clean.
+            settings = {**pipeline.transformer.config, "zero_cond_t": True}
+            pipeline.transformer = type(pipeline.transformer).from_config(settings).eval()
+        return pipeline
     if kind in ("flux2", "flux2_distilled"):
         from fastgrpo.shapes.tiny_flux2 import TinyFlux2Sizes, build_pipeline
 

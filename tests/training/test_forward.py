@@ -129,13 +129,13 @@ def test_the_old_policy_follows_as_it_says(tiny_flux, tmp_path, kind):
     trainer = Trainer.from_config(config)
     before = [p.detach().clone() for p in trainer.optimizer.parameters]
     trainer.step()
-    assert trainer.old is not None
+    assert trainer.optimizer.old is not None
     kept = 0.0 if kind == "awm" else 2 * DECAY["rate"]
-    for old, new, first in zip(trainer.old.parameters, trainer.optimizer.parameters, before, strict=True):
+    for old, new, first in zip(trainer.optimizer.old.parameters, trainer.optimizer.parameters, before, strict=True):
         assert torch.allclose(old, kept * first + (1 - kept) * new, atol=1e-7)
         assert torch.equal(old, new) is (kept == 0) or torch.equal(new, first)
     # What rolls out is the old policy, where it is not the policy.
-    with trainer._acting() as modules:
+    with trainer.rollouts.acting() as modules:
         assert (modules is trainer.family.modules) is (kind == "awm")
 
 
@@ -179,6 +179,19 @@ def test_guidance_may_be_left_out_of_training(tiny_flux, tmp_path):
     assert trainer.updater.forward is not None
     assert (trainer.updater.forward.family.config.guidance, trainer.family.config.guidance) == (1.0, 4.0)
     assert trainer.step()["ratio/first_max_deviation"] == 0
+
+
+def test_the_old_policy_and_the_trained_one_are_never_unsharded_together(tiny_flux):
+    """Two ranks: what is gathered at the peak of an update is what GRPO gathers there."""
+    held = {"rollout": {"gather": "once"}, "update": {"gather": "once", "grad_sync": "once"}}
+    shared = {"rollout": held["rollout"] | {"shared_noise": False}}
+    grpo = dry_run(tiny_config(tiny_flux, **shared, update=held["update"]), 2)
+    settings = FORWARD["nft"] | {"update": FORWARD["nft"].get("update", {}) | held["update"]}
+    nft = dry_run(tiny_config(tiny_flux, **settings, **shared), 2)
+    assert nft.compared > 0
+    theirs, ours = grpo.phases[-1], nft.phases[-1]
+    assert ours.name == theirs.name == "update"
+    assert 0 < ours.at_peak["gathers"] == theirs.at_peak["gathers"]
 
 
 def test_a_plan_has_no_trajectory_and_an_old_policy(tiny_flux):

@@ -13,8 +13,8 @@ import pytest
 import torch.distributed as dist
 from support.tiny import tiny_config
 
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config.sections import dump_settings
-from fastgrpo.training.checkpoint import CheckpointStore
 from fastgrpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

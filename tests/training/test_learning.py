@@ -15,6 +15,7 @@ RECIPES = {
     "shapes-z-image": (90, "shapes", 240),
     "shapes-flux2": (120, "shapes", 240),
     "shapes-stable-diffusion": (64, "shapes", 240),
+    "shapes-flux-kontext": (90, "editing", 240),
     "shapes-hunyuan-video": (70, "moving_shapes", 480),
     "shapes-skyreels": (100, "moving_shapes", 480),
 }

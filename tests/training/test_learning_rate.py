@@ -1,4 +1,4 @@
-"""`lr: auto`: the rate whose updates move the policy as far as the config says, known alike by every rank."""
+"""`lr: auto`: the rate whose updates move the policy as far in a run as the config says, known alike by every rank."""
 
 import itertools
 import math
@@ -13,12 +13,12 @@ from fastgrpo.errors import ConfigError
 from fastgrpo.training.learning_rate import EACH, EVERY, FIRST, LearningRate
 from fastgrpo.training.trainer import Trainer
 
-TARGET = Optimizer().movement
+TRAVEL = Optimizer().travel
 
 
 def followed(mobility, iterations, **settings):
     """The rates of a run whose updates move by mobility(iteration) · rate²."""
-    rate, rates = LearningRate(Optimizer(lr="auto", **settings), iterations), []
+    rate, rates = LearningRate(Optimizer(lr="auto", **settings), iterations, iterations), []
     for iteration in range(iterations):
         lr = rate.at(iteration)
         rates.append(lr)
@@ -27,20 +27,20 @@ def followed(mobility, iterations, **settings):
     return rate, rates
 
 
-@pytest.mark.parametrize("wanted", [2e-7, 1e-5, 3e-3])
-def test_the_rate_is_the_one_that_moves_by_the_target(wanted):
+@pytest.mark.parametrize("wanted, updates", [(2e-7, 60), (1e-5, 90), (3e-3, 60)])
+def test_the_rate_is_the_one_whose_updates_travel_as_far_as_is_wanted(wanted, updates):
     # AdamW's first steps move ten times as far; a step's movement is noisy.
     def mobility(iteration):
-        return TARGET / wanted**2 * (10 if iteration < 3 else 1) * (0.5 if iteration % 2 else 1.5)
+        return (TRAVEL / updates / wanted) ** 2 * (10 if iteration < 3 else 1) * (0.5 if iteration % 2 else 1.5)
 
-    rate, rates = followed(mobility, 60)
+    rate, rates = followed(mobility, updates)
     assert rates[0] == FIRST
     assert all(b <= 2 * a for a, b in itertools.pairwise(rates))
     assert rate.peak == pytest.approx(wanted, rel=0.3)
 
 
 def test_a_schedule_is_of_the_rate_that_is_found():
-    _, rates = followed(lambda _: TARGET / 1e-4**2, 200, schedule="cosine", warmup=5)
+    _, rates = followed(lambda _: (TRAVEL / 200 / 1e-4) ** 2, 200, schedule="cosine", warmup=5)
     assert rates[100] == pytest.approx(0.5e-4, rel=0.05)
     assert rates[-1] < 1e-6
 

@@ -47,16 +47,16 @@ def test_an_earlier_rollout_is_trained_by_its_own_old_values(tiny_flux, tmp_path
 
 def test_the_old_policy_of_a_kept_rollout_is_put_back(tiny_flux, tmp_path):
     trainer = Trainer.from_config(tiny_config(tiny_flux, tmp_path, update=UPDATE, **KINDS["awm"]))
-    assert trainer.old is not None
-    first = [p.clone() for p in trainer.old.parameters]
+    assert trainer.optimizer.old is not None
+    first = [p.clone() for p in trainer.optimizer.old.parameters]
     trainer.step()
     [kept] = trainer.replay.earlier
     assert kept.old is not None
-    now = [p.clone() for p in trainer.old.parameters]
+    now = [p.clone() for p in trainer.optimizer.old.parameters]
     assert not all(torch.equal(a, b) for a, b in zip(first, now, strict=True))
     with trainer.replay.old_of(kept):
-        assert all(torch.equal(a, b) for a, b in zip(trainer.old.parameters, first, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(trainer.old.parameters, now, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(trainer.optimizer.old.parameters, first, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(trainer.optimizer.old.parameters, now, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

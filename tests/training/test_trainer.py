@@ -6,16 +6,16 @@ import signal
 import numpy as np
 import pytest
 import torch
-from support.runs import finished, metrics, weights
+from support.runs import callback_of, finished, metrics, weights
 from support.tiny import tiny_config
 
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.commands.train import train
 from fastgrpo.errors import PreemptedError, UserError
 from fastgrpo.rewards import Scores
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
-from fastgrpo.training.checkpoint import CheckpointStore
 from fastgrpo.training.trainer import Trainer
 
 
@@ -107,7 +107,7 @@ def test_a_watched_reward_that_fails_spoils_nothing(tiny_flux, tmp_path):
     plain = finished(tiny_config(tiny_flux, tmp_path / "a", **sections))
     spoilt = finished(tiny_config(tiny_flux, tmp_path / "b", rewards=[{"name": "shapes"}, watched], **sections))
     assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
-    best, same = (t.callback(EvaluationCallback).best for t in (plain, spoilt))
+    best, same = (callback_of(t, EvaluationCallback).best for t in (plain, spoilt))
     assert best is not None
     assert same is not None
     assert (same["iteration"], same["score"]) == (best["iteration"], best["score"])
@@ -233,7 +233,7 @@ def test_a_first_iteration_in_which_nothing_is_learned_goes_on(tiny_flux, tmp_pa
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, tmp_path, monkeypatch):
     config = tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 3}, checkpoint={"every": 1})
     trainer = Trainer.from_config(config)
-    import fastgrpo.training.checkpoint as module
+    import fastgrpo.checkpoints.store as module
 
     write, count = module.write_shard, []
 
@@ -246,7 +246,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny_flux, t
     monkeypatch.setattr(module, "write_shard", full)
     with pytest.raises(UserError, match="No space left on device; the checkpoint of iteration 1 is intact"):
         trainer.run()
-    assert [p.name for p in trainer.callback(CheckpointCallback).store.directory.iterdir()] == ["000001"]
+    assert [p.name for p in callback_of(trainer, CheckpointCallback).store.directory.iterdir()] == ["000001"]
 
 
 def test_the_latest_and_the_best_checkpoints_stay(tiny_flux, tmp_path):
@@ -259,6 +259,6 @@ def test_the_latest_and_the_best_checkpoints_stay(tiny_flux, tmp_path):
     )
     evaluation.on_start = lambda trainer: None
     trainer.callbacks.insert(0, evaluation)
-    trainer.callback(CheckpointCallback).evaluation = evaluation
+    callback_of(trainer, CheckpointCallback).evaluation = evaluation
     trainer.run()
-    assert trainer.callback(CheckpointCallback).store.iterations() == [2, 4, 5]
+    assert callback_of(trainer, CheckpointCallback).store.iterations() == [2, 4, 5]

@@ -14,12 +14,12 @@ from support.updates import ALONE, advantages, apart, oracle_gradients, prepare,
 
 from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.config.schema import Optimizer
+from fastgrpo.distributed.residency import KEPT
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.trajectory import Trajectory
 from fastgrpo.training import update
 from fastgrpo.training.learning_rate import LearningRate
 from fastgrpo.training.micro_batches import micro_batches, rows_to_train
-from fastgrpo.training.residency import KEPT
 from fastgrpo.training.update import Updater
 
 WINDOW = {"kind": "window", "size": 2, "start": 1}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastgrpo.commands.pretrain.empty_channels import with_empty_channels
 from fastgrpo.commands.pretrain.recipe import PretrainConfig, as_prompts
 from fastgrpo.data.prompts import Prompt, world_prompts
+from fastgrpo.distributed.shards import exchanged
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import Evaluation, evaluate
@@ -31,7 +32,6 @@ from fastgrpo.rewards import load_reward
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.shapes.world import eval_set
 from fastgrpo.training.learning_rate import cosine_rate
-from fastgrpo.training.optimizer import exchanged
 
 ALONE = World(0, 1, torch.device("cpu"))
 

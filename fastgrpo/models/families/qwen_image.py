@@ -10,10 +10,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
+from fastgrpo.distributed.ulysses import group_of
 from fastgrpo.models.families.image import check_image_size, check_text_length, dynamic_mu
 from fastgrpo.models.families.shared import guide, to_pixels
 from fastgrpo.models.protocol import Conditioning, ModelFamily
@@ -24,6 +26,8 @@ class QwenImage(ModelFamily):
     pipeline_classes = ("QwenImagePipeline",)
     guidance_style = "cfg"
     encoders = ("text_encoder", "tokenizer")
+    # Ring attention of diffusers takes no mask.
+    context_kinds = ("ulysses",)
     block_lists = ("transformer_blocks",)
     mask_names = ("mask",)
 
@@ -31,6 +35,12 @@ class QwenImage(ModelFamily):
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
         check_image_size(config, 2 * 2 ** len(parts["vae"]["temperal_downsample"]), cls.name)
         check_text_length(config, 1024, cls.name)
+
+    @classmethod
+    def token_lengths(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        """The image's; `texts` pads the text to what divides."""
+        side = 2 * 2 ** len(parts["vae"]["temperal_downsample"])
+        return [(config.height // side) * (config.width // side)]
 
     @classmethod
     def word_tokenizers(cls, length: int) -> dict[str, Any]:
@@ -94,16 +104,26 @@ class QwenImage(ModelFamily):
         text, mask = output.hidden_states[-1][:, cut:], tokens.attention_mask[:, cut:].bool()
         return {"text": text * mask[..., None], "mask": mask}
 
+    def texts(self, conditioning: Conditioning, model: Any) -> tuple[Tensor, Tensor]:
+        """`text` and `mask` of the branches, with as much more padding as context parallelism needs to split them."""
+        text = conditioning.branches("text", self.guided).to(self.dtype)
+        mask = conditioning.branches("mask", self.guided)
+        _, size, _ = group_of(model.transformer_blocks[0].attn.processor._parallel_config)
+        more = -text.shape[1] % size
+        return F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))
+
     def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
         inputs, times = x.to(self.dtype), time
         if self.guided:
             inputs, times = torch.cat([inputs, inputs]), torch.cat([time, time])
+        model = module or self.denoiser
+        text, mask = self.texts(conditioning, model)
         # The transformer rounds the timestep to its input's dtype itself (diffusers' Qwen-Image), as FLUX's does.
-        output = (module or self.denoiser)(
+        output = model(
             hidden_states=inputs,
             timestep=times,
-            encoder_hidden_states=conditioning.branches("text", self.guided).to(self.dtype),
-            encoder_hidden_states_mask=conditioning.branches("mask", self.guided),
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=mask,
             img_shapes=[[(1, *self.grid)]] * len(inputs),
             return_dict=False,
         )[0]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
+from fastgrpo.distributed.ulysses import group_of, heads_to_tokens, own_tokens, tokens_to_heads
 from fastgrpo.models.families.image import check_image_size, check_text_length, dynamic_mu
 from fastgrpo.models.families.qwen_image import QwenImage
 from fastgrpo.models.families.shared import guide, to_pixels
@@ -48,6 +49,16 @@ class QwenImage21(QwenImage):
     def check(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> None:
         check_image_size(config, 2 * TOKEN_SIDE, cls.name)
         check_text_length(config, 4096, cls.name)
+
+    @classmethod
+    def token_lengths(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        return [(config.height // TOKEN_SIDE) * (config.width // TOKEN_SIDE), config.max_sequence_length]
+
+    def context_plan(self, module: nn.Module) -> Mapping[str, Any]:
+        """`forward` splits the tokens; the image's are joined at the end. diffusers has no plan of its own for it."""
+        from diffusers.models._modeling_parallel import ContextParallelOutput
+
+        return {"proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3)}
 
     @classmethod
     def word_tokenizers(cls, length: int) -> dict[str, Any]:
@@ -128,19 +139,28 @@ class CausalAttention:
         self, attn: Any, hidden_states: Tensor, rotary_emb: Any = None, key_valid: Any = None, segments: Any = None,
         **unused: Any,
     ) -> Tensor:  # fmt: skip
-        """rotary_emb: [B, S, 1, D / 2], complex; key_valid: [B, 1, 1, S], bool; segments: how many tokens are text."""
+        """rotary_emb: [B, S, 1, D / 2], complex; key_valid: [B, 1, 1, S of all ranks], bool; segments: how many tokens
+        are text."""
         query, key, value = (
             layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
         normed = attn.norm_q(query), attn.norm_k(key)
         query, key = (rotate(x, rotary_emb).to(value.dtype) for x in normed)
+        # With context parallelism, the tokens of all ranks for this rank's heads from here to the attention's output.
+        group, size, _ = group_of(self._parallel_config)
+        if size > 1:
+            query, key, value = (
+                torch.cat([tokens_to_heads(part, group, size) for part in (x[:, :segments], x[:, segments:])], dim=1)
+                for x in (query, key, value)
+            )
+        count = segments * size
         text = dispatch_attention_fn(
-            query[:, :segments], key[:, :segments], value[:, :segments], is_causal=True, backend=self._attention_backend
+            query[:, :count], key[:, :count], value[:, :count], is_causal=True, backend=self._attention_backend
         )
         image = dispatch_attention_fn(
-            query[:, segments:], key, value, attn_mask=key_valid, backend=self._attention_backend
+            query[:, count:], key, value, attn_mask=key_valid, backend=self._attention_backend
         )
-        output = torch.cat([text, image], dim=1).flatten(2).to(value.dtype)
+        output = torch.cat([heads_to_tokens(x, group, size) for x in (text, image)], dim=1).flatten(2).to(value.dtype)
         return attn.to_out[1](attn.to_out[0](output))
 
 
@@ -192,6 +212,11 @@ def forward(self: Any, x: Tensor, time: Tensor, text: Tensor, mask: Tensor, grid
         mask: Which of the text's tokens are a prompt's, bool [B, L].
         grid: Rows and columns of the image's tokens.
     """
+    _, size, rank = group_of(self.transformer_blocks[0].attn.processor._parallel_config)
+    # Each rank has as much of the text as of the image, so that none waits for another.
+    rotary = rotary_of(self, mask, grid).split([text.shape[1], x.shape[1]], dim=1)
+    valid = F.pad(mask, (0, x.shape[1]), value=True)[:, None, None]
+    text, x, *turns = (own_tokens(part, 1, size, rank) for part in (text, x, *rotary))
     count, image = text.shape[1], x.shape[1]
     tokens = torch.cat([self.txt_in(text), self.img_in(x)], dim=1)
     # Text is told that it is clean: a row of level 0 for all.
@@ -199,8 +224,6 @@ def forward(self: Any, x: Tensor, time: Tensor, text: Tensor, mask: Tensor, grid
     temb = self.time_text_embed(levels, tokens)
     modulation = self.modulation(temb)
     noisy = torch.arange(count + image, device=x.device) >= count if self.config.causal_condition else None
-    rotary = rotary_of(self, mask, grid)
-    valid = F.pad(mask, (0, image), value=True)[:, None, None]
     for block in self.transformer_blocks:
-        tokens = block(tokens, modulation, rotary, None, noisy, None, None, None, count, valid)
-    return self.proj_out(self.norm_out(tokens, temb, noisy))[:, count:]
+        tokens = block(tokens, modulation, torch.cat(turns, dim=1), None, noisy, None, None, None, count, valid)
+    return self.proj_out(self.norm_out(tokens, temb, noisy)[:, count:])

@@ -7,7 +7,7 @@ shape; Edit-Plus's encoder sees it at 384 × 384, as published.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class QwenImageEdit(QwenImage):
     @classmethod
     def own_parts(cls, config: Model) -> dict[str, Any]:
         return {"processor": ImageTextProcessor.of_directory(resolve_path(config.path))}
+
+    @classmethod
+    def token_lengths(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        return [2 * count for count in super().token_lengths(config, parts)]
 
     @property
     def is_plus(self) -> bool:
@@ -103,12 +107,14 @@ class QwenImageEdit(QwenImage):
         inputs, times = torch.cat([x, conditioning["source"]], dim=1).to(self.dtype), time
         if self.guided:
             inputs, times = torch.cat([inputs, inputs]), torch.cat([time, time])
+        model = module or self.denoiser
+        text, mask = self.texts(conditioning, model)
         # The transformer rounds the timestep to its input's dtype itself, as Qwen-Image's does.
-        output = (module or self.denoiser)(
+        output = model(
             hidden_states=inputs,
             timestep=times,
-            encoder_hidden_states=conditioning.branches("text", self.guided).to(self.dtype),
-            encoder_hidden_states_mask=conditioning.branches("mask", self.guided),
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=mask,
             img_shapes=[[(1, *self.grid), (1, *self.grid)]] * len(inputs),
             return_dict=False,
         )[0][:, : x.shape[1]]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
+from fastgrpo.distributed.ulysses import group_of, own_tokens
 from fastgrpo.models.families.image import (
     check_image_size,
     check_text_length,
@@ -42,6 +43,8 @@ class ZImage(ModelFamily):
     # Its pipeline counts the scale from the prompt's branch: 0 is none.
     unguided_scale = 0.0
     encoders = ("text_encoder", "tokenizer")
+    # Ring attention of diffusers takes no mask.
+    context_kinds = ("ulysses",)
     block_lists = ("noise_refiner", "context_refiner", "layers")
     mask_names = ("mask",)
 
@@ -54,6 +57,19 @@ class ZImage(ModelFamily):
         check_image_size(config, 2 * vae_factor(parts["vae"]), cls.name)
         # Positions of the image come after the text's.
         check_text_length(config, parts["transformer"]["axes_lens"][0] - SEQ_MULTI_OF, cls.name)
+
+    @classmethod
+    def token_lengths(cls, config: Model, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        side = 2 * vae_factor(parts["vae"])
+        image = (config.height // side) * (config.width // side)
+        return [padded(image), padded(config.max_sequence_length)]
+
+    def context_plan(self, module: nn.Module) -> Mapping[str, Any]:
+        """`patchify` splits the tokens, and `unpatchify` puts the image's in order again once joined. diffusers
+        has no plan of its own for it."""
+        from diffusers.models._modeling_parallel import ContextParallelOutput
+
+        return {"all_final_layer.2-1": ContextParallelOutput(gather_dim=1, expected_dims=3)}
 
     @classmethod
     def word_tokenizers(cls, length: int) -> dict[str, Any]:
@@ -140,10 +156,12 @@ class TextMask:
         lengths = self.real.sum(1, keepdim=True)
         return lengths + -lengths % SEQ_MULTI_OF
 
-    def attended(self, tokens: int) -> Tensor:
-        """[B, tokens], bool, of a sequence that ends in the text: all that comes before the text is attended to."""
-        before = tokens - self.real.shape[1]
-        return torch.arange(tokens, device=self.real.device) < before + self.ends
+    def attended(self, tokens: int, size: int) -> Tensor:
+        """[B, size · tokens], bool, of a sequence of which each of `size` ranks has `tokens`, its part of the text at
+        their end: all that is no text is attended to."""
+        own = self.real.shape[1] // size
+        place = torch.arange(tokens, device=self.real.device) - (tokens - own)
+        return torch.cat([place < (self.ends - rank * own).clamp(min=0) for rank in range(size)], dim=1)
 
 
 class MaskedAttention(ZSingleStreamAttnProcessor):
@@ -161,7 +179,8 @@ class MaskedAttention(ZSingleStreamAttnProcessor):
         attention_mask: Tensor | None = None,
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
-        mask = self.mask.attended(hidden_states.shape[1])
+        # Of all ranks: their tokens meet in the attention.
+        mask = self.mask.attended(hidden_states.shape[1], group_of(self._parallel_config)[1])
         return super().__call__(attn, hidden_states, attention_mask=mask, freqs_cis=freqs_cis)
 
 
@@ -171,6 +190,12 @@ def mask_text(transformer: Any) -> None:
     for block in (*transformer.context_refiner, *transformer.layers):
         block.attention.set_processor(MaskedAttention(transformer.text_mask))
     transformer.patchify_and_embed = MethodType(patchify, transformer)
+    transformer.unpatchify = MethodType(unpatchify, transformer)
+
+
+def context_of(model: Any) -> tuple[int, int]:
+    """How many ranks share every sample's tokens, and which of them this is."""
+    return group_of(model.layers[0].attention.processor._parallel_config)[1:]
 
 
 def patchify(model: Any, images: list[Tensor], texts: list[Tensor], *patch: int) -> tuple[list[Any], ...]:
@@ -182,4 +207,18 @@ def patchify(model: Any, images: list[Tensor], texts: list[Tensor], *patch: int)
     nearer = (model.text_mask.real.shape[1] - model.text_mask.ends).to(torch.int32)
     first_axis = torch.arange(3, device=nearer.device) == 0
     positions = [p - by * (first_axis & (p[:, :1] > 0)) for p, by in zip(positions, nearer, strict=True)]
-    return patches, texts, sizes, positions, text_positions, pads, list(~model.text_mask.real)
+    size, rank = context_of(model)
+    split = (patches, texts, positions, text_positions, pads, list(~model.text_mask.real))
+    patches, texts, positions, text_positions, pads, text_pads = (
+        [own_tokens(row, 0, size, rank) for row in rows] for rows in split
+    )
+    return patches, texts, sizes, positions, text_positions, pads, text_pads
+
+
+def unpatchify(model: Any, rows: list[Tensor], *sizes: Any) -> list[Tensor]:
+    """The transformer's own images of rows [S, C], each the image's tokens and then the text's, of every rank."""
+    size, _ = context_of(model)
+    if size > 1:
+        image = (len(rows[0]) - model.text_mask.real.shape[1]) // size
+        rows = [row.unflatten(0, (size, -1))[:, :image].flatten(0, 1) for row in rows]
+    return ZImageTransformer2DModel.unpatchify(model, rows, *sizes)

@@ -7,7 +7,7 @@ A callback of your own is a class in a module that Python can import, named in t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from fastgrpo.rewards.scoring import AllScores
 
@@ -29,6 +29,15 @@ class Callback:
     def __init_subclass__(cls) -> None:
         if "name" not in cls.__dict__:
             cls.name = f"{cls.__module__}:{cls.__qualname__}"
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Self | None:
+        """Returns the trainer's callback of this class; None where it has none.
+
+        Args:
+            trainer: The trainer.
+        """
+        return next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
 
     def on_start(self, trainer: Trainer) -> None:
         """Called once, before the first iteration, after a resumed run's state was restored."""

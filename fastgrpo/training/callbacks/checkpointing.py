@@ -6,11 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgrpo.checkpoints.resume import Claim
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.errors import UserError
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
-from fastgrpo.training.checkpoint import CheckpointStore
-from fastgrpo.training.resume import Claim
 from fastgrpo.training.state import save
 
 if TYPE_CHECKING:
@@ -63,6 +63,6 @@ class CheckpointCallback(Callback):
     def save(self, trainer: Trainer) -> None:
         """Writes the checkpoint of the iterations done so far."""
         trainer.flush()
-        with trainer.outside_iteration("checkpoint"):
+        with trainer.iterations.outside("checkpoint", trainer.iteration):
             save(trainer, self.store, self.best, {} if self.claim is None else self.claim.identity)
         self.saved = trainer.iteration

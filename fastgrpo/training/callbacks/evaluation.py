@@ -46,7 +46,7 @@ class EvaluationCallback(Callback):
         """Evaluates the weights as they are (their EMA with eval.ema), and records it."""
         config, iteration = trainer.config, trainer.iteration
         trainer.flush()
-        with trainer.outside_iteration("eval"), trainer.optimizer.averaged(config.eval.ema):
+        with trainer.iterations.outside("eval", iteration), trainer.optimizer.averaged(config.eval.ema):
             result = evaluate(trainer.family, trainer.rewards, self.prompts, config, trainer.world, trainer.failures)
         summary = result.summary()
         # A watched reward that fails (NaN) says nothing of the score.

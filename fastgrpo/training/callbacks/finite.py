@@ -63,7 +63,8 @@ def raise_if_not_finite(trainer: Trainer, what: str) -> None:
     if not names:
         return
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
-    last = next((c.store.last_finite() for c in trainer.callbacks if isinstance(c, CheckpointCallback)), None)
+    checkpoints = CheckpointCallback.of(trainer)
+    last = None if checkpoints is None else checkpoints.store.last_finite()
     after = (
         "there is no finite checkpoint yet" if last is None else f"the last finite checkpoint is of iteration {last}"
     )

@@ -15,8 +15,8 @@ from support.tiny import tiny_config
 
 from fastgrpo.commands.main import main
 from fastgrpo.config.sections import dump_settings
-from fastgrpo.training import signals
-from fastgrpo.training.signals import GRACE, INTERRUPTED, PREEMPTED, StopRequest, listening
+from fastgrpo.distributed import signals
+from fastgrpo.distributed.signals import GRACE, INTERRUPTED, PREEMPTED, StopRequest, listening
 
 
 class Two:
@@ -90,12 +90,12 @@ def test_a_signal_while_torch_is_imported_is_taken(tiny_flux, tmp_path):
 def train(config, moment, number, rank):
     """A run of two ranks as `torchrun -m fastgrpo train` starts them; rank RANK signals itself at a moment."""
     signals.listen()
+    from fastgrpo.checkpoints.store import CheckpointStore
     from fastgrpo.rollout import rollouts
     from fastgrpo.rollout.generator import Generator
     from fastgrpo.training import setup, trainer
     from fastgrpo.training.callbacks import evaluation
     from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
-    from fastgrpo.training.checkpoint import CheckpointStore
     from fastgrpo.training.update import Updater
 
     armed = [os.environ["RANK"] == rank]

@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON; complete or absent, verified before anything is read.
 
-`run.dir/checkpoints/<iteration>/` holds a shard file a rank with their index (fastgrpo/training/shard_files.py),
+`run.dir/checkpoints/<iteration>/` holds a shard file a rank with their index (fastgrpo/checkpoints/shard_files.py),
 `state.json` and `manifest.json` (SHA-256 of every file). It is written beside and renamed, so a crash at any byte
 leaves the last good one; a thread writes it while training goes on.
 """
@@ -23,11 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastgrpo.checkpoints.shard_files import Part, flatten, part_of, read_shards, write_index, write_shard
 from fastgrpo.distributed.shards import first_replica, local
 from fastgrpo.errors import UserError
 from fastgrpo.observe.progress import warn
-from fastgrpo.training.optimizer import OptimizerState
-from fastgrpo.training.shard_files import Part, flatten, part_of, read_shards, write_index, write_shard
 
 # 1 was a directory of torch.distributed.checkpoint, whose index is a pickle.
 FORMAT = 2
@@ -275,24 +274,6 @@ class CheckpointStore:
 def _ours(tensor: Tensor) -> bool:
     """Whether this process may have to write its part of a tensor."""
     return local(tensor).numel() > 0 and (not isinstance(tensor, DTensor) or first_replica(tensor))
-
-
-def training_tensors(optimizer: OptimizerState) -> dict[str, Any]:
-    """Every tensor that training changes, by parameter name: weights, AdamW's state, EMA, old policy. DTensors stay
-    sharded."""
-    named = list(zip(optimizer.names, optimizer.parameters, strict=True))
-    tensors: dict[str, Any] = {"model": dict(named)}
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        tensors[key] = {name: optimizer.adamw.state[parameter][key] for name, parameter in optimizer.full.items()}
-    if optimizer.eight_bit is not None:
-        tensors["adamw_8bit"] = optimizer.eight_bit.state()
-    if optimizer.loss_scale is not None:
-        tensors["loss_scale"] = {"scale": optimizer.loss_scale.scale, "growth": optimizer.loss_scale.growth}
-    if optimizer.ema is not None:
-        tensors["ema"] = dict(zip(optimizer.names, optimizer.ema, strict=True))
-    if optimizer.old is not None:
-        tensors["old"] = dict(zip(optimizer.names, optimizer.old.parameters, strict=True))
-    return tensors
 
 
 def load_weights(policy: nn.Module, store: CheckpointStore, iteration: int, ema: bool) -> None:

@@ -7,9 +7,9 @@ import torch
 from support.tiny import tiny_config
 
 from fastgrpo.config import Optimizer, Update
+from fastgrpo.distributed.adamw_8bit import STATE_BYTES
 from fastgrpo.errors import UserError
 from fastgrpo.planning.dry_run import dry_run
-from fastgrpo.training.adamw_8bit import STATE_BYTES
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.trainer import Trainer
 

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import Config
 from fastgrpo.config.dtypes import DTYPES
+from fastgrpo.distributed.adamw_8bit import STATE_BYTES
 from fastgrpo.distributed.shards import local
 from fastgrpo.distributed.world import World
-from fastgrpo.training.adamw_8bit import STATE_BYTES
 
 
 @dataclass(frozen=True)

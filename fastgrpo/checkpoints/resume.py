@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from fastgrpo.checkpoints.run_lock import RunLock
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config import Config, dump, validate
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.observe.progress import warn
 from fastgrpo.observe.run_log import read_metrics
-from fastgrpo.training.checkpoint import CheckpointStore
-from fastgrpo.training.run_lock import RunLock
 
 # A checkpoint of another value of these does not continue the same run. The prompts count by what they say.
 FIXED = (

@@ -13,9 +13,9 @@ from support.processes import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from fastgrpo.checkpoints.shard_files import flatten, part_of, read_shards, write_index, write_shard
+from fastgrpo.checkpoints.store import FORMAT, CheckpointStore
 from fastgrpo.errors import UserError
-from fastgrpo.training.checkpoint import FORMAT, CheckpointStore
-from fastgrpo.training.shard_files import flatten, part_of, read_shards, write_index, write_shard
 
 SHAPES = {"rows": (7, 3), "one": (1, 5), "scalar": (), "long": (13,), "cube": (4, 3, 5)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)

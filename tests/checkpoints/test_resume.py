@@ -8,9 +8,12 @@ import time
 
 import pytest
 import torch
-from support.runs import finished, metrics
+from support.runs import callback_of, finished, metrics
 from support.tiny import tiny_config
 
+from fastgrpo.checkpoints.resume import compare, digest_of
+from fastgrpo.checkpoints.run_lock import RunLock
+from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.commands.runs import open_run
 from fastgrpo.config import load_config, validate
 from fastgrpo.config.sections import dump_settings
@@ -18,9 +21,6 @@ from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError, RunPausedError, UserError
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
-from fastgrpo.training.checkpoint import CheckpointStore
-from fastgrpo.training.resume import compare, digest_of
-from fastgrpo.training.run_lock import RunLock
 from fastgrpo.training.trainer import Trainer
 
 HOLD = """
@@ -28,7 +28,7 @@ import sys
 import time
 from pathlib import Path
 from fastgrpo.errors import UserError
-from fastgrpo.training.run_lock import RunLock
+from fastgrpo.checkpoints.run_lock import RunLock
 try:
     lock = RunLock(Path(sys.argv[1]))
 except UserError as error:
@@ -217,7 +217,7 @@ def test_the_best_checkpoint_is_saved_or_said_to_be_missing(tiny_flux, tmp_path,
         eval={"every": 1, "images": 4},
     )  # fmt: skip
     trainer = Trainer.from_config(config)
-    evaluation, scores = trainer.callback(EvaluationCallback), iter([0.1, 0.2, 0.9, 0.3, 0.2])
+    evaluation, scores = callback_of(trainer, EvaluationCallback), iter([0.1, 0.2, 0.9, 0.3, 0.2])
     evaluate = evaluation.evaluate
 
     def fixed(trainer):
@@ -266,7 +266,7 @@ def test_the_best_is_never_another_one(tmp_path, best, message):
 
 
 def test_an_error_waits_for_the_checkpoint_that_is_being_written(tiny_flux, tmp_path, monkeypatch):
-    import fastgrpo.training.checkpoint as module
+    import fastgrpo.checkpoints.store as module
 
     write = module.write_shard
 
