@@ -183,11 +183,10 @@ def test_guidance_may_be_left_out_of_training(tiny_flux, tmp_path):
 
 def test_the_old_policy_and_the_trained_one_are_never_unsharded_together(tiny_flux):
     """Two ranks: what is gathered at the peak of an update is what GRPO gathers there."""
-    held = {"rollout": {"gather": "once"}, "update": {"gather": "once", "grad_sync": "once"}}
-    shared = {"rollout": held["rollout"] | {"shared_noise": False}}
-    grpo = dry_run(tiny_config(tiny_flux, **shared, update=held["update"]), 2)
-    settings = FORWARD["nft"] | {"update": FORWARD["nft"].get("update", {}) | held["update"]}
-    nft = dry_run(tiny_config(tiny_flux, **settings, **shared), 2)
+    rollout = {"gather": "once", "shared_noise": False}
+    update = {"gather": "once", "grad_sync": "once"}
+    grpo = dry_run(tiny_config(tiny_flux, rollout=rollout, update=update), 2)
+    nft = dry_run(tiny_config(tiny_flux, **FORWARD["nft"], rollout=rollout, update=update), 2)
     assert nft.compared > 0
     theirs, ours = grpo.phases[-1], nft.phases[-1]
     assert ours.name == theirs.name == "update"
