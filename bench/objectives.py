@@ -179,28 +179,30 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Score against processor seconds, samples and forward-equivalents, the mean of the seeds at each evaluation."""
+    """Score against processor seconds, samples and forward-equivalents, a line a seed; a row of panels a config."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     from fastgrpo.observe.charts import RUN_COLORS, SETTINGS
 
     axes_of = ("processor_seconds", "samples", "forward_equivalents")
-    names = list(dict.fromkeys((row["config"], row["setting"]) for row in rows))
-    several = len({config for config, _ in names}) > 1
+    configs = list(dict.fromkeys(row["config"] for row in rows))
+    names = list(dict.fromkeys(row["setting"] for row in rows))
     with rc_context(SETTINGS):
-        figure = Figure(figsize=(10, 3), layout="constrained")
-        for axes, column in zip(figure.subplots(1, 3, sharey=True), axes_of, strict=True):
-            for number, name in enumerate(names):
-                mine = [row for row in rows if (row["config"], row["setting"]) == name]
-                for seed in dict.fromkeys(row["seed"] for row in mine):
-                    one = sorted((r for r in mine if r["seed"] == seed), key=lambda r: int(r["iteration"]))
-                    first = seed == mine[0]["seed"]
-                    axes.plot(
-                        [float(r[column]) for r in one], [float(r["score"]) for r in one],
-                        color=RUN_COLORS[number % len(RUN_COLORS)], linewidth=1, marker=".",
-                        label=(", ".join(name) if several else name[1]) if first else None,
-                    )  # fmt: skip
-            axes.set(xlabel=column.replace("_", " "), ylabel="held-out score" if column == axes_of[0] else "")
-            axes.legend(frameon=False, fontsize=7)
+        figure = Figure(figsize=(10, 2.6 * len(configs)), layout="constrained")
+        panels = figure.subplots(len(configs), 3, sharey="row", squeeze=False)
+        for config, line in zip(configs, panels, strict=True):
+            for axes, column in zip(line, axes_of, strict=True):
+                for setting in names:
+                    mine = [row for row in rows if (row["config"], row["setting"]) == (config, setting)]
+                    for seed in dict.fromkeys(row["seed"] for row in mine):
+                        one = sorted((r for r in mine if r["seed"] == seed), key=lambda r: int(r["iteration"]))
+                        axes.plot(
+                            [float(r[column]) for r in one], [float(r["score"]) for r in one], linewidth=1, marker=".",
+                            color=RUN_COLORS[names.index(setting) % len(RUN_COLORS)],
+                            label=setting if seed == mine[0]["seed"] else None,
+                        )  # fmt: skip
+                axes.set(xlabel=column.replace("_", " "))
+            line[0].set(ylabel="held-out score", title=config)
+            line[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.savefig(path, dpi=110)
