@@ -7,7 +7,7 @@ whole. A plan, which the family gives, says where a model's tokens are split and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ def split_tokens(
     if plan is None:
         kind = type(module).__name__
         raise ConfigError(f"parallel.context: {size}, but {kind} has no plan to split its tokens; leave it at 1")
-    check_split(size, head_count(module.config), tokens, method)  # pyright: ignore[reportArgumentType]
+    check_split(size, head_count(cast(Any, module).config), tokens, method)
     ring, ulysses = (size, 1) if method == "ring" else (1, size)
     mesh = init_device_mesh(device, (ranks // size, ring, ulysses), mesh_dim_names=("data", "ring", "ulysses"))
     config = ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses)

@@ -22,7 +22,7 @@ from fastgrpo.algorithms.layout import epoch_samples
 from fastgrpo.algorithms.objectives import ForwardObjective, RowInputs, RowSums, forward_objective
 from fastgrpo.algorithms.schedule import NoiseLevels
 from fastgrpo.config import Config
-from fastgrpo.distributed.fsdp import hold_weights, unsharded
+from fastgrpo.distributed.fsdp import unsharded
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import ConfigError
 from fastgrpo.models.conditioning import Conditioning, to_device
@@ -84,8 +84,7 @@ class ForwardTraining:
         levels: The noise levels of the rollout.
         copies: What the policy is compared with.
         held: Whether weights stay unsharded for a whole optimizer step.
-        repeated: Gives what is called in place of `predict` for the other policies' outputs, new for an optimizer step;
-            a plan counts with it.
+        repeated: Gives what is called in place of `predict` for the other policies' outputs; a plan counts with it.
 
     Raises:
         ConfigError: Where pairs would not stay on one rank and in one optimizer step.
@@ -172,24 +171,30 @@ class ForwardTraining:
         size, width, draws = config.rollout.forward_batch, units.samples.shape[1], config.objective.times.count
         owner = owners[units.samples[:, 0]]
         rows, chosen = _RowTable.of(units.of(owner == rank), draws, int(batch.trajectory.layout.samples[0])), []
-        others = (self.objective.against == "old" and not fresh) + (self.reference is not None)
+        policies = None if fresh or self.objective.against == "reference" else self.old, self.reference
+        others = sum(policy is not None for policy in policies)
         for number, module in enumerate(self.modules):
             acts = levels.modules[units.key] == number
             needed = max(int(acts[owner == r].sum()) * width for r in range(self.world.size))
             mine = np.flatnonzero(levels.modules[rows.key[:-1], rows.draw[:-1]] == number)
             chosen += cut(mine, size, -(-needed // size), len(rows.key) - 1, module, others)
         inputs = _RowInputs.of(chosen, rows, batch, advantages, levels, config, epoch, self.family.device)
-        # Asked for by the first micro-batch, before the weights that it trains are gathered.
-        old = None if fresh or self.objective.against == "reference" else self.old
-        others = cache(lambda: [self._outputs_of(policy, batch, inputs, chosen) for policy in (old, self.reference)])
-        return OptimizerStep(chosen, partial(self._loss, batch, inputs, kl_weight, others), scale)
+        outputs_of = partial(self._outputs_of, policies, batch, inputs)
+        ahead = cache(partial(outputs_of, tuple(chosen)))
+
+        def compared(micro: MicroBatch) -> list[dict[int, Tensor]]:
+            # All rows with the first micro-batch, before the weights that it trains are gathered. With a LoRA the other
+            # policies are the trained components themselves, and nothing is gathered for them.
+            return outputs_of([micro]) if config.model.lora else ahead()
+
+        return OptimizerStep(chosen, partial(self._loss, batch, inputs, kl_weight, compared), scale)
 
     def _noised(
         self, batch: Batch, inputs: _RowInputs, micro: MicroBatch
     ) -> tuple[Tensor, Tensor, noise.NoiseKey | Tensor, Conditioning]:
         """(x̂0, x, ε or its key, conditioning) of the rows of a micro-batch."""
-        family, trajectory, places = self.family, batch.trajectory, inputs.places[id(micro)]
-        column = inputs.columns(micro)
+        family, trajectory = self.family, batch.trajectory
+        places, column = inputs.places[id(micro)], inputs.columns(micro)
         x0 = take_rows(trajectory.latents, inputs.local[places], inputs.on_device[places])
         key = noise.NoiseKey(inputs.key.seed, inputs.key.words[places])
         eps = noise.normal(key, family.latent_shape) if self.config.rollout.keeps_noise(family.device.type) else key
@@ -198,35 +203,28 @@ class ForwardTraining:
 
     @torch.no_grad()
     def _outputs_of(
-        self, policy: Reference | None, batch: Batch, inputs: _RowInputs, chosen: Sequence[MicroBatch]
-    ) -> dict[int, Tensor]:
-        """Another policy's outputs for the rows of all micro-batches of an optimizer step, by `id`; none without one.
-
-        All at once, so that its weights and the trained ones are not unsharded together.
-        """
-        found: dict[int, Tensor] = {}
-        if policy is None:
-            return found
-        predict = self.repeated(self.family.predict)
-        with policy() as copies, unsharded((copies or {}).values(), self.held):
-            if copies is None and self.held:
-                # The trained components themselves, which stay as they are for the update that follows.
-                for module in self.family.modules.values():
-                    hold_weights(module, last=False)
-            for micro in chosen:
-                _, x, _, condition = self._noised(batch, inputs, micro)
-                module = (copies or self.family.modules)[micro.module]
-                v = predict(x, inputs.columns(micro)["time"], condition, module)
-                found[id(micro)] = self.family.of_policy(v)
+        self, policies: Sequence[Reference | None], batch: Batch, inputs: _RowInputs, chosen: Sequence[MicroBatch]
+    ) -> list[dict[int, Tensor]]:
+        """Each policy's outputs for the rows of micro-batches, by their `id`; none of a policy that is None."""
+        family, found = self.family, [{} for _ in policies]
+        for outputs, policy in zip(found, policies, strict=True):
+            if policy is None:
+                continue
+            predict = self.repeated(family.predict)
+            with policy() as copies, unsharded((copies or {}).values(), self.held):
+                for micro in chosen:
+                    _, x, _, condition = self._noised(batch, inputs, micro)
+                    v = predict(x, inputs.columns(micro)["time"], condition, (copies or family.modules)[micro.module])
+                    outputs[id(micro)] = family.of_policy(v)
         return found
 
     def _loss(
-        self, batch: Batch, inputs: _RowInputs, kl_weight: float, others: Callable[[], list[dict[int, Tensor]]],
+        self, batch: Batch, inputs: _RowInputs, kl_weight: float, compared: Callable[[MicroBatch], Any],
         micro: MicroBatch,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(loss, `LossStatistics.values`) of a micro-batch."""
         family, column = self.family, inputs.columns(micro)
-        v_old, v_reference = (outputs.get(id(micro)) for outputs in others())
+        v_old, v_reference = (outputs.get(id(micro)) for outputs in compared(micro))
         if self.objective.against == "reference":
             v_old = v_reference
         x0, x, eps, condition = self._noised(batch, inputs, micro)

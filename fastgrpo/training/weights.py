@@ -116,9 +116,11 @@ def prepare_weights(
 @contextmanager
 def rolling_out(
     family: ModelFamily, config: Config, copies: Copies, residency: Residency
-) -> Iterator[Mapping[str, nn.Module] | None]:
-    """Within it the components that roll out are whole where they stay so: the policy's (None), or the old policy's
-    where it is not a copy of it."""
+) -> Iterator[Mapping[str, nn.Module]]:
+    """Gives the components that roll out: the policy's, or the old policy's where its weights differ from it.
+
+    Within it they stay unsharded from their first use, where `residency` says so.
+    """
     old = None if config.objective.old_decay.copies else copies.old
     with nullcontext() if old is None else old() as components:
         modules = components or family.modules
