@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,8 @@ COLUMNS = (
     "commit",
 )  # fmt: skip
 PICTURE = tables.ROOT / "docs" / "images" / "objectives.png"
+# What a curve is to gain over its start: 12 points.
+GOAL = 0.12
 PAGE, MARKS = tables.ROOT / "docs" / "results.md", ("<!-- objectives -->", "<!-- /objectives -->")
 
 # Samples of a group that are drawn with noise of their own, by all the deterministic steps; no clip range where none is
@@ -154,26 +157,41 @@ def run(
     return rows
 
 
+def reached(curve: Sequence[Row], gain: float, column: str) -> float | None:
+    """Where a curve is first so far above its start, along a column, linearly between evaluations; None: nowhere."""
+    goal = float(curve[0]["score"]) + gain
+    for before, after in pairwise(curve):
+        low, high = float(before["score"]), float(after["score"])
+        if high >= goal:
+            begin, end = float(before[column]), float(after[column])
+            return begin + (end - begin) * (goal - low) / (high - low)
+    return None
+
+
 def page(rows: Sequence[Row]) -> str:
-    """A Markdown table: what each setting gained over the score at its start, by seed, at the end of its time."""
+    """A Markdown table: what each setting gained over the score at its start, by seed, at the end of its time, and the
+    processor seconds and samples that it took to GOAL."""
     lines = []
     for config, setting in dict.fromkeys((row["config"], row["setting"]) for row in rows):
         mine = [row for row in rows if (row["config"], row["setting"]) == (config, setting)]
-        ends, firsts = [], []
+        ends, firsts, seconds, samples = [], [], [], []
         for seed in sorted({row["seed"] for row in mine}, key=int):
             one = sorted((row for row in mine if row["seed"] == seed), key=lambda row: int(row["iteration"]))
             firsts.append(float(one[0]["score"]))
             ends.append(one[-1])
+            seconds.append("–" if (at := reached(one, GOAL, "processor_seconds")) is None else f"{at:.0f}")
+            samples.append("–" if (at := reached(one, GOAL, "samples")) is None else f"{at:.0f}")
         gains = [100 * (float(end["score"]) - first) for end, first in zip(ends, firsts, strict=True)]
-        last = ends[-1]
+        last, spent = ends[-1], np.mean([float(end["processor_seconds"]) for end in ends])
         lines.append((
             config, setting, len(ends), " ".join(f"{gain:+.1f}" for gain in gains), f"{np.mean(gains):+.1f}",
-            f"{np.mean([float(end['processor_seconds']) for end in ends]):.0f}", last["iteration"], last["samples"],
+            " ".join(seconds), " ".join(samples), f"{spent:.0f}", last["iteration"], last["samples"],
             last["forward_equivalents"], last["images"], last["date"], last["commit"],
         ))  # fmt: skip
+    goal = f"{100 * GOAL:+.0f}"
     head = (
-        "config", "setting", "seeds", "points gained, by seed", "mean", "processor s", "iterations", "samples",
-        "forward-equivalents", "images", "date", "commit",
+        "config", "setting", "seeds", "points gained, by seed", "mean", f"s to {goal}", f"samples to {goal}",
+        "processor s", "iterations", "samples", "forward-equivalents", "images", "date", "commit",
     )  # fmt: skip
     return tables.markdown(head, lines)
 

@@ -38,6 +38,10 @@ def _impossible(config: Config) -> Iterator[str]:
         )
     if roll.sampler == "cps" and roll.eta >= 1:
         yield (f"rollout.eta: {roll.eta} is not below 1, as the noise level of cps must be")
+    if roll.antithetic and not roll.shared_noise:
+        yield "rollout.antithetic: pairs start from one initial noise; set rollout.shared_noise to true, or drop it"
+    if roll.antithetic and roll.candidates % 2:
+        yield f"rollout.antithetic: needs pairs, and a group has {roll.candidates} samples; make them even"
     objective = config.objective
     if roll.old_values == "log_prob" and (
         objective.ratio != "gaussian" or objective.kl_weight or objective.dppo_threshold is not None

@@ -227,6 +227,11 @@ class Rollout(Section):
         "2M, which needs fewer.",
     )
     shared_noise: bool = Field(default=True, description="One initial noise for a prompt's whole group.")
+    antithetic: bool = Field(
+        default=False,
+        description="With shared_noise: a group in pairs, of which one sample takes the other's noise negated at every "
+        "stochastic step, so that what is even in it cancels; group_size is even.",
+    )
     share_prefix: bool = Field(
         default=True,
         description="With shared_noise: evaluate what a group has in common once per prompt, not per sample.",

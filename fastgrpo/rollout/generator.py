@@ -30,7 +30,7 @@ from fastgrpo.rewards import Reward, Scores, release
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import AllScores, joined, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
-from fastgrpo.rollout.sampler import rollout
+from fastgrpo.rollout.sampler import rollout, sde_key
 from fastgrpo.rollout.trajectory import Trajectory, _nothing, kept_empty, select
 from fastgrpo_kernels import noise
 
@@ -241,9 +241,7 @@ class Generator:
                 part = layout.pairs_of(step)
                 if part.stop > part.start:
                     owners = to_device(layout.samples[layout.pair_sample[part]], family.device)
-                    key = noise.noise_key(
-                        self.config.run.seed, owners, step, iteration, noise.STREAM_SDE, family.device
-                    )
+                    key = sde_key(roll, self.config.run.seed, owners, step, iteration)
                     trajectory.noise[part] = noise.normal(key, trained_shape)
         return Batch(iteration, drawn, schedule, trajectory, conditioning)
 

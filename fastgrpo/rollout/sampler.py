@@ -101,7 +101,7 @@ def rollout(
         if s == 0:
             x, clean = deterministic_step(x, v, schedule, step, clean)
             continue
-        key = noise.noise_key(seed, to_device(layout.samples, device), step, iteration, noise.STREAM_SDE, device)
+        key = sde_key(config, seed, to_device(layout.samples, device), step, iteration)
         pairs = layout.pairs_of(step)
         chosen = to_device(layout.pair_sample[pairs], device) if pairs.stop > pairs.start else None
         drawn: Tensor | noise.NoiseKey = key
@@ -121,6 +121,12 @@ def rollout(
             )
         x = y if not family.beside else torch.cat([y, step_beside(family, schedule, step, x, v)], dim=1)
     return Trajectory(layout, x, x_kept, v_kept, noise_kept, y_kept, log_prob_kept)
+
+
+def sde_key(config: Rollout, seed: int, samples: Tensor, step: int | Tensor, iteration: int) -> noise.NoiseKey:
+    """The noise that the samples' (global ids, int64 [n]) stochastic transitions add at a step, or each at its own."""
+    stream, device = noise.STREAM_SDE, samples.device
+    return noise.noise_key(seed, samples, step, iteration, stream, device, antithetic=config.antithetic)
 
 
 def step_beside(family: ModelFamily, schedule: StepSchedule, step: int, x: Tensor, v: Tensor) -> Tensor:

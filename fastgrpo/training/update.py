@@ -27,6 +27,7 @@ from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.models.trainable import Reference
 from fastgrpo.rollout.generator import Batch
+from fastgrpo.rollout.sampler import sde_key
 from fastgrpo.rollout.trajectory import take_rows
 from fastgrpo.training.forward import ForwardTraining
 from fastgrpo.training.micro_batches import MicroBatch, OptimizerStep, epoch_draw, micro_batches_of_step
@@ -272,10 +273,8 @@ class _StepInputs:
         factors = kl_factors(config.objective.kl, config.rollout.sampler, schedule)[steps]
         columns = [transitions[:, 1], transitions[:, 2], factors, weight, *advantages.terms[samples].T]
         time = np.array(schedule.times, dtype=np.float32)[layout.row_step[rows]]
-        key = noise.noise_key(
-            config.run.seed, to_device(samples, device), to_device(steps, device), batch.iteration, noise.STREAM_SDE,
-            device,
-        )  # fmt: skip
+        owners, seed = to_device(samples, device), config.run.seed
+        key = sde_key(config.rollout, seed, owners, to_device(steps, device), batch.iteration)
         table = to_device(np.stack(columns, axis=1).astype(np.float32), device)
         return _StepInputs(
             places, to_device(rows, device), to_device(time, device), to_device(pairs, device), key, table

@@ -5,6 +5,8 @@ step, global sample id, iteration); the four output words give the four elements
 
     u = (w + ½)·2⁻³² in float32, θ = 2π·w'·2⁻³²,  ε = √(-2 ln u)·(cos θ, sin θ)
 
+The highest bit of the second counter word is not counted: where it is set, ε has the other sign, to the bit.
+
 Integer words are equal to the bit everywhere; ε is bitwise repeatable on one platform and agrees within 1e-6 absolute
 between the CPU path, the Triton kernel and the numpy oracle (`noise_reference.py`).
 """
@@ -29,6 +31,8 @@ STREAM_VAE = 3  # sampling of a VAE posterior
 STREAM_FORWARD = 4  # ε of the forward process at a training row, keyed by sample or by pair
 
 _MASK = 0xFFFFFFFF
+# What of a key's first word is counted; the bit above it mirrors.
+_COUNTED = 0x7FFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 # Counters hashed at a time on the CPU: int64 temporaries of 512 KiB stay in cache.
@@ -40,7 +44,7 @@ Rows = int | Sequence[int] | Tensor
 class NoiseKey(NamedTuple):
     """Names the noise of B samples: `seed` in [0, 2⁶³) and int32 `words` [B, 3] on the latents' device.
 
-    Columns of `words` are (stream << 24 | step, global sample id, iteration). Build it with `noise_key`.
+    Columns of `words` are (mirrored << 31 | stream << 24 | step, global sample id, iteration). Build it by `noise_key`.
     """
 
     seed: int
@@ -48,8 +52,9 @@ class NoiseKey(NamedTuple):
 
 
 def noise_key(
-    seed: int, sample: Sequence[int] | Tensor, step: Rows, iteration: Rows, stream: int, device: torch.device | str
-) -> NoiseKey:
+    seed: int, sample: Sequence[int] | Tensor, step: Rows, iteration: Rows, stream: int, device: torch.device | str,
+    *, antithetic: bool = False,
+) -> NoiseKey:  # fmt: skip
     """Returns the key of one noise draw for each of B samples.
 
     Args:
@@ -59,6 +64,8 @@ def noise_key(
         iteration: The number of the iteration, an int or [B]; it counts modulo 2³².
         stream: What the noise is for: one of the STREAM constants, in [0, 128).
         device: Where the noise is to be drawn.
+        antithetic: Samples 2k and 2k + 1 get one draw with opposite signs (antithetic variates; Hammersley and Morton
+            1956). Each is standard normal still; what is even in ε cancels between the two.
 
     Raises:
         ValueError: A number is out of its range; tensors on a device are not read.
@@ -69,7 +76,10 @@ def noise_key(
     ids = _int64("sample", sample, device)
     if ids.ndim != 1:
         raise ValueError(f"sample: expected [B] ids, got shape {list(ids.shape)}")
-    columns = [_column("step", step, ids) | (stream << 24), ids, _column("iteration", iteration, ids)]
+    first = _column("step", step, ids) | (stream << 24)
+    if antithetic:
+        first, ids = first | ((ids & 1) << 31), ids & ~1
+    columns = [first, ids, _column("iteration", iteration, ids)]
     # Conversion keeps the low 32 bits.
     return NoiseKey(seed, torch.stack(columns, dim=1).to(torch.int32))
 
@@ -163,6 +173,7 @@ def normal_cpu(words: Tensor, seed: int, elements: int) -> Tensor:
     groups = (elements + 3) // 4
     out = torch.empty((batch, groups, 4), dtype=torch.float32)
     columns = max(_CPU_CHUNK // max(batch, 1), 1)
+    sign = torch.where(words[:, :1] < 0, -1.0, 1.0)
     for start in range(0, groups, columns):
         index = torch.arange(start, min(start + columns, groups), dtype=torch.int64)
         w = _philox(index, words, seed)
@@ -170,7 +181,7 @@ def normal_cpu(words: Tensor, seed: int, elements: int) -> Tensor:
         for pair in (0, 2):
             # Scaling by 2⁻³² is exact, so fused and separate multiply-adds round alike.
             u = w[pair].to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
-            radius = u.log_().mul_(-2.0).clamp_min_(0.0).sqrt_()
+            radius = u.log_().mul_(-2.0).clamp_min_(0.0).sqrt_().mul_(sign)
             angle = w[pair + 1].to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
             torch.mul(radius, angle.cos().to(torch.float32), out=block[:, :, pair])
             torch.mul(radius, angle.sin_().to(torch.float32), out=block[:, :, pair + 1])
@@ -195,7 +206,7 @@ def _philox(groups: Tensor, words: Tensor, seed: int) -> list[Tensor]:
     key_a, key_b = seed & _MASK, (seed >> 32) & _MASK
     row = words.to(torch.int64).bitwise_and_(_MASK)
     # The first rounds broadcast: counters vary along G, key words along B.
-    c0, c1, c2, c3 = (groups & _MASK).unsqueeze(0), row[:, 0:1], row[:, 1:2], row[:, 2:3]
+    c0, c1, c2, c3 = (groups & _MASK).unsqueeze(0), row[:, 0:1] & _COUNTED, row[:, 1:2], row[:, 2:3]
     for _ in range(10):
         # int64 products wrap modulo 2⁶⁴, and the mask drops the sign that >> extends.
         a, b = c0 * _ROUND_A, c2 * _ROUND_B

@@ -85,8 +85,9 @@ def normal_block(words_ptr, row, block, seed_low, seed_high, BLOCK: tl.constexpr
     zero = c0 * 0
     k0 = tl.cast(seed_low, tl.int32).to(tl.uint32, bitcast=True)
     k1 = tl.cast(seed_high, tl.int32).to(tl.uint32, bitcast=True)
-    r0, r1, r2, r3 = _philox(c0, zero + w0, zero + w1, zero + w2, k0, k1)  # pyright: ignore
-    radius_a, radius_b = _radius(r0), _radius(r2)
+    r0, r1, r2, r3 = _philox(c0, zero + (w0 & 0x7FFFFFFF), zero + w1, zero + w2, k0, k1)  # pyright: ignore
+    # The first word's highest bit mirrors.
+    radius_a, radius_b = _negate(_radius(r0), w0), _negate(_radius(r2), w0)
     cos_a, sin_a = _cos_sin(r1)
     cos_b, sin_b = _cos_sin(r3)
     even = tl.interleave(radius_a * cos_a, radius_b * cos_b)

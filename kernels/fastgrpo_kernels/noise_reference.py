@@ -8,7 +8,8 @@ def philox_words(words: np.ndarray, seed: int, groups: int) -> np.ndarray:
     mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     row = words.astype(np.int64).astype(np.uint64) & mask
     counter = np.arange(groups, dtype=np.uint64) & mask
-    c0, c1, c2, c3 = np.broadcast_arrays(counter[None, :], row[:, 0:1], row[:, 1:2], row[:, 2:3])
+    first = row[:, 0:1] & np.uint64(0x7FFFFFFF)
+    c0, c1, c2, c3 = np.broadcast_arrays(counter[None, :], first, row[:, 1:2], row[:, 2:3])
     k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64((seed >> 32) & 0xFFFFFFFF)
     for _ in range(10):
         a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
@@ -24,4 +25,5 @@ def normal(words: np.ndarray, seed: int, elements: int) -> np.ndarray:
     radius = np.sqrt(-2.0 * np.log(u.astype(np.float64)))
     angle = w[..., 1::2].astype(np.float64) * (2.0 * np.pi * 2.0**-32)
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return pairs.reshape(len(words), -1)[:, :elements]
+    mirrored = np.where(words[:, :1] < 0, -1.0, 1.0)
+    return mirrored * pairs.reshape(len(words), -1)[:, :elements]

@@ -126,8 +126,8 @@ def test_overrides_reach_sections_lists_and_what_is_not_in_the_file(tmp_path):
 
 
 SAYS = {
-    "rollout.group_sise=4": "rollout.group_sise: unknown setting; did you mean 'group_size'? (one of: best_of, "
-    "decode_batch, …",
+    "rollout.group_sise=4": "rollout.group_sise: unknown setting; did you mean 'group_size'? (one of: antithetic, "
+    "best_of, …",
     "trian.iterations=3": "trian: unknown setting; did you mean 'train'? (one of: advantage, callbacks, …",
     "rollout.trained.frac=0.5": "rollout.trained.frac: unknown setting; (one of: every, kind, move, size, …",
     "rewards.0.wieght=1": "rewards.0.wieght: unknown setting; did you mean 'weight'? (one of: every, label, name, "

@@ -59,6 +59,24 @@ def test_normals_agree_with_the_oracle_and_the_kernel(elements):
     assert (kernel - cpu).abs().max() <= ABSOLUTE
 
 
+@pytest.mark.parametrize("elements", [1, 63, 4097])
+def test_antithetic_samples_mirror_each_other_to_the_bit(elements):
+    plain = key_of(6)
+    pairs = noise_key(plain.seed, list(range(6)), 3, 9, STREAM_SDE, "cpu", antithetic=True)
+    own, drawn = normal(plain, (elements,)), normal(pairs, (elements,))
+    assert torch.equal(drawn[::2], own[::2])
+    assert torch.equal(drawn[1::2], -own[::2])
+    kernel = noise.launch_normal(pairs.words.to(KERNEL_DEVICE), pairs.seed, elements)
+    assert torch.equal(kernel[1::2], -kernel[::2])
+    oracle = torch.from_numpy(oracle_normal(pairs.words.numpy(), pairs.seed, elements))
+    assert (kernel.cpu().double() - oracle).abs().max() <= ABSOLUTE
+    # From a tensor of ids as from a list, and with a row's own step and iteration.
+    ids, rows = torch.arange(6), torch.tensor([3, 3, 4, 4, 5, 5])
+    mixed = noise_key(plain.seed, ids, rows, rows + 6, STREAM_SDE, "cpu", antithetic=True)
+    assert torch.equal(mixed.words[:2], pairs.words[:2])
+    assert torch.equal(normal(mixed, (elements,))[1::2], -normal(mixed, (elements,))[::2])
+
+
 def test_a_million_normals_agree_with_the_oracle():
     key = key_of(16)
     oracle = torch.from_numpy(oracle_normal(key.words.numpy(), key.seed, 1 << 16))

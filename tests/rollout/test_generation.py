@@ -150,6 +150,8 @@ def test_the_best_of_n_trains_on_the_best_and_the_worst(tiny_flux, tmp_path, mon
         ({"rollout": {"best_of": 2, "group_size": 4}}, "half the best and half the worst of 2 cannot be 4"),
         ({"rollout": {"best_of": 9, "group_size": 3}}, "must be even"),
         ({"rewards": [{"name": "shapes", "every": 2}]}, "'shapes' is trained, so it is scored every iteration"),
+        ({"rollout": {"antithetic": True, "group_size": 3}}, "a group has 3 samples; make them even"),
+        ({"rollout": {"antithetic": True, "shared_noise": False, "group_size": 4}}, "set rollout.shared_noise to true"),
         ({"guard": {"action": "stop"}}, "needs a held-out reward"),
         ({"guard": {"action": "raise_kl"}, "rewards": [{"name": "shapes"}, {"name": "ocr", "weight": 0.0}]}, "KL term"),
     ],

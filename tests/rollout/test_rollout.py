@@ -100,6 +100,24 @@ def test_a_group_shares_its_initial_noise_or_does_not(tiny_flux):
         assert not torch.equal(finals[:, 0], finals[:, 1])
 
 
+@pytest.mark.parametrize("trained", [WINDOW, SUBSET], ids=["window", "subset"])
+def test_antithetic_samples_take_opposite_noise_at_every_step(tiny_flux, trained):
+    settings = {"trained": trained, "group_size": 4, "share_prefix": False, "noise": "keep"}
+    plain, *_ = run(tiny_config(tiny_flux, rollout=settings))
+    paired, *_ = run(tiny_config(tiny_flux, rollout={**settings, "antithetic": True}))
+    layout, eps = paired.layout, paired.noise
+    assert eps is not None
+    assert plain.noise is not None
+    place = {(int(layout.row_step[layout.pair_row[i]]), int(s)): i for i, s in enumerate(layout.pair_sample)}
+    both = [(i, place[step, sample + 1]) for (step, sample), i in place.items() if (step, sample + 1) in place]
+    mirrored = [(i, j) for i, j in both if layout.pair_sample[i] % 2 == 0]
+    assert len(mirrored) >= 4
+    for i, j in mirrored:
+        assert torch.equal(eps[j], -eps[i])
+        assert torch.equal(eps[i], plain.noise[i])
+    assert torch.equal(paired.latents[::2], plain.latents[::2])
+
+
 def test_iterations_and_seeds_draw_other_noise(tiny_flux):
     config = tiny_config(tiny_flux)
     first, *_ = run(config, 0)

@@ -39,6 +39,23 @@ def test_on_policy_every_ratio_is_exactly_one(tiny_flux, trained, share, kept):
     assert result.statistics.weight.item() == 4 * plan.pairs_per_sample
 
 
+ANTITHETIC = {"antithetic": True, "group_size": 4, "trained": {"kind": "window", "size": 1, "start": 1}}
+
+
+@pytest.mark.parametrize("kept", ["keep", "regenerate"])
+def test_a_reward_that_is_even_in_antithetic_noise_has_no_gradient(tiny_flux, kept):
+    def gradient(values: list[float]) -> torch.Tensor:
+        config = tiny_config(tiny_flux, rollout={**ANTITHETIC, "noise": kept})
+        _, plan, trajectory, conditioning, updater = prepare(config)
+        result = run_update(updater, plan, trajectory, conditioning, np.array(values, dtype=np.float64))
+        assert result.statistics.max_deviation.item() == 0
+        return torch.cat([g.reshape(-1) for g in updater.optimizer.seen[0] if g is not None])
+
+    odd, even = gradient([1, -1, 2, -2, 1, -1, 0, 0]), gradient([1, 1, -1, -1, 2, 2, -2, -2])
+    assert odd.norm() > 1e-4
+    assert even.norm() < 1e-6 * odd.norm()
+
+
 @pytest.mark.parametrize("trained", [WINDOW, SUBSET], ids=["window", "subset"])
 @pytest.mark.parametrize("move", [0.0, 3e-3], ids=["on policy", "off policy"])
 def test_gradient_is_that_of_the_textbook_loss(tiny_flux, trained, move):
