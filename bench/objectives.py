@@ -149,7 +149,7 @@ def run(
                 new = [about | row for row in curve(config, seconds, every, images)]
             rows += new
             if write:
-                tables.upsert(table, new, KEY, COLUMNS)
+                tables.upsert(table, new, KEY, COLUMNS, series=KEY[:3])
     if write:
         known = tables.read(table)
         plot(known, PICTURE)

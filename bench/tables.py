@@ -39,9 +39,16 @@ def read(table: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def upsert(table: Path, rows: list[Row], key: Sequence[str], columns: Sequence[str]) -> None:
-    """Write rows into a table, each over the row of its key, in order of keys."""
-    kept = {tuple(str(row[k]) for k in key): row for row in [*read(table), *rows]}
+def upsert(
+    table: Path, rows: list[Row], key: Sequence[str], columns: Sequence[str], series: Sequence[str] = ()
+) -> None:
+    """Write rows into a table, each over the row of its key, in order of keys.
+
+    series: the columns that name a series. Earlier rows of the series in `rows` are dropped: another run has others.
+    """
+    new = {tuple(str(row[k]) for k in series) for row in rows} if series else set()
+    earlier = [row for row in read(table) if tuple(row[k] for k in series) not in new]
+    kept = {tuple(str(row[k]) for k in key): row for row in [*earlier, *rows]}
     table.parent.mkdir(exist_ok=True)
     with table.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
