@@ -1,6 +1,10 @@
 """How much of an iteration's gradient is signal, by the step that is trained: the weights stay as they are.
 
 python bench/gradients.py configs/shapes-flux.yaml 64 [key.sub=value …]    # a line for each step
+python bench/gradients.py configs/shapes-flux.yaml 64 [key.sub=value …] -- [key.sub=value …]
+
+With `--` each step's signal is also held against that of all steps by the settings after it: their cosine. Let the two
+have seeds of their own (`run.seed`).
 """
 
 from __future__ import annotations
@@ -54,12 +58,27 @@ def signal(samples: Tensor) -> tuple[float, float, float]:
     return float(products.diagonal().mean().sqrt()), float(pairs.mean()), float(pairs.std() / len(pairs) ** 0.5)
 
 
+def cosine(samples: Tensor, reference: dict[int, Tensor]) -> float:
+    """Of the signal in independent gradients [n, weights] with the sum of the signals of a reference's steps, which have
+    noise of their own. Noise lengthens neither: squared norms are without its bias."""
+    means = [one.mean(0) for one in reference.values()]
+    whole = torch.stack(means).sum(0)
+    # What noise adds to the squared norm of a mean.
+    excess = sum(float(m @ m) - signal(one)[1] for m, one in zip(means, reference.values(), strict=True))
+    lengths = max(signal(samples)[1], 0.0) * max(float(whole @ whole) - excess, 0.0)
+    return float(samples.mean(0) @ whole) / lengths**0.5 if lengths else float("nan")
+
+
 if __name__ == "__main__":
-    by_step = gradients(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    path, iterations, *settings = sys.argv[1:]
+    cut = settings.index("--") if "--" in settings else len(settings)
+    by_step = gradients(path, int(iterations), settings[:cut])
+    reference = gradients(path, int(iterations), settings[cut + 1 :]) if cut < len(settings) else None
     for step, samples in by_step.items():
         norm, squared, error = signal(samples)
         noise = norm**2 - squared
+        beside = "" if reference is None else f", cosine {cosine(samples, reference):.2f}"
         print(
             f"step {step}, {len(samples)} iterations: norm {norm:.2e}, signal² {squared:.2e} ± {error:.1e}, "
-            f"signal² / noise² {squared / noise:.3f}"
+            f"signal² / noise² {squared / noise:.3f}{beside}"
         )
