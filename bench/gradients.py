@@ -59,7 +59,7 @@ def signal(samples: Tensor) -> tuple[float, float, float]:
 
 
 def cosine(samples: Tensor, reference: dict[int, Tensor]) -> float:
-    """Of the signal in independent gradients [n, weights] with the sum of the signals of a reference's steps, which have
+    """Of the signal in independent gradients [n, weights] with the sum of those of a reference's steps, which have
     noise of their own. Noise lengthens neither: squared norms are without its bias."""
     means = [one.mean(0) for one in reference.values()]
     whole = torch.stack(means).sum(0)
