@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import load_config
+from fastgrpo.errors import ConfigError
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.training.trainer import Trainer
 
@@ -29,7 +30,10 @@ def gradients(path: str, iterations: int, overrides: Sequence[str] = ()) -> dict
     found: dict[int, list[Tensor]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         quiet = ("eval.every=0", "checkpoint.every=0", "telemetry.progress=false", "callbacks=[]")
-        trainer = Trainer.from_config(load_config(path, [*overrides, f"run.dir={folder}/run", *quiet]))
+        config = load_config(path, [*overrides, f"run.dir={folder}/run", *quiet])
+        if config.objective.forward:
+            raise ConfigError(f"objective.kind: {config.objective.kind} trains no step of a trajectory; take grpo")
+        trainer = Trainer.from_config(config)
         optimizer, run, trained = trainer.optimizer, trainer.updater.run, 0
 
         def running(batch: Batch, *rest: Any, **named: Any) -> Any:

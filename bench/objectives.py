@@ -98,7 +98,8 @@ def curve(config: Config, seconds: float, every: float, images: int) -> list[Row
         counter.watch(trainer.updater.forward.family)
     spent, due, equivalents, rewards = 0.0, 0.0, 0.0, []
     while True:
-        if spent >= due:
+        done = spent >= seconds or trainer.iteration >= config.train.iterations
+        if spent >= due or done:
             with trainer.optimizer.averaged(config.eval.ema):
                 found = evaluate(
                     trainer.family, trainer.rewards, heldout, config, trainer.world, trainer.failures
@@ -111,7 +112,7 @@ def curve(config: Config, seconds: float, every: float, images: int) -> list[Row
             })  # fmt: skip
             print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), file=sys.stderr, flush=True)
             due, rewards = due + every, []
-        if spent >= seconds or trainer.iteration >= config.train.iterations:
+        if done:
             return rows
         begin, counter.total = time.process_time(), 0.0
         rewards.append(trainer.step()["reward/mean"])

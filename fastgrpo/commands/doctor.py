@@ -41,25 +41,30 @@ GIB = 2**30
 class SelfTest:
     """One rollout and one update of one prompt's group, at the run's forward shape.
 
-    log_ratio: max |log-ratio| before the first optimizer step, where the policy has not moved. q_floor: the Q that
-    rounding of the model output to model.dtype alone puts under any measured one, at the trained step where it is
-    largest.
+    log_ratio: max |log-ratio| before the first optimizer step, where the policy has not moved. clip: the narrower side
+    of the clip range, None where the objective clips no ratio. q_floor: the Q that rounding of the model output to
+    model.dtype alone puts under any measured one, at the trained step where it is largest; None of a forward process,
+    which trains no step.
     """
 
     log_ratio: float
-    q_floor: float
+    clip: float | None
+    q_floor: float | None
     rollout_seconds: float
     update_seconds: float
     peak_bytes: int
 
     def findings(self, config: Config) -> Iterator[tuple[bool, str]]:
         """Sentences on what was found, each with whether it is as it should be."""
-        clip = min(config.objective.clip_low, config.objective.clip_high)
-        agrees = self.log_ratio <= clip / 10
-        size = f"{self.log_ratio:.2g}, {self.log_ratio / clip:.1%} of" if self.log_ratio else "exactly 0, against"
-        text = f"max |log-ratio| on policy is {size} the clip range {clip:g}"
-        remedy = ": rollout and update disagree; use model.dtype float32, or widen objective.clip_low and clip_high"
+        text = f"max |log-ratio| on policy is {f'{self.log_ratio:.2g}' if self.log_ratio else 'exactly 0'}"
+        remedy = ": rollout and update disagree; use model.dtype float32"
+        if self.clip is not None:
+            text += f", {self.log_ratio / self.clip:.1%} of the clip range {self.clip:g}"
+            remedy += ", or widen objective.clip_low and clip_high"
+        agrees = self.log_ratio <= (self.clip or 0.0) / 10
         yield agrees, text if agrees else text + remedy
+        if self.q_floor is None:
+            return
         floor = f"rounding of {config.model.dtype} puts {self.q_floor:.2g} under Q, {self.q_floor / 2:.2g} under a KL"
         threshold = config.objective.dppo_threshold
         if threshold is not None and threshold < 1.5 * self.q_floor:
@@ -111,10 +116,13 @@ def self_test(config: Config) -> SelfTest:
     result = trainer.updater.run(Batch(0, drawn, schedule, trajectory, conditioning), advantages, trainer.kl_weight)
     _wait()
     end = time.perf_counter()
-    deviation = float(result.first.max_deviation)
+    deviation, forward = float(result.first.max_deviation), trainer.updater.forward
+    clips = forward is None or "clip_low" in forward.objective.settings
+    v_old, dtype = trajectory.v_old, trainer.family.dtype
     return SelfTest(
         log_ratio=float(-np.log1p(-min(deviation, 1.0 - 1e-12))),
-        q_floor=q_floor(trainer.family.of_policy(trajectory.v_old), layout.row_step, schedule, trainer.family.dtype),
+        clip=min(config.objective.clip_low, config.objective.clip_high) if clips else None,
+        q_floor=None if forward else q_floor(trainer.family.of_policy(v_old), layout.row_step, schedule, dtype),
         rollout_seconds=middle - begin,
         update_seconds=end - middle,
         peak_bytes=peak_memory_bytes(),

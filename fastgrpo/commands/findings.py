@@ -83,6 +83,11 @@ class Evidence:
         return float(np.nanmean(np.abs(self.last - self.base)) / max(self.spread, 1e-12))
 
     @property
+    def noisy(self) -> bool:
+        """Whether the rollouts have stochastic steps: those of a forward process have none without shared_noise."""
+        return not self.config.objective.forward or self.config.rollout.shared_noise
+
+    @property
     def rises(self) -> bool:
         """Whether the held-out gain's interval is above 0; without evaluations, the reward of the rollouts is asked:
         whether its last quarter is three standard errors above its first."""
@@ -220,7 +225,7 @@ def _flat_groups(e: Evidence) -> Iterator[Finding]:
 
 
 def _eta_high(e: Evidence) -> Iterator[Finding]:
-    if not e.spread > 0 or e.config.rollout.prompts_per_iteration < FEW:
+    if not e.noisy or not e.spread > 0 or e.config.rollout.prompts_per_iteration < FEW:
         return
     below = (float(np.nanmean(e.base)) - e.mean("reward/mean", FIRST)) / e.spread
     if below > 0.5:
@@ -233,7 +238,7 @@ def _eta_high(e: Evidence) -> Iterator[Finding]:
 
 
 def _eta_low(e: Evidence) -> Iterator[Finding]:
-    if not e.spread > 0 or e.config.rollout.prompts_per_iteration < FEW:
+    if not e.noisy or not e.spread > 0 or e.config.rollout.prompts_per_iteration < FEW:
         return
     share = e.mean("reward/std", FIRST) / e.spread
     if share < 0.05:
@@ -248,7 +253,8 @@ def _eta_low(e: Evidence) -> Iterator[Finding]:
 
 def _untrained_spread(e: Evidence) -> Iterator[Finding]:
     rollout = e.config.rollout
-    if not rollout.shared_noise and rollout.trained.kind == "window":
+    # A forward process trains final samples, whatever they began from.
+    if e.noisy and not rollout.shared_noise and rollout.trained.kind == "window":
         yield Finding(
             "untrained_spread",
             f"each sample of a group begins from a noise of its own, and {rollout.trained.size} of {rollout.steps} "

@@ -35,6 +35,21 @@ def test_a_config_agrees_with_itself_exactly(tiny_flux, tmp_path, dtype):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "objective, text",
+    [
+        ({"kind": "nft"}, "max |log-ratio| on policy is exactly 0"),
+        ({"kind": "dpo"}, "max |log-ratio| on policy is exactly 0"),
+        ({"kind": "awm", "clip_low": 0.5}, "max |log-ratio| on policy is exactly 0, 0.0% of the clip range 0.0001"),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_an_objective_of_the_forward_process_agrees_with_itself(tiny_flux, tmp_path, objective, text):
+    rollout = {"shared_noise": False, "group_size": 4}
+    config = tiny_config(tiny_flux, tmp_path / "run", objective=objective, rollout=rollout)
+    assert list(self_test(config).findings(config)) == [(True, text)]
+
+
 def test_a_rollout_and_an_update_that_disagree_are_found(tiny_flux, tmp_path, capsys, monkeypatch):
     from fastgrpo.models.families.flux import Flux
 

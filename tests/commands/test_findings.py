@@ -123,6 +123,15 @@ def test_guidance_by_two_branches_is_found_whatever_its_setting_and_scale(tmp_pa
     assert all(named in text for text in advice)
 
 
+@pytest.mark.parametrize("kind, names", [("grpo", {"eta_low", "untrained_spread", "rate_low"}), ("awm", {"rate_low"})])
+def test_a_forward_process_has_no_noise_of_its_steps_to_change(tmp_path, scores, kind, names):
+    sections = {"rollout": {**MANY, "shared_noise": False}, "objective": {"kind": kind}}
+    run = make_run(tmp_path / "run", list(scores), list(scores), **sections)
+    lines = (run / "metrics.jsonl").read_text().replace('"reward/std": 0.2', '"reward/std": 1e-3')
+    (run / "metrics.jsonl").write_text(lines)
+    assert {f.name for f in diagnose(run)[1]} == names
+
+
 def test_what_is_left_of_the_base_in_an_average():
     config = tiny_config(Path("nowhere"), update={"ema_decay": 0.9, "ema_warmup": False, "optimizer_steps": 2})
     assert remaining_base(config, 5) == pytest.approx(0.9**10)
