@@ -113,7 +113,9 @@ class QwenImage(ModelFamily):
         return F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))
 
     def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
-        inputs, times = x.to(self.dtype), time
+        # An edit's source stands behind the noisy latents.
+        edit = self.image_encoding == "source"
+        inputs, times = (torch.cat([x, conditioning["source"]], dim=1) if edit else x).to(self.dtype), time
         if self.guided:
             inputs, times = torch.cat([inputs, inputs]), torch.cat([time, time])
         model = module or self.denoiser
@@ -124,9 +126,9 @@ class QwenImage(ModelFamily):
             timestep=times,
             encoder_hidden_states=text,
             encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, *self.grid)]] * len(inputs),
+            img_shapes=[[(1, *self.grid)] * (1 + edit)] * len(inputs),
             return_dict=False,
-        )[0]
+        )[0][:, : x.shape[1]]
         return guide(output, self.config.guidance, rescale_norm=True) if self.guided else output
 
     @torch.no_grad()

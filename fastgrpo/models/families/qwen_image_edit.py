@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.config import Model
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.models.families.qwen_image import QwenImage
-from fastgrpo.models.families.shared import guide, prompt_images
+from fastgrpo.models.families.shared import prompt_images
 from fastgrpo.models.loading import resolve_path
-from fastgrpo.models.protocol import Conditioning
 from fastgrpo.shapes.image_text import ImageTextProcessor
 
 # Pixels of a token of Qwen2.5-VL, along a side, where no encoder says otherwise.
@@ -102,20 +101,3 @@ class QwenImageEdit(QwenImage):
             scaled = ((latents.float() - mean) / std)[:, :, 0]
             packed.append(pipeline._pack_latents(scaled, *scaled.shape))
         return torch.cat(packed)
-
-    def predict(self, x: Tensor, time: Tensor, conditioning: Conditioning, module: nn.Module | None = None) -> Tensor:
-        inputs, times = torch.cat([x, conditioning["source"]], dim=1).to(self.dtype), time
-        if self.guided:
-            inputs, times = torch.cat([inputs, inputs]), torch.cat([time, time])
-        model = module or self.denoiser
-        text, mask = self.texts(conditioning, model)
-        # The transformer rounds the timestep to its input's dtype itself, as Qwen-Image's does.
-        output = model(
-            hidden_states=inputs,
-            timestep=times,
-            encoder_hidden_states=text,
-            encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, *self.grid), (1, *self.grid)]] * len(inputs),
-            return_dict=False,
-        )[0][:, : x.shape[1]]
-        return guide(output, self.config.guidance, rescale_norm=True) if self.guided else output
