@@ -198,7 +198,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Score against processor seconds, samples and forward-equivalents, a line a seed; a row of panels a config."""
+    """Points gained over processor seconds, samples and forward-equivalents, a line a seed; a row of panels a config."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -216,12 +216,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     mine = [row for row in rows if (row["config"], row["setting"]) == (config, setting)]
                     for seed in dict.fromkeys(row["seed"] for row in mine):
                         one = sorted((r for r in mine if r["seed"] == seed), key=lambda r: int(r["iteration"]))
+                        turn, color = divmod(names.index(setting), len(RUN_COLORS))
+                        gains = [100 * (float(r["score"]) - float(one[0]["score"])) for r in one]
                         axes.plot(
-                            [float(r[column]) for r in one], [float(r["score"]) for r in one], linewidth=1, marker=".",
-                            color=RUN_COLORS[names.index(setting) % len(RUN_COLORS)],
+                            [float(r[column]) for r in one], gains, linewidth=1, marker=".", color=RUN_COLORS[color],
+                            linestyle=("-", "--", ":")[turn % 3],
                             label=setting if seed == mine[0]["seed"] else None,
                         )  # fmt: skip
                 axes.set(xlabel=column.replace("_", " "))
-            line[0].set(ylabel="held-out score", title=config)
+            line[0].set(ylabel="points gained", title=config)
             line[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.savefig(path, dpi=110)

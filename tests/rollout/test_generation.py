@@ -161,12 +161,13 @@ def test_what_cannot_be_is_named(tiny_flux, settings, message):
         tiny_config(tiny_flux, **settings)
 
 
-@pytest.mark.parametrize("variant", [pytest.param("plain", marks=pytest.mark.full), "best_of", "spread"])
+@pytest.mark.parametrize("variant", [pytest.param("plain", marks=pytest.mark.full), "best_of", "spread", "antithetic"])
 def test_one_update_of_staleness_resumes_to_the_bit(tiny_flux, tmp_path, variant):
     sections = {
         "plain": {"scoring": {"staleness": 1, "chunks": 2}},
         "best_of": {"scoring": {"staleness": 1, "chunks": 4}, "rollout": BEST, "update": {"optimizer_steps": 2}},
         "spread": {"scoring": {"staleness": 1}, "prompts": {"select": "spread"}, "rollout": {"old_values": "log_prob"}},
+        "antithetic": {"scoring": {"staleness": 1}, "rollout": {"antithetic": True, "group_size": 4}},
     }[variant] | {"rewards": REDNESS}
     straight = finished(tiny_config(tiny_flux, tmp_path / "a", train={"iterations": 3}, **sections))
     part, scored = tmp_path / "b", sum(Redness.sizes)
