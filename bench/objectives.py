@@ -198,7 +198,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Points gained over processor seconds, samples and forward-equivalents, a line a seed; a row of panels a config."""
+    """Points gained against processor seconds, samples and forward passes, a line a seed; a row of panels a config."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
