@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fastgrpo.config import load_config
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.conditioning import to_device
 from fastgrpo.rollout.generator import Batch
 from fastgrpo.rollout.sampler import forward_batches
@@ -50,7 +51,10 @@ def measure(path: str, iterations: int, overrides: Sequence[str] = ()) -> list[f
     with tempfile.TemporaryDirectory() as folder:
         quiet = ("eval.every=0", "checkpoint.every=0", "telemetry.progress=false", "callbacks=[]")
         constant = ("update.optimizer.schedule=constant", f"run.dir={folder}/run")
-        trainer = Trainer.from_config(load_config(path, [*overrides, *constant, *quiet]))
+        config = load_config(path, [*overrides, *constant, *quiet])
+        if config.objective.forward:
+            raise ConfigError(f"objective.kind: {config.objective.kind} trains no step of a trajectory; take grpo")
+        trainer = Trainer.from_config(config)
         run, found = trainer.updater.run, []
 
         def moved(batch: Batch, *rest: Any, **named: Any) -> Any:

@@ -25,6 +25,7 @@ from fastgrpo import __version__
 from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.layout import lay_out
 from fastgrpo.algorithms.schedule import StepSchedule
+from fastgrpo.commands.findings import clip_range
 from fastgrpo.config import Config, load_config
 from fastgrpo.distributed.world import this_machine
 from fastgrpo.errors import EXTRAS
@@ -116,13 +117,14 @@ def self_test(config: Config) -> SelfTest:
     result = trainer.updater.run(Batch(0, drawn, schedule, trajectory, conditioning), advantages, trainer.kl_weight)
     _wait()
     end = time.perf_counter()
-    deviation, forward = float(result.first.max_deviation), trainer.updater.forward
-    clips = forward is None or "clip_low" in forward.objective.settings
-    v_old, dtype = trajectory.v_old, trainer.family.dtype
+    deviation, floor = float(result.first.max_deviation), None
+    if not config.objective.forward:
+        v_old = trainer.family.of_policy(trajectory.v_old)
+        floor = q_floor(v_old, layout.row_step, schedule, trainer.family.dtype)
     return SelfTest(
         log_ratio=float(-np.log1p(-min(deviation, 1.0 - 1e-12))),
-        clip=min(config.objective.clip_low, config.objective.clip_high) if clips else None,
-        q_floor=None if forward else q_floor(trainer.family.of_policy(v_old), layout.row_step, schedule, dtype),
+        clip=clip_range(config),
+        q_floor=floor,
         rollout_seconds=middle - begin,
         update_seconds=end - middle,
         peak_bytes=peak_memory_bytes(),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgrpo.algorithms.guard import moved
+from fastgrpo.algorithms.objectives import OBJECTIVES
 from fastgrpo.commands.report.run_data import RunData, paired_interval, read_run, values_of
 from fastgrpo.config import Config, validate
 from fastgrpo.config.schema import Optimizer
@@ -139,14 +140,15 @@ def outcome(evidence: Evidence) -> str:
 
 def _ratio(e: Evidence) -> Iterator[Finding]:
     worst = max(e.run.series("ratio/first_max_deviation")[1], default=0.0)
-    most = min(e.config.objective.clip_low, e.config.objective.clip_high) / 10
+    clip = clip_range(e.config)
+    most = (clip or 0.0) / 10
     if worst > most:
         yield Finding(
             "ratio",
             f"before the first step of an update |ratio − 1| is up to {worst:.2g}",
-            f"at most {most:.2g}, a tenth of the clip range",
-            "rollout and update disagree: use model.dtype=float32 and model.compile=none, or widen objective.clip_low "
-            "and clip_high",
+            "exactly 0" if clip is None else f"at most {most:.2g}, a tenth of the clip range",
+            "rollout and update disagree: use model.dtype=float32 and model.compile=none"
+            + ("" if clip is None else ", or widen objective.clip_low and clip_high"),
         )
 
 
@@ -220,7 +222,7 @@ def _flat_groups(e: Evidence) -> Iterator[Finding]:
             f"in {flat:.0%} of the groups all samples have one score",
             "at most 50%",
             "they teach nothing: use a reward with more than two values, prompts.select=spread, prompts that the model "
-            "gets right sometimes, a larger rollout.group_size or rollout.eta",
+            f"gets right sometimes, a larger rollout.group_size{' or rollout.eta' if e.noisy else ''}",
         )
 
 
@@ -348,6 +350,14 @@ def _rate_high(e: Evidence) -> Iterator[Finding]:
             "its interval not below 0",
             f"lower {_rate(e.config.update.optimizer, 3, 10)}, or add update.optimizer.warmup",
         )
+
+
+def clip_range(config: Config) -> float | None:
+    """The narrower side of the range that ratios are clipped to; None where the objective clips none."""
+    objective = config.objective
+    if objective.forward and "clip_low" not in OBJECTIVES.load(objective.kind, "objective.kind").settings:
+        return None
+    return min(objective.clip_low, objective.clip_high)
 
 
 def _rate(optimizer: Optimizer, low: int, high: int) -> str:

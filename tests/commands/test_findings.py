@@ -132,6 +132,16 @@ def test_a_forward_process_has_no_noise_of_its_steps_to_change(tmp_path, scores,
     assert {f.name for f in diagnose(run)[1]} == names
 
 
+@pytest.mark.parametrize("kind, advised", [("grpo", True), ("awm", True), ("nft", False), ("dpo", False)])
+def test_a_ratio_that_is_not_one_is_advised_a_wider_clip_range_only_where_there_is_one(tmp_path, scores, kind, advised):
+    run = make_run(tmp_path / "run", list(scores), list(scores + 0.1), rollout=MANY, objective={"kind": kind})
+    lines = (run / "metrics.jsonl").read_text().replace('max_deviation": 0.0', 'max_deviation": 0.01')
+    (run / "metrics.jsonl").write_text(lines)
+    [found] = diagnose(run)[1]
+    assert found.name == "ratio"
+    assert ("objective.clip_low" in found.change) is advised
+
+
 def test_what_is_left_of_the_base_in_an_average():
     config = tiny_config(Path("nowhere"), update={"ema_decay": 0.9, "ema_warmup": False, "optimizer_steps": 2})
     assert remaining_base(config, 5) == pytest.approx(0.9**10)
