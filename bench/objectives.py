@@ -169,20 +169,25 @@ def reached(curve: Sequence[Row], gain: float, column: str) -> float | None:
     return None
 
 
+def curves(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
+    """By config and setting, and by seed within it: the rows of a run in order."""
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: (int(row["seed"]), int(row["iteration"]))):
+        found.setdefault((row["config"], row["setting"]), {}).setdefault(row["seed"], []).append(row)
+    return {name: found[name] for name in sorted(found)}
+
+
 def page(rows: Sequence[Row]) -> str:
     """A Markdown table: what each setting gained over the score at its start, by seed, at the end of its time, and the
     processor seconds and samples that it took to GOAL."""
     lines = []
-    for config, setting in dict.fromkeys((row["config"], row["setting"]) for row in rows):
-        mine = [row for row in rows if (row["config"], row["setting"]) == (config, setting)]
-        ends, firsts, seconds, samples = [], [], [], []
-        for seed in sorted({row["seed"] for row in mine}, key=int):
-            one = sorted((row for row in mine if row["seed"] == seed), key=lambda row: int(row["iteration"]))
-            firsts.append(float(one[0]["score"]))
-            ends.append(one[-1])
-            seconds.append("–" if (at := reached(one, GOAL, "processor_seconds")) is None else f"{at:.0f}")
-            samples.append("–" if (at := reached(one, GOAL, "samples")) is None else f"{at:.0f}")
-        gains = [100 * (float(end["score"]) - first) for end, first in zip(ends, firsts, strict=True)]
+    for (config, setting), runs in curves(rows).items():
+        ends = [run[-1] for run in runs.values()]
+        gains = [100 * (float(run[-1]["score"]) - float(run[0]["score"])) for run in runs.values()]
+        seconds, samples = (
+            ["–" if (at := reached(run, GOAL, column)) is None else f"{at:.0f}" for run in runs.values()]
+            for column in ("processor_seconds", "samples")
+        )
         last, spent = ends[-1], np.mean([float(end["processor_seconds"]) for end in ends])
         lines.append((
             config, setting, len(ends), " ".join(f"{gain:+.1f}" for gain in gains), f"{np.mean(gains):+.1f}",
@@ -205,23 +210,21 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from fastgrpo.observe.charts import RUN_COLORS, SETTINGS
 
     axes_of = ("processor_seconds", "samples", "forward_equivalents")
-    configs = list(dict.fromkeys(row["config"] for row in rows))
-    names = list(dict.fromkeys(row["setting"] for row in rows))
+    known = curves(rows)
+    configs, names = (list(dict.fromkeys(parts)) for parts in zip(*known, strict=True))
     with rc_context(SETTINGS):
         figure = Figure(figsize=(10, 2.6 * len(configs)), layout="constrained")
         panels = figure.subplots(len(configs), 3, sharey="row", squeeze=False)
         for config, line in zip(configs, panels, strict=True):
             for axes, column in zip(line, axes_of, strict=True):
-                for setting in names:
-                    mine = [row for row in rows if (row["config"], row["setting"]) == (config, setting)]
-                    for seed in dict.fromkeys(row["seed"] for row in mine):
-                        one = sorted((r for r in mine if r["seed"] == seed), key=lambda r: int(r["iteration"]))
-                        turn, color = divmod(names.index(setting), len(RUN_COLORS))
-                        gains = [100 * (float(r["score"]) - float(one[0]["score"])) for r in one]
+                for setting in (name for name in names if (config, name) in known):
+                    turn, color = divmod(names.index(setting), len(RUN_COLORS))
+                    for number, run in enumerate(known[config, setting].values()):
+                        gains = [100 * (float(row["score"]) - float(run[0]["score"])) for row in run]
                         axes.plot(
-                            [float(r[column]) for r in one], gains, linewidth=1, marker=".", color=RUN_COLORS[color],
-                            linestyle=("-", "--", ":")[turn % 3],
-                            label=setting if seed == mine[0]["seed"] else None,
+                            [float(row[column]) for row in run], gains, linewidth=1, marker=".",
+                            color=RUN_COLORS[color], linestyle=("-", "--", ":")[turn % 3],
+                            label=None if number else setting,
                         )  # fmt: skip
                 axes.set(xlabel=column.replace("_", " "))
             line[0].set(ylabel="points gained", title=config)
