@@ -24,8 +24,8 @@ from torch import Tensor
 from fastgrpo import __version__
 from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.algorithms.layout import lay_out
+from fastgrpo.algorithms.objectives import OBJECTIVES
 from fastgrpo.algorithms.schedule import StepSchedule
-from fastgrpo.commands.findings import clip_range
 from fastgrpo.config import Config, load_config
 from fastgrpo.distributed.world import this_machine
 from fastgrpo.errors import EXTRAS
@@ -226,6 +226,14 @@ def _shortened(config: Config) -> Config:
             "eval": config.eval.model_copy(update={"every": 0}),
         }
     )
+
+
+def clip_range(config: Config) -> float | None:
+    """The narrower side of the range that ratios are clipped to; None where the objective clips none."""
+    objective = config.objective
+    if objective.forward and "clip_low" not in OBJECTIVES.load(objective.kind, "objective.kind").settings:
+        return None
+    return min(objective.clip_low, objective.clip_high)
 
 
 def _wait() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgrpo.algorithms.guard import moved
-from fastgrpo.algorithms.objectives import OBJECTIVES
+from fastgrpo.commands.doctor import clip_range
 from fastgrpo.commands.report.run_data import RunData, paired_interval, read_run, values_of
 from fastgrpo.config import Config, validate
 from fastgrpo.config.schema import Optimizer
@@ -350,14 +350,6 @@ def _rate_high(e: Evidence) -> Iterator[Finding]:
             "its interval not below 0",
             f"lower {_rate(e.config.update.optimizer, 3, 10)}, or add update.optimizer.warmup",
         )
-
-
-def clip_range(config: Config) -> float | None:
-    """The narrower side of the range that ratios are clipped to; None where the objective clips none."""
-    objective = config.objective
-    if objective.forward and "clip_low" not in OBJECTIVES.load(objective.kind, "objective.kind").settings:
-        return None
-    return min(objective.clip_low, objective.clip_high)
 
 
 def _rate(optimizer: Optimizer, low: int, high: int) -> str:
