@@ -11,7 +11,7 @@ from torch import Tensor
 # Elements to a partial sum; below ATen's parallel grain, so that bits depend on neither batch nor threads.
 _BLOCK = 4096
 # Elements to a tile.
-_TILE = 1 << 17
+_TILE = 1 << 18
 
 Tile = tuple[slice, slice]
 
@@ -57,15 +57,15 @@ def quotient(numerator: float | Tensor, denominator: float | Tensor) -> float | 
 
 
 def tiles(batch: int, elements: int) -> Iterator[Tile | None]:
-    """(rows, columns) that cover [B, D], whole blocks wide but for the last; None where one tile is all."""
+    """(rows, columns) that cover [B, D], each one run of memory: rows, or parts of one row of whole blocks; None where
+    one tile is all."""
     if batch * elements <= _TILE:
         yield None
         return
-    columns = max(_TILE // batch // _BLOCK, 1) * _BLOCK
-    height = max(_TILE // min(columns, elements), 1)
+    height, width = max(_TILE // elements, 1), min(elements, _TILE)
     for row in range(0, batch, height):
-        for column in range(0, elements, columns):
-            yield slice(row, row + height), slice(column, min(column + columns, elements))
+        for column in range(0, elements, width):
+            yield slice(row, row + height), slice(column, column + width)
 
 
 def tile_coefficient(coefficient: float | Tensor, tile: Tile | None) -> float | Tensor:

@@ -25,9 +25,11 @@ from .op import (
     LossStatistics,
     Objective,
     Ratio,
+    Statistics,
     check_objective,
     check_rows,
     clipped_loss_cpu,
+    computed,
     empty_outputs,
     objective_arguments,
 )
@@ -160,16 +162,18 @@ def _loss_of(
     if is_traced_plainly(v):
         P, Q, Q_reference, share, rest = moments_traced(shift, mean_of_masked=objective.unit == 1.0)
         step = shift.s if not isinstance(shift.s, Tensor) else torch.where(shift.s > 0, shift.s, torch.nan)
-        loss, statistics, _ = clipped_loss_cpu(
+        loss, sums, _ = clipped_loss_cpu(
             P, Q, step, advantages, weight, Q_reference, objective, per_sample, share, rest, shift.residuals
         )
-        statistics = statistics.detach()
+        statistics = sums().detach()
     elif not is_eager(*shift.tensors(), advantages):
         (weight,) = as_rows((weight,), v)
         loss, statistics, _ = _grpo_loss_op(advantages, weight, *objective, per_sample, *with_rows(shift))
         statistics = statistics.detach()
     elif torch.is_grad_enabled() and (v.requires_grad or (v_uncond is not None and v_uncond.requires_grad)):
-        loss, statistics = _GrpoLoss.apply(v, v_uncond, (advantages, weight, objective, per_sample), shift)  # pyright: ignore
+        kept: list[Statistics] = []
+        loss = _GrpoLoss.apply(v, v_uncond, (advantages, weight, objective, per_sample), shift, kept)
+        (statistics,) = kept
     else:
         loss, statistics, _ = _forward(advantages, weight, objective, per_sample, shift)
     return loss, LossStatistics(statistics)
@@ -177,7 +181,7 @@ def _loss_of(
 
 def _forward(
     advantages: Tensor, weight: Coefficient, objective: Objective, per_sample: bool, shift: Shift
-) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+) -> tuple[Tensor, Statistics, Sequence[Tensor]]:
     """(loss, statistics, gradient factors of [B] each) of latents on the CPU or on a device."""
     if launches(shift.v):
         loss, statistics, factors = launch_grpo_loss(advantages, weight, objective, per_sample, shift, kept=True)
@@ -222,16 +226,14 @@ def _backward(grad: Tensor, factors: Sequence[Tensor], shift: Shift) -> tuple[Te
 
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v, v_uncond, rows, shift):
+    def forward(ctx, v, v_uncond, rows, shift, kept):
         # What is differentiated stands alone: autograd's time is that of its arguments.
         if not launches(shift.v):
             shift = with_noise(shift)
         loss, statistics, factors = _forward(*rows, shift=shift)
+        kept.append(statistics)
         save_arguments(ctx, (*shift, *factors))
-        # None, not zeros, for the statistics.
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(statistics)
-        return loss, statistics
+        return loss
 
     @staticmethod
     def backward(ctx, *grads):
@@ -239,7 +241,7 @@ class _GrpoLoss(torch.autograd.Function):
         arguments = saved_arguments(ctx)
         shift = Shift(*arguments[: len(Shift._fields)])
         grad, grad_uncond = _backward(grads[0], arguments[len(Shift._fields) :], shift)
-        return grad, None if shift.v_uncond is None else grad_uncond, None, None
+        return grad, None if shift.v_uncond is None else grad_uncond, None, None, None
 
 
 @torch.library.custom_op("fastgrpo_kernels::grpo_loss", mutates_args=())
@@ -282,7 +284,7 @@ def _grpo_loss_op(
     if launches(v):
         return launch_grpo_loss(advantages, weight, objective, per_sample, shift, kept=False)
     loss, statistics, factors = _forward(advantages, weight, objective, per_sample, shift)
-    return loss, statistics, torch.stack(list(factors))
+    return loss, computed(statistics), torch.stack(list(factors))
 
 
 @_grpo_loss_op.register_fake

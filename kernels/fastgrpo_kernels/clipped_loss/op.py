@@ -1,7 +1,8 @@
 """Public clipped loss: checks, CPU path, Triton launch, custom operators and gradient."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -28,7 +29,7 @@ RATIOS = get_args(Ratio)
 MATCHING = ("matching", "huber")
 
 
-class LossStatistics(NamedTuple):
+class LossStatistics:
     """Sums over samples, each times the sample's weight, and the largest |ratio - 1| of samples with a weight > 0.
 
     All of them are one float32 tensor on the device of the loss, without gradient, so that a trainer keeps one tensor
@@ -36,11 +37,19 @@ class LossStatistics(NamedTuple):
     where there is a reference; `clipped` and `dropped` count samples whose clipped branch is the loss, and those that
     DPPO drops, as shares of their advantages where a sample has several.
 
-    Attributes:
-        values: [..., 7], in the order of `FIELDS`.
+    Args:
+        values: [..., 7], in the order of `FIELDS`, or what gives them: on a CPU they are computed when they are asked
+            for.
     """
 
-    values: Tensor
+    def __init__(self, values: Tensor | Callable[[], Tensor]) -> None:
+        self._values = values
+
+    @property
+    def values(self) -> Tensor:
+        if not isinstance(self._values, Tensor):
+            self._values = self._values()
+        return self._values
 
     @property
     def ratio(self) -> Tensor:
@@ -81,6 +90,8 @@ class LossStatistics(NamedTuple):
         return LossStatistics(torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].amax(0)]))
 
 
+# Values of statistics, or what computes them.
+Statistics = Tensor | Callable[[], Tensor]
 FIELDS = ("ratio", "clipped", "kl", "dropped", "loss", "weight", "max_deviation")
 
 
@@ -172,15 +183,17 @@ def clipped_loss(
     check_no_grad(s=s)
     if is_traced_plainly(P):
         step = s if not isinstance(s, Tensor) else torch.where(s > 0, s, torch.nan)
-        loss, statistics, _ = clipped_loss_cpu(P, Q, step, advantages, weight, Q_reference, objective, per_sample)
-        statistics = statistics.detach()
+        loss, sums, _ = clipped_loss_cpu(P, Q, step, advantages, weight, Q_reference, objective, per_sample)
+        statistics = sums().detach()
     elif not is_eager(P, Q, Q_reference, advantages):
         s, weight = as_rows((s, weight), P)
         loss, statistics, _ = _clipped_loss_op(P, Q, s, advantages, weight, Q_reference, *objective, per_sample)
         statistics = statistics.detach()
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (P, Q, Q_reference)):
+        kept: list[Statistics] = []
         rows = s, advantages, weight
-        loss, statistics = _ClippedLoss.apply(P, Q, *rows, Q_reference, objective, per_sample)  # pyright: ignore
+        loss = _ClippedLoss.apply(P, Q, *rows, Q_reference, objective, per_sample, kept)
+        (statistics,) = kept
     else:
         loss, statistics, _ = _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample)
     return loss, LossStatistics(statistics)
@@ -251,12 +264,16 @@ def _check_moments(name: str, P: object, Q: object, Q_reference: object) -> None
             raise ValueError(f"{argument}: expected {list(P.shape)} on {P.device} as {name}, got {found}")
 
 
-def _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample) -> tuple[Tensor, Statistics, Tensor]:
     arguments = P, Q, s, advantages, weight, Q_reference, objective, per_sample
     if launches(P):
         return launch_clipped_loss(*arguments)
     loss, statistics, factors = clipped_loss_cpu(*arguments)
     return loss, statistics, torch.stack(factors)
+
+
+def computed(statistics: Statistics) -> Tensor:
+    return statistics if isinstance(statistics, Tensor) else statistics()
 
 
 def clipped_loss_cpu(
@@ -271,8 +288,8 @@ def clipped_loss_cpu(
     share: Tensor | None = None,
     residuals: Tensor | None = None,
     beta: float | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The ATen path: (loss, statistics [7], factors dL/d(P, Q, Q_reference), 1 to 3 of [B]) in float32.
+) -> tuple[Tensor, Callable[[], Tensor], list[Tensor]]:
+    """The ATen path: (loss, what gives its statistics [7], factors dL/d(P, Q, Q_reference), 1 to 3 of [B]) in float32.
 
     `share` [B] multiplies the factors where moments are means over a mask. `residuals` [3, B] are R and, for the factor
     `beta` of the change, the two mean absolute residuals.
@@ -375,21 +392,31 @@ def _totals(
     factor: Coefficient,
     objective: Objective,
     per_sample: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(loss, statistics [7], factors) of all samples, with the KL to a reference."""
+) -> tuple[Tensor, Callable[[], Tensor], list[Tensor]]:
+    """(loss, what gives the statistics [7], factors) of all samples, with the KL to a reference."""
     if Q_reference is not None:
         kl = Q_reference * (objective.unit / 2)
         loss = torch.add(loss, kl, alpha=objective.kl_weight)
         factors = [*factors, torch.ones_like(ratio) * (factor * (objective.kl_weight * 0.5))]
+    # The caller may change its own weights, and losses that it was given.
+    w = w.clone() if isinstance(w, Tensor) else w
+    weighted = loss * w
+    return (
+        weighted.clone() if per_sample else weighted.sum(),
+        partial(_sums, ratio, shares, weighted, kl, w),
+        factors,
+    )
+
+
+def _sums(ratio: Tensor, shares: list[Tensor], weighted: Tensor, kl: Tensor, w: Coefficient) -> Tensor:
+    """The statistics [7] of all samples."""
     one = torch.ones_like(ratio)
-    columns = torch.stack([ratio, shares[0], kl, shares[1] if len(shares) == 2 else torch.zeros_like(one), loss, one])
-    columns *= w
-    sums = columns.sum(1)
-    deviation = torch.linalg.vector_norm(ratio - 1.0, torch.inf, 0, keepdim=True)
+    columns = torch.stack([ratio, shares[0], kl, shares[1] if len(shares) == 2 else torch.zeros_like(one), one]) * w
+    sums = [*columns[:4].sum(1), weighted.sum(), columns[4].sum()]
+    deviation = torch.linalg.vector_norm(ratio - 1.0, torch.inf, 0)
     if not isinstance(w, Tensor) and w <= 0:
         deviation = torch.zeros_like(deviation)
-    # An operator's results may not share their storage.
-    return (columns[4] if per_sample else sums[4]).clone(), torch.cat([sums, deviation]), factors
+    return torch.stack([*sums, deviation])
 
 
 def launch_clipped_loss(
@@ -454,20 +481,19 @@ def gradients_of(grad: Tensor, factors: Tensor, has_q: bool, has_reference: bool
 
 class _ClippedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, P, Q, s, advantages, weight, Q_reference, objective, per_sample):
+    def forward(ctx, P, Q, s, advantages, weight, Q_reference, objective, per_sample, kept):
         loss, statistics, factors = _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample)
+        kept.append(statistics)
         ctx.save_for_backward(factors)
         ctx.has = Q is not None, Q_reference is not None
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(statistics)
-        return loss, statistics
+        return loss
 
     @staticmethod
     def backward(ctx, *grads):
         refuse_double_backward("clipped_loss")
         (factors,) = ctx.saved_tensors
         by_p, by_q, by_reference = gradients_of(grads[0], factors, *ctx.has)
-        return by_p, by_q, None, None, None, by_reference, None, None
+        return by_p, by_q, None, None, None, by_reference, None, None, None
 
 
 @torch.library.custom_op("fastgrpo_kernels::clipped_loss", mutates_args=())
@@ -489,7 +515,8 @@ def _clipped_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_traced(s=s, advantages=advantages, weight=weight)
     objective = Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
-    return _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample)
+    loss, statistics, factors = _forward(P, Q, s, advantages, weight, Q_reference, objective, per_sample)
+    return loss, computed(statistics), factors
 
 
 @_clipped_loss_op.register_fake

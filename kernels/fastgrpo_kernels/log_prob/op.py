@@ -1,13 +1,14 @@
 """Public log-probability: checks, CPU path, Triton launches, custom operators and gradient."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .._autograd import refuse_double_backward, save_arguments, saved_arguments
 from .._checks import as_rows, check_latents, check_no_grad, check_traced, elements_of, is_eager, per_sample
-from .._cpu import column, quotient, residual, sum_blocks
+from .._cpu import BlockSums, Tile, column, quotient, residual, tile_coefficient, tiles
 from .._launch import arrivals, coefficient_steps, kernel_scalar, launch, launches, rows
 from .._noise_args import check_less_one
 
@@ -82,22 +83,45 @@ def _backward(grad, x, v, y, a_less_one, b, s) -> Tensor:
 def log_prob_cpu(
     x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient | None
 ) -> Tensor:
-    """The ATen path: one buffer, float32 sums in blocks, scaled once per sample in float64."""
+    """The ATen path: float32 sums in blocks, scaled once per sample in float64."""
+    elements = elements_of(v)
+    sums = BlockSums(1, v.shape[0], elements)
+    for tile, z in _residuals(x, v, y, a_less_one, b):
+        if s is not None:
+            z.mul_(column(quotient(1.0, tile_coefficient(s, tile)), z))
+        sums.add(0, tile, z.square_())
+    mean_square = sums.total()[0] / elements
     if s is None:
-        square = residual(y, x, v, a_less_one, b).flatten(1).square_()
-        return -(sum_blocks(square) / square.shape[1]).to(torch.float32)
-    z = residual(y, x, v, a_less_one, b).mul_(column(quotient(1.0, s), x)).flatten(1)
+        return -mean_square.to(torch.float32)
     log_s = s.double().log() if isinstance(s, Tensor) else math.log(s)
-    mean_square = sum_blocks(z.square_()) / z.shape[1]
     return (-0.5 * mean_square - log_s - 0.5 * math.log(2.0 * math.pi)).to(torch.float32)
 
 
 def log_prob_backward_cpu(
     grad: Tensor, x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient, s: Coefficient | None
 ) -> Tensor:
-    """Gradient of v in ATen: one buffer, one pass for each term."""
+    """Gradient of v in ATen."""
     factor = grad.double() * (2.0 * b if s is None else quotient(quotient(b, s), s)) / elements_of(v)
-    return residual(y, x, v, a_less_one, b).mul_(column(factor, x)).to(v.dtype)
+    out = torch.empty(0)
+    for tile, z in _residuals(x, v, y, a_less_one, b):
+        z.mul_(column(tile_coefficient(factor, tile), z))
+        if tile is None:
+            return z.to(v.dtype).view(v.shape)
+        if not len(out):
+            out = torch.empty(v.shape, dtype=v.dtype).flatten(1)
+        out[tile] = z
+    return out.view(v.shape)
+
+
+def _residuals(
+    x: Tensor, v: Tensor, y: Tensor, a_less_one: Coefficient, b: Coefficient
+) -> Iterator[tuple[Tile | None, Tensor]]:
+    """(tile, y - a·x - b·v of it, float32 [rows, columns])."""
+    x, v, y = rows(x), rows(v), rows(y)
+    for tile in tiles(*v.shape):
+        part = (x, v, y) if tile is None else (x[tile], v[tile], y[tile])
+        at, times = tile_coefficient(a_less_one, tile), tile_coefficient(b, tile)
+        yield tile, residual(part[2], part[0], part[1], at, times)
 
 
 def launch_log_prob(
