@@ -41,6 +41,10 @@ PAGE, MARKS = tables.ROOT / "docs" / "results.md", ("<!-- objectives -->", "<!--
 # read.
 OWN_NOISE = ("rollout.shared_noise=false", "rollout.suffix_steps=null")
 UNCLIPPED = ("objective.clip_low=1e-4", "objective.clip_high=1e-4")
+AWM = (
+    *OWN_NOISE, "objective.kind=awm", "objective.clip_low=1", "objective.clip_high=1",
+    "objective.times={count: 1, draw: uniform}", "objective.old_weight=1", "update.optimizer.lr=1e-4",
+)  # fmt: skip
 SETTINGS: dict[str, tuple[str, ...]] = {
     "grpo": (),
     "grpo-2-epochs": ("update.epochs=2", "objective.dppo_threshold=1e-3"),
@@ -48,11 +52,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         *OWN_NOISE, *UNCLIPPED, "objective.kind=nft", "objective.times={count: 1, draw: uniform}",
         "objective.old_decay={rate: 0.01, most: 0.5}", "update.optimizer_steps=2", "update.optimizer.lr=1e-4",
     ),
-    "awm": (
-        *OWN_NOISE, "objective.kind=awm", "objective.clip_low=1", "objective.clip_high=1",
-        "objective.times={count: 1, draw: uniform}", "objective.old_weight=1", "update.optimizer_steps=2",
-        "update.optimizer.lr=1e-4",
-    ),
+    "awm": (*AWM, "update.optimizer_steps=2"),
+    # Small rollouts, each trained twice.
+    "awm-2-epochs": (*AWM, "update.epochs=2", "rollout.prompts_per_iteration=8"),
     "dpo": (
         *OWN_NOISE, *UNCLIPPED, "objective.kind=dpo", "objective.beta=100", "objective.pairs=2",
         "objective.times={count: 2, draw: uniform}", "update.optimizer_steps=2", "update.optimizer.lr=1e-4",
