@@ -48,6 +48,7 @@ AWM = (
 SETTINGS: dict[str, tuple[str, ...]] = {
     "grpo": (),
     "grpo-2-epochs": ("update.epochs=2", "objective.dppo_threshold=1e-3"),
+    "grpo-replay": ("update.replay=2", "objective.dppo_threshold=1e-3"),
     "nft": (
         *OWN_NOISE, *UNCLIPPED, "objective.kind=nft", "objective.times={count: 1, draw: uniform}",
         "objective.old_decay={rate: 0.01, most: 0.5}", "update.optimizer_steps=2", "update.optimizer.lr=1e-4",
