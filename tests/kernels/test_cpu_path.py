@@ -65,3 +65,4 @@ def test_statistics_are_those_of_the_call_whatever_happens_to_its_tensors(per_sa
     assert torch.equal(statistics.values, expected)
     assert not statistics.values.requires_grad
     assert statistics.values is statistics.values
+    assert repr(statistics) == f"LossStatistics(values={expected})"

@@ -45,6 +45,9 @@ class LossStatistics:
     def __init__(self, values: Tensor | Callable[[], Tensor]) -> None:
         self._values = values
 
+    def __repr__(self) -> str:
+        return f"LossStatistics(values={self.values})"
+
     @property
     def values(self) -> Tensor:
         if not isinstance(self._values, Tensor):
@@ -412,11 +415,11 @@ def _sums(ratio: Tensor, shares: list[Tensor], weighted: Tensor, kl: Tensor, w: 
     """The statistics [7] of all samples."""
     one = torch.ones_like(ratio)
     columns = torch.stack([ratio, shares[0], kl, shares[1] if len(shares) == 2 else torch.zeros_like(one), one]) * w
-    sums = [*columns[:4].sum(1), weighted.sum(), columns[4].sum()]
+    *sums, weight = columns.sum(1)
     deviation = torch.linalg.vector_norm(ratio - 1.0, torch.inf, 0)
     if not isinstance(w, Tensor) and w <= 0:
         deviation = torch.zeros_like(deviation)
-    return torch.stack([*sums, deviation])
+    return torch.stack([*sums, weighted.sum(), weight, deviation])
 
 
 def launch_clipped_loss(

@@ -102,15 +102,13 @@ def log_prob_backward_cpu(
 ) -> Tensor:
     """Gradient of v in ATen."""
     factor = grad.double() * (2.0 * b if s is None else quotient(quotient(b, s), s)) / elements_of(v)
-    out = torch.empty(0)
+    out = torch.empty(v.shape, dtype=v.dtype)
     for tile, z in _residuals(x, v, y, a_less_one, b):
         z.mul_(column(tile_coefficient(factor, tile), z))
         if tile is None:
             return z.to(v.dtype).view(v.shape)
-        if not len(out):
-            out = torch.empty(v.shape, dtype=v.dtype).flatten(1)
-        out[tile] = z
-    return out.view(v.shape)
+        out.flatten(1)[tile] = z
+    return out
 
 
 def _residuals(
@@ -119,9 +117,8 @@ def _residuals(
     """(tile, y - a·x - b·v of it, float32 [rows, columns])."""
     x, v, y = rows(x), rows(v), rows(y)
     for tile in tiles(*v.shape):
-        part = (x, v, y) if tile is None else (x[tile], v[tile], y[tile])
-        at, times = tile_coefficient(a_less_one, tile), tile_coefficient(b, tile)
-        yield tile, residual(part[2], part[0], part[1], at, times)
+        latents = (y, x, v) if tile is None else (y[tile], x[tile], v[tile])
+        yield tile, residual(*latents, tile_coefficient(a_less_one, tile), tile_coefficient(b, tile))
 
 
 def launch_log_prob(
