@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo.models.conditioning import to_device
 from fastgrpo.models.protocol import ModelFamily
-from fastgrpo.rollout.sampler import forward_batches
+from fastgrpo.rollout.sampler import batch_rows, forward_batches
 
 
 def decode(
@@ -26,7 +25,7 @@ def decode(
     done = 0
     with family.on_device("vae"):
         for index, real in forward_batches(np.arange(len(latents)), batch):
-            part = decode_batch(latents.index_select(0, to_device(index, latents.device)))[:real]
+            part = decode_batch(batch_rows(latents, index, real))[:real]
             if images is None:
                 images = family.host_empty((len(latents), *part.shape[1:]), part.dtype)
             images[done : done + real].copy_(part, non_blocking=True)

@@ -28,6 +28,11 @@ def forward_batches(index: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, 
         yield index[places], min(size, len(index) - start)
 
 
+def batch_rows(x: Tensor, index: np.ndarray, real: int) -> Tensor:
+    """The rows of x at a batch of consecutive places: a view, but where it is padded."""
+    return x[index[0] :][:real] if real == len(index) else x.index_select(0, to_device(index, x.device))
+
+
 def predict_rows(
     family: ModelFamily, x: Tensor, time: float, module: str, conditioning: Conditioning, row_prompt: np.ndarray,
     batch: int, predict: Callable[..., Tensor] | None = None, modules: Mapping[str, nn.Module] | None = None,
@@ -43,8 +48,7 @@ def predict_rows(
     model = (modules or family.modules)[module]
     done = 0
     for index, real in forward_batches(np.arange(len(x)), batch):
-        inputs = x[done : done + batch] if real == batch else x.index_select(0, to_device(index, x.device))
-        rows = conditioning.rows(row_prompt[index])
+        inputs, rows = batch_rows(x, index, real), conditioning.rows(row_prompt[index])
         # Compiled blocks have other code, of other bits, where nothing is differentiated: here the update's runs.
         with torch.set_grad_enabled(family.config.compile == "blocks"):
             predicted = predict(inputs, times, rows, model).detach()
