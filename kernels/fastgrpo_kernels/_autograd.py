@@ -8,8 +8,11 @@ from torch import Tensor
 
 
 def save_arguments(ctx: Any, arguments: Sequence[object]) -> None:
-    """Keep tensors where autograd can see them, the rest beside them."""
-    tensors = [argument if isinstance(argument, Tensor) else None for argument in arguments]
+    """Keep tensors where autograd can see them, the rest beside them.
+
+    So are tensors that a rollout made in inference mode: autograd does not see them change, and refuses to save them.
+    """
+    tensors = [a if isinstance(a, Tensor) and not a.is_inference() else None for a in arguments]
     ctx.save_for_backward(*tensors)
     ctx.rest = [None if tensor is argument else argument for tensor, argument in zip(tensors, arguments, strict=True)]
 

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -43,18 +43,20 @@ def is_host_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and is_eager(tensor)
 
 
-def check_number(name: str, value: object) -> None:
-    """Refuse anything but a Python number."""
+def check_number(name: str, value: object) -> float:
+    """A Python or NumPy number as a float, which is what kernels and custom operators take."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
 
 
-def check_integer(name: str, value: object, low: int, high: int) -> None:
-    """Refuse anything but an integer in [low, high)."""
+def check_integer(name: str, value: object, low: int, high: int) -> int:
+    """A Python or NumPy integer in [low, high) as an int."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if not low <= int(value) < high:
         raise ValueError(f"{name}: must be in [{low}, {_power(high)}), got {value}")
+    return int(value)
 
 
 def _power(value: int) -> str:
@@ -65,6 +67,8 @@ def check_sizes(name: str, value: object) -> list[int]:
     """A shape as a list of integers."""
     if not isinstance(value, Sequence) or not all(isinstance(size, (numbers.Integral, torch.SymInt)) for size in value):
         raise TypeError(f"{name}: expected a sequence of integers, got {value!r}")
+    if any(size < 0 for size in value):
+        raise ValueError(f"{name}: has a negative size, got {list(value)}")
     return list(value)
 
 
@@ -80,6 +84,8 @@ def check_latents(name: str, value: object, *, like: Tensor | None = None, same_
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in LATENT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected dense latents, got {value.layout}; pad what is ragged, and mask the padding")
     if like is None:
         if not 2 <= value.ndim <= 5:
             raise ValueError(f"{name}: expected [B, ...] latents of 2 to 5 dimensions, got shape {list(value.shape)}")
@@ -110,9 +116,11 @@ def per_sample(
 
     Values are checked where that needs no device-to-host copy.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        _check_values(name, value, math.isfinite(value), not positive or value > 0)
-        return float(value) - less_one
+    if isinstance(value, (float, numbers.Real)) and not isinstance(value, bool):
+        number = float(value)
+        # Compared: `torch.compile` traces no isfinite of a number that it holds to be dynamic.
+        _check_values(name, value, -math.inf < number < math.inf, not positive or number > 0)
+        return number - less_one
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a float or a [B] tensor, got {type(value).__name__}")
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != like.shape[0]):
@@ -156,9 +164,15 @@ def _check_readable(name: str, value: Tensor, *, positive: bool) -> None:
 
 def _check_values(name: str, value: object, finite: bool, in_range: bool) -> None:
     if not finite:
-        raise ValueError(f"{name}: must be finite, got {value}")
+        raise ValueError(f"{name}: must be finite, got {offender(value, lambda t: ~torch.isfinite(t))}")
     if not in_range:
-        raise ValueError(f"{name}: must be positive for the step to have a density, got {value}")
+        found = offender(value, lambda t: t <= 0)
+        raise ValueError(f"{name}: must be positive for the step to have a density, got {found}")
+
+
+def offender(value: object, wrong: Callable[[Tensor], Tensor]) -> object:
+    """What the one line of an error shows of a value: of a tensor the first number that is wrong."""
+    return value[wrong(value)][0].item() if isinstance(value, Tensor) else value
 
 
 def check_guidance(v: Tensor, v_uncond: object, guidance_scale: object) -> float | Tensor | None:

@@ -88,7 +88,7 @@ class BlockSums:
             self.sums[index] = values.sum(-1)
             return
         if self.partials is None:
-            self.partials = torch.empty(self.shape, dtype=torch.float32)
+            self.partials = torch.empty(self.shape, dtype=torch.float32, device=values.device)
         partials, first = self.partials[index], 0
         if tile is not None:
             partials, first = partials[tile[0]], tile[1].start // _BLOCK
@@ -103,7 +103,7 @@ class BlockSums:
     def total(self) -> Sequence[Tensor]:
         """The sums, float64 [B] each; of one that was not added, no number that means anything."""
         if self.partials is None:
-            return [torch.empty(0) if found is None else found.double() for found in self.sums]
+            return [torch.empty(0, device="cpu") if found is None else found.double() for found in self.sums]
         return self.partials.sum(2, dtype=torch.float64).unbind(0)
 
 

@@ -48,9 +48,9 @@ def check_less_one(prefix: str, a: object, a_less_one: object, like: Tensor) -> 
     """a - 1, checked, from the one of the two that was given."""
     if (a is None) == (a_less_one is None):
         raise TypeError(f"{prefix}a: expected either a or a_less_one")
-    if a is not None:
-        return per_sample(f"{prefix}a", a, like, less_one=True)
-    return per_sample(f"{prefix}a_less_one", a_less_one, like)
+    name, value = ("a", a) if a is not None else ("a_less_one", a_less_one)
+    check_no_grad(**{prefix + name: value})
+    return per_sample(prefix + name, value, like, less_one=a is not None)
 
 
 def split_noise(noise: Noise, like: Tensor) -> tuple[Tensor | None, Tensor | None, int]:

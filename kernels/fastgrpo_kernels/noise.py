@@ -70,7 +70,7 @@ def noise_key(
     Raises:
         ValueError: A number is out of its range; tensors on a device are not read.
     """
-    check_integer("seed", seed, 0, 1 << 63)
+    seed = check_integer("seed", seed, 0, 1 << 63)
     check_integer("stream", stream, 0, 128)
     _check_steps(step)
     ids = _int64("sample", sample, device)
@@ -171,11 +171,11 @@ def normal_cpu(words: Tensor, seed: int, elements: int) -> Tensor:
     """ε as float32 [B, elements] in ATen: int64 arithmetic for the words, float64 for the angle."""
     batch = words.shape[0]
     groups = (elements + 3) // 4
-    out = torch.empty((batch, groups, 4), dtype=torch.float32)
+    out = torch.empty((batch, groups, 4), dtype=torch.float32, device=words.device)
     columns = max(_CPU_CHUNK // max(batch, 1), 1)
     sign = torch.where(words[:, :1] < 0, -1.0, 1.0)
     for start in range(0, groups, columns):
-        index = torch.arange(start, min(start + columns, groups), dtype=torch.int64)
+        index = torch.arange(start, min(start + columns, groups), dtype=torch.int64, device=words.device)
         w = _philox(index, words, seed)
         block = out[:, start : start + columns]
         for pair in (0, 2):
@@ -220,7 +220,7 @@ def _philox(groups: Tensor, words: Tensor, seed: int) -> list[Tensor]:
 
 def _check_steps(step: Rows) -> None:
     """Refuse steps that would run into the stream's bits, where reading them costs no device-to-host copy."""
-    if isinstance(step, int):
+    if isinstance(step, (int, numbers.Integral)):
         check_integer("step", step, 0, 1 << 24)
     elif not isinstance(step, Tensor) or is_host_readable(step):
         steps = _int64("step", step, "cpu")
@@ -236,7 +236,7 @@ def _int64(name: str, value: Sequence[int] | Tensor, device: torch.device | str)
         return value.to(device=device, dtype=torch.int64, non_blocking=True)
     if not isinstance(value, Sequence) or not all(isinstance(v, numbers.Integral) for v in value):
         raise TypeError(f"{name}: expected integers, got {value!r}")
-    host = torch.tensor(value, dtype=torch.int64)
+    host = torch.tensor(value, dtype=torch.int64, device="cpu")
     if torch.device(device).type == "cuda":
         # Pinned memory: a pageable copy would wait for the device.
         host = host.pin_memory()
@@ -244,8 +244,8 @@ def _int64(name: str, value: Sequence[int] | Tensor, device: torch.device | str)
 
 
 def _column(name: str, value: Rows, ids: Tensor) -> Tensor:
-    if isinstance(value, int):
-        return torch.full_like(ids, value)
+    if isinstance(value, (int, numbers.Integral)):
+        return torch.full_like(ids, int(value))
     column = _int64(name, value, ids.device)
     if column.shape != ids.shape:
         raise ValueError(f"{name}: expected an int or shape {list(ids.shape)}, got {list(column.shape)}")

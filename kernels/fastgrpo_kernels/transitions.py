@@ -6,12 +6,13 @@ order are refused when they are floats or CPU tensors, and are the caller's resp
 """
 
 import math
+import numbers
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._checks import is_host_readable
+from ._checks import is_host_readable, offender
 
 Scalar = float | Tensor
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -167,11 +168,11 @@ def second_order_weight(
 
 def _float64(**values: Scalar) -> tuple:
     """The arguments as floats, or, if any is a tensor, as float64 tensors of one shape on its device."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (Tensor, numbers.Real)):
+            raise TypeError(f"{name}: expected a float or a tensor, got {type(value).__name__}")
     devices = [value.device for value in values.values() if isinstance(value, Tensor)]
     if not devices:
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a float or a tensor, got {type(value).__name__}")
         return tuple(float(value) for value in values.values())
     device, tensors = devices[0], []
     for name, value in values.items():
@@ -183,7 +184,11 @@ def _float64(**values: Scalar) -> tuple:
         elif not value.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
         tensors.append(value.to(torch.float64))
-    return tuple(torch.broadcast_tensors(*tensors))
+    try:
+        return tuple(torch.broadcast_tensors(*tensors))
+    except RuntimeError:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+        raise ValueError(f"{', '.join(values)}: must have one shape, or broadcast to it, got {shapes}") from None
 
 
 def _check_flow_levels(sigma: Scalar, sigma_next: Scalar) -> None:
@@ -200,7 +205,8 @@ def _check(value: Scalar, name: str, allowed: str, predicate, *, shown: Scalar |
     else:
         valid = bool(predicate(value))
     if not valid:
-        raise ValueError(f"{name}: must be {allowed}, got {value if shown is None else shown}")
+        found = value if shown is None else shown
+        raise ValueError(f"{name}: must be {allowed}, got {offender(found, lambda _: ~predicate(value))}")
 
 
 def _check_prediction(prediction: str, allowed: tuple[str, ...]) -> None:

@@ -103,6 +103,8 @@ def test_a_wrong_tensor_is_named_as_the_function_names_it():
         (lambda: ddim_step_with_logprob(ddim_scheduler(), v, -1, x, 1.0), ValueError, "timestep: must be in"),
         (lambda: untyped_ddim(ddim_scheduler(), v, 1, x, None), TypeError, "eta: expected a number"),
     ]
+    before = SimpleNamespace(sigmas=SIGMAS, timesteps=1000 * SIGMAS)
+    calls.append((lambda: sde_step_with_logprob(before, v, t, x), ValueError, "timesteps: .* call set_timesteps first"))
     for call, error, message in calls:
         with pytest.raises(error, match=message):
             call()

@@ -141,6 +141,8 @@ def test_other_trainers_names_set_the_same_settings():
     assert ours.settings == theirs.settings
     assert GRPOLoss(clip_range=0.1).settings == GRPOLoss(epsilon=0.1).settings
     assert GRPOLoss(epsilon=0.1).settings == GRPOLoss(clip_low=0.1, clip_high=0.1).settings
+    for both in (GRPOLoss(epsilon=0.1, epsilon_high=0.2), GRPOLoss(epsilon_high=0.2, epsilon=0.1)):
+        assert both.settings == GRPOLoss(clip_low=0.1, clip_high=0.2).settings
 
 
 def test_it_is_a_module_that_shows_its_settings():

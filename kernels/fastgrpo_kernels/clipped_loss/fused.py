@@ -69,7 +69,7 @@ def grpo_loss(
             differentiable. With reduction "sum" a mask's sums are over the elements that count. A MatchingTarget goes
             with the ratios "matching" and "huber", for which b = s = the weight of the log-ratio.
         advantages: float32 or float64 [B], or [B, R] for R clipped losses that are summed.
-        weight: weight of each sample, a float or [B]; 0 for padding.
+        weight: weight of each sample, a float or [B]; 0 for padding, whose gradient is 0 if its latents are finite.
         clip_low, clip_high, ratio, dual_clip, dppo_threshold, reduction, per_sample: those of `clipped_loss`.
         kl_weight: kl_weight·Q_reference/2 is added to a sample's loss, the Gaussian KL to the reference model.
         v_reference: the reference model's (guided) output [B, ...], read in the same pass; needed for a kl_weight.
@@ -123,7 +123,7 @@ def nft_loss(
         t: time of each sample in (0, 1], a float or [B]: x_t = (1-t)·x̂0 + t·ε.
         target: MatchingTarget(x̂0, key of ε).
         advantages: float32 or float64 [B], or [B, R] for R losses that are summed.
-        weight: weight of each sample, a float or [B]; 0 for padding.
+        weight: weight of each sample, a float or [B]; 0 for padding, whose gradient is 0 if its latents are finite.
         beta: β, greater than 0.
         advantage_clip: c, greater than 0.
         kl_weight: kl_weight·mean((v - v_reference)²)/2 is added to a sample's loss.
@@ -139,15 +139,15 @@ def nft_loss(
     Raises:
         ValueError, TypeError: as `grpo_loss` does.
     """
+    beta, advantage_clip = check_number("beta", beta), check_number("advantage_clip", advantage_clip)
     for name, value in (("beta", beta), ("advantage_clip", advantage_clip)):
-        check_number(name, value)
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: must be greater than 0, got {value}")
     if not isinstance(target, MatchingTarget):
         raise TypeError(f"target: expected a MatchingTarget, got {type(target).__name__}")
     shift = check_shift(v, v_old, t, t, target, v_uncond, guidance_scale, v_reference, mask, beta)
-    check_objective(0.0, 0.0, "matching", None, None, kl_weight, "mean", None)
-    objective = Objective("nft", advantage_clip, advantage_clip, None, None, kl_weight, 1.0)
+    checked = check_objective(0.0, 0.0, "matching", None, None, kl_weight, "mean", None)
+    objective = Objective("nft", advantage_clip, advantage_clip, None, None, checked.kl_weight, 1.0)
     return _loss_of(shift, objective, advantages, weight, per_sample)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -215,18 +215,17 @@ def check_objective(
     """The objective's numbers, or ValueError with the name of the one out of range."""
     if ratio not in RATIOS:
         raise ValueError(f"ratio: unknown form {ratio!r}; one of: {', '.join(RATIOS)}")
-    for name, value in (("clip_low", clip_low), ("clip_high", clip_high), ("kl_weight", kl_weight)):
-        check_number(name, value)
+    values: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "kl_weight": kl_weight}
+    for name, value in values.items():
+        values[name] = check_number(name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: must be at least 0, got {value}")
     for name, value, least, expected in (
         ("dual_clip", dual_clip, 1, "greater than 1"),
         ("dppo_threshold", dppo_threshold, 0, "positive"),
     ):
-        if value is None:
-            continue
-        check_number(name, value)
-        if not least < value < math.inf:
+        values[name] = None if value is None else check_number(name, value)
+        if value is not None and not least < value < math.inf:
             raise ValueError(f"{name}: must be {expected}, or None, got {value}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum' over a sample's elements, got {reduction!r}")
@@ -235,7 +234,7 @@ def check_objective(
     if elements is not None:
         check_integer("elements", elements, 1, 1 << 63)
     unit = float(elements) if reduction == "sum" and elements is not None else 1.0
-    return Objective(ratio, clip_low, clip_high, dual_clip, dppo_threshold, kl_weight, unit)
+    return Objective(ratio=ratio, unit=unit, **values)
 
 
 def check_rows(advantages: object, weight: object, like: Tensor) -> tuple[Tensor, Coefficient]:
@@ -373,7 +372,8 @@ def _nft(
     P: Tensor, Q: Tensor, t: Coefficient, N: Tensor, residuals: Tensor, beta: float, clip: float
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """DiffusionNFT's loss [B] of negated advantages, the share of those that are clipped, and its slopes by P and Q."""
-    R, positive, negative = residuals.unbind(0)
+    # Without gradient in forward mode too.
+    R, positive, negative = residuals.detach().unbind(0)
     r, was_clipped = 0.5 - N.clamp(-clip, clip) / (2 * clip), (N.abs() > clip).float()
     opposite = 1 - r
     if N.ndim == 2:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import transitions
 from .._checks import is_host_readable
 from ..transitions import Transition
-from ._tables import Step, cached, gather, table_of
+from ._tables import Step, cached, gather, table_of, tensor
 
 Timestep = float | Tensor | Sequence[float]
 Sampler = Literal["flow_sde", "dance_sde", "cps", "ode"]
@@ -61,6 +61,9 @@ def coefficients(
     settings = "flow", sampler, noise_level, sigma_max, timestep_next is None
     if hasattr(scheduler, "timesteps"):
         timesteps = scheduler.timesteps
+        if len(timesteps) >= len(sigmas):
+            found = f"{len(timesteps)} of {len(sigmas)} sigmas"
+            raise ValueError(f"timesteps: expected one less than sigmas, got {found}; call set_timesteps first")
         # What is asked of a schedule of floats came from it; of integers a half may be asked, and is refused.
         dtype = timesteps.dtype if timesteps.is_floating_point() else torch.promote_types(timesteps.dtype, asked.dtype)
         bounds, table = cached((timesteps, sigmas), device, (*settings, dtype), build_sorted)
@@ -72,15 +75,16 @@ def coefficients(
         index = torch.searchsorted(bounds, keys.contiguous(), right=True)
     else:
         (table,) = cached((sigmas,), device, settings, build)
-        index = torch.tensor([int(scheduler.index_for_timestep(t)) for t in asked]).to(device, non_blocking=True)
+        found = [int(scheduler.index_for_timestep(t)) for t in asked]
+        index = torch.tensor(found, device="cpu").to(device, non_blocking=True)
     if index.numel() not in (1, batch):
         raise ValueError(f"timestep: expected 1 or {batch} values, one a sample, got {index.numel()}")
     step = gather(table, index, batch)
-    if is_host_readable(table) and bool(torch.as_tensor(step.a).isnan().any()):
+    if is_host_readable(table) and bool(tensor(step.a).isnan().any()):
         if timestep_next is not None and bool(torch.isin(asked, scheduler.timesteps).all()):
             raise ValueError(f"timestep_next: expected the scheduler's next timestep, got {timestep_next}")
         raise ValueError(f"timestep: {timestep} is not in the scheduler's timesteps; call set_timesteps first")
-    return step, Extras(*(torch.as_tensor(extra)[: index.numel()] for extra in step.extras))
+    return step, Extras(*(tensor(extra)[: index.numel()] for extra in step.extras))
 
 
 def _table(
@@ -93,7 +97,7 @@ def _table(
     sqrt_dt = (-dt).sqrt()
     if sampler == "cps":
         step = transitions.cps(sigma, sigma_next, noise_level)
-        std_dev_t = torch.as_tensor(step.s)
+        std_dev_t = tensor(step.s)
     elif sampler == "flow_sde":
         step = transitions.flow_sde(sigma, sigma_next, noise_level, levels[1] if sigma_max is None else sigma_max)
         std_dev_t = step.s / sqrt_dt
@@ -134,8 +138,9 @@ def _as_tensor(timestep: Timestep, dtype: torch.dtype, device: torch.device) -> 
     dtype = dtype if dtype.is_floating_point else torch.float64
     if isinstance(timestep, Sequence) and not isinstance(timestep, str):
         if all(isinstance(t, numbers.Real) for t in timestep):
-            return torch.tensor([float(t) for t in timestep], dtype=dtype)
-        return torch.stack([torch.as_tensor(t).reshape(()) for t in timestep])
+            return torch.tensor([float(t) for t in timestep], dtype=dtype, device="cpu")
+        each = [t if isinstance(t, Tensor) else torch.tensor(t, device="cpu") for t in timestep]
+        return torch.stack([t.reshape(()) for t in each])
     if isinstance(timestep, numbers.Real) and not isinstance(timestep, bool):
         # A fill, not a host-to-device copy.
         return torch.full((1,), float(timestep), dtype=dtype, device=device)

@@ -31,6 +31,12 @@ class Step(NamedTuple):
     extras: tuple[float | Tensor, ...] = ()
 
 
+def tensor(coefficient: float | Tensor) -> Tensor:
+    """A coefficient that is a tensor: torch.as_tensor would move it to the default device."""
+    assert isinstance(coefficient, Tensor)
+    return coefficient
+
+
 def step_of(transition: Transition, *extras: float | Tensor) -> Step:
     """The coefficients of a transition: of floats, or of float64 tensors of one shape."""
     a, b, s = transition
@@ -46,7 +52,7 @@ def table_of(transition: Transition, *extras: Tensor, device: torch.device) -> T
     step = step_of(transition, *extras)
     # By name: `torch.compile` of torch 2.8 does not trace a named tuple's slice.
     rows = (step.a, step.b, step.s, step.less_one, step.density, *step.extras)
-    rows = torch.stack([torch.as_tensor(row) for row in rows])
+    rows = torch.stack([tensor(row) for row in rows])
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     return rows.to(device=device, dtype=dtype, non_blocking=True)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from .._checks import check_latents
 from ..clipped_loss import grpo_loss
 from ..noise import NoiseKey
 from . import _matching
@@ -46,8 +47,9 @@ def policy_loss(
         raise ValueError(f"weighting: unknown {weighting!r}; one of: {', '.join(get_args(Weighting))}")
     clip: Any = {"clip_low": clip_range, "clip_high": clip_range}
     with _matching.names(v="model_output", v_old="old_output", clip_low="clip_range", clip_high="clip_range"):
+        check_latents("v", model_output)
         time = _matching.times(t, model_output)
         weight = 1.0 if weighting == "Uniform" else time * time if weighting == "t**2" else time
-        rows = weight, weight, _matching.target_of(x0, noise), advantages, 1.0 / max(len(model_output), 1)
+        rows = weight, weight, _matching.target_of(x0, noise), advantages, 1.0 / len(model_output)
         form = "huber" if weighting == "huber" else "matching"
-        return grpo_loss(model_output, old_output.detach(), *rows, **clip, ratio=form)[0]
+        return grpo_loss(model_output, _matching.detached(old_output), *rows, **clip, ratio=form)[0]

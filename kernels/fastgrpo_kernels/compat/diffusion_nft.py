@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._checks import check_latents
 from ..clipped_loss import nft_loss
 from ..noise import NoiseKey
 from . import _matching
@@ -39,6 +40,7 @@ def policy_loss(
         ValueError, TypeError: An argument does not fit; the message has its name.
     """
     with _matching.names(v="forward_prediction", v_old="old_prediction", advantage_clip="adv_clip_max"):
+        check_latents("v", forward_prediction)
         rows = _matching.times(t, forward_prediction), _matching.target_of(x0, noise), advantages
-        old, batch = old_prediction.detach(), max(len(forward_prediction), 1)
+        old, batch = _matching.detached(old_prediction), len(forward_prediction)
         return nft_loss(forward_prediction, old, *rows, 1.0 / batch, beta=beta, advantage_clip=adv_clip_max)[0]

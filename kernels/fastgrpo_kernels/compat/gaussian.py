@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_latents, check_no_grad, check_number, is_eager, is_host_readable
+from .._checks import check_integer, check_latents, check_no_grad, check_number, is_eager, is_host_readable, offender
 from ..gaussian_step import gaussian_step
 from ..log_prob.op import checked_log_prob
 from ._tables import Step
@@ -17,9 +17,8 @@ Generator = torch.Generator | list[torch.Generator] | None
 
 def number(name: str, value: object) -> float:
     """A finite Python or NumPy number as a float."""
-    check_number(name, value)
-    found = float(value)  # pyright: ignore[reportArgumentType]
-    if not math.isfinite(found):
+    found = check_number(name, value)
+    if not -math.inf < found < math.inf:
         raise ValueError(f"{name}: must be finite, got {value}")
     return found
 
@@ -32,7 +31,8 @@ def integers(name: str, value: object, steps: int) -> None:
     if value.dtype.is_floating_point or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got {value.dtype}")
     if is_host_readable(value) and not ((value >= 0) & (value < steps)).all():
-        raise ValueError(f"{name}: must be in [0, {steps}), got {value}")
+        found = offender(value, lambda t: (t < 0) | (t >= steps))
+        raise ValueError(f"{name}: must be in [0, {steps}), got {found}")
 
 
 def check(*, density: bool = True, **latents: object) -> None:
@@ -66,7 +66,7 @@ def log_prob(x: Tensor, v: Tensor, y: Tensor, step: Step) -> Tensor:
     s = step.density
     if not isinstance(s, Tensor):
         if math.isnan(s):
-            return torch.full((x.shape[0],), math.nan, device=x.device)
+            return torch.full((x.shape[0],), math.nan, dtype=torch.float32, device=x.device)
         return checked_log_prob(x, v, y, step.less_one, step.b, s)
     if is_eager(x, v, y):
         return checked_log_prob(x, v, y, step.less_one, step.b, s)

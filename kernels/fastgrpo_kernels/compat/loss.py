@@ -35,7 +35,8 @@ class GRPOLoss(nn.Module):
 
     Args:
         clip_low: The ratio is clipped below 1 - clip_low; 1e-4 suits means over elements. Also `epsilon_low`.
-        clip_high: The ratio is clipped above 1 + clip_high. Also `epsilon_high`; `epsilon` or `clip_range` sets both.
+        clip_high: The ratio is clipped above 1 + clip_high. Also `epsilon_high`; `epsilon` or `clip_range` sets both,
+            or the one that no name of its own sets.
         kl_weight: Weight of the Gaussian KL to a reference model. Also `beta`.
         dual_clip: Bounds the loss where the advantage is negative by -A·dual_clip; greater than 1. Also `delta`.
         dppo_threshold: Drops samples by their KL (Flow-DPPO).
@@ -77,7 +78,8 @@ class GRPOLoss(nn.Module):
         }
         # The name by which each setting was given, for messages.
         self.names = {name: name for name in settings}
-        for alias, value in aliases.items():
+        # A name of one limit beside one of both sets its own, as TRL's `epsilon` and `epsilon_high` do.
+        for alias, value in sorted(aliases.items(), key=lambda item: -len(ALIASES.get(item[0], ()))):
             self._set(alias, value, settings)
         self.settings = settings
         clip = settings["advantage_clip"]
@@ -100,7 +102,8 @@ class GRPOLoss(nn.Module):
             raise TypeError(f"GRPOLoss: unknown setting '{alias}'; {hint}")
         for name in ALIASES[alias]:
             default = (GRPOLoss.__init__.__kwdefaults__ or {})[name]
-            if self.names[name] != name or settings[name] != default:
+            refines = len(ALIASES.get(self.names[name], ())) > len(ALIASES[alias])
+            if not refines and (self.names[name] != name or settings[name] != default):
                 raise TypeError(f"{alias}: sets {name}, which '{self.names[name]}' sets too; give one of them")
             settings[name], self.names[name] = value, alias
 

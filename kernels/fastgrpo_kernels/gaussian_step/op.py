@@ -52,6 +52,8 @@ def gaussian_step(
     out_dtype: torch.dtype | None = None,
     v_uncond: Tensor | None = None,
     guidance_scale: Coefficient | None = None,
+    return_all: Literal[False] = False,
+    clean: None = None,
 ) -> Tensor: ...
 
 
@@ -70,6 +72,23 @@ def gaussian_step(
     return_all: Literal[True],
     clean: Sequence[Coefficient] | None = None,
 ) -> GaussianStep: ...
+
+
+@overload
+def gaussian_step(
+    x: Tensor,
+    v: Tensor,
+    a: Coefficient,
+    b: Coefficient,
+    s: Coefficient,
+    noise: Noise,
+    *,
+    out_dtype: torch.dtype | None = None,
+    v_uncond: Tensor | None = None,
+    guidance_scale: Coefficient | None = None,
+    return_all: bool,
+    clean: Sequence[Coefficient] | None = None,
+) -> Tensor | GaussianStep: ...
 
 
 def gaussian_step(

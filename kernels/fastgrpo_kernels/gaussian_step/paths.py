@@ -68,7 +68,7 @@ def gaussian_step_cpu(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _affine(x: Tensor, v: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     torch.mul(x, column(a, x), out=out)
     add_scaled(out, b, v.to(torch.float32))
     return out

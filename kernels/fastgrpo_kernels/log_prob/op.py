@@ -53,7 +53,7 @@ def log_prob(
     check_latents("y", y, like=x)
     less_one = check_less_one("", a, a_less_one, x)
     b, s = per_sample("b", b, x), per_sample("s", s, x, positive=True)
-    check_no_grad(x=x, y=y, a=less_one, b=b, s=s)
+    check_no_grad(x=x, y=y, b=b, s=s)
     return checked_log_prob(x, v, y, less_one, b, s)
 
 
@@ -102,7 +102,7 @@ def log_prob_backward_cpu(
 ) -> Tensor:
     """Gradient of v in ATen."""
     factor = grad.double() * (2.0 * b if s is None else quotient(quotient(b, s), s)) / elements_of(v)
-    out = torch.empty(v.shape, dtype=v.dtype)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for tile, z in _residuals(x, v, y, a_less_one, b):
         z.mul_(column(tile_coefficient(factor, tile), z))
         if tile is None:

@@ -80,6 +80,8 @@ def on_policy_backward(
     Raises:
         ValueError: v has no graph to propagate through, or an argument does not fit.
     """
+    if not isinstance(v, Tensor):
+        raise TypeError(f"v: expected a tensor, got {type(v).__name__}")
     if not v.requires_grad:
         raise ValueError("v: has no graph to propagate through; evaluate the model with gradients enabled")
     gradient = on_policy_gradient(advantage_weight, b, s, noise, v.shape, v.dtype)
@@ -97,9 +99,9 @@ def _check_shape(shape: Sequence[int], noise: Noise) -> list[int]:
     sizes = check_sizes("shape", shape)
     if not 2 <= len(sizes) <= 5 or math.prod(sizes) <= 0:
         raise ValueError(f"shape: expected v's non-empty [B, ...] of 2 to 5 dimensions, got {sizes}")
-    rows_of_noise = _source(noise).shape[0]
-    if rows_of_noise != sizes[0]:
-        raise ValueError(f"shape: has {sizes[0]} samples, the noise {rows_of_noise}")
+    source = _source(noise)
+    if source.ndim == 0 or source.shape[0] != sizes[0]:
+        raise ValueError(f"shape: has {sizes[0]} samples, the noise is of shape {list(source.shape)}")
     return sizes
 
 
@@ -120,7 +122,7 @@ def on_policy_gradient_cpu(
     dtype: torch.dtype,
 ) -> Tensor:
     """The ATen path: the noise, scaled in place by a factor made in float64."""
-    like = torch.empty(()).expand(shape)
+    like = torch.empty((), device="cpu").expand(shape)
     factor = column(-weight * quotient(b, s) / math.prod(shape[1:]), like)
     if eps is not None:
         return torch.mul(eps.to(torch.float32), factor).to(dtype).contiguous()

@@ -84,8 +84,8 @@ def check_shift(
     guidance = check_guidance(v, v_uncond, guidance_scale)
     chosen, inner = (None, 1) if mask is None else check_mask(mask, v)
     if residuals is not None:
-        check_number("residuals", residuals)
-        if not math.isfinite(residuals):
+        residuals = check_number("residuals", residuals)
+        if not -math.inf < residuals < math.inf:
             raise ValueError(f"residuals: must be finite, got {residuals}")
         if not isinstance(noise, MatchingTarget):
             raise TypeError(f"residuals: are those of a MatchingTarget, got {type(noise).__name__} for noise")
@@ -93,7 +93,7 @@ def check_shift(
         check_latents("noise.x", noise.x, like=v)
         check_latents("noise.y", noise.y, like=v)
         less_one = check_less_one("noise.", noise.a, noise.a_less_one, v)
-        check_no_grad(**{"noise.x": noise.x, "noise.y": noise.y, "noise.a": less_one})
+        check_no_grad(**{"noise.x": noise.x, "noise.y": noise.y})
         stored = noise.x, noise.y, less_one
         return Shift(v, v_old, b, s, None, None, 0, *stored, v_uncond, guidance, v_reference, chosen, inner)
     target: tuple = ()
@@ -101,7 +101,7 @@ def check_shift(
         check_latents("noise.x0", noise.x0, like=v)
         scales = [per_sample(f"noise.{name}", getattr(noise, name), v) for name in ("noise_scale", "x0_scale")]
         check_no_grad(**{"noise.x0": noise.x0, "noise.noise_scale": scales[0], "noise.x0_scale": scales[1]})
-        target = noise.x0, *scales, None if residuals is None else float(residuals)
+        target = noise.x0, *scales, residuals
         noise = noise.key
     if noise is None:
         raise TypeError("noise: expected the step's NoiseKey, its noise tensor or its StoredStep, got None")
@@ -124,7 +124,7 @@ def check_mask(mask: object, like: Tensor) -> tuple[Tensor, int]:
     if len(sizes) != like.ndim or any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
         raise ValueError(
             f"mask: expected the latents' shape {list(shape)}, its first dimensions, or 1 where they share it, got "
-            f" {list(mask.shape)}"
+            f"{list(mask.shape)}"
         )
     if mask.device != like.device:
         raise ValueError(f"mask: is on {mask.device}, the latents on {like.device}; move it there")
