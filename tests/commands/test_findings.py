@@ -5,6 +5,7 @@ bench/doctor_runs.py made the records, which hold what the findings read.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_a_run_that_learns_is_no_false_alarm_at_any_evaluation(case):
     assert case == "faster-0" or evidence.rises
 
 
-def make_run(folder: Path, base: list[float], last: list[float], **sections) -> Path:
+def make_run(folder: Path, base: Sequence[float | None], last: Sequence[float | None], **sections) -> Path:
     """A run directory of 8 iterations with two evaluations of a reward."""
     (folder / "eval").mkdir(parents=True)
     (folder / "config.yaml").write_text(dump(tiny_config(folder, folder, **sections)))
