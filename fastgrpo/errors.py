@@ -21,6 +21,10 @@ class ConfigError(UserError, ValueError):
         self.problems = problems
 
 
+class MissingError(UserError):
+    """A package or program that is not installed."""
+
+
 class RunPausedError(UserError):
     """A run that goes on from its checkpoint once the user has mended what stopped it."""
 
@@ -50,14 +54,14 @@ EXTRAS = {
 }
 
 
-def missing(module: str, needed_by: str = "") -> UserError:
+def missing(module: str, needed_by: str = "") -> MissingError:
     """The error for an optional package that is not installed."""
     subject = f"{needed_by}: needs" if needed_by else "this needs"
-    return UserError(f"{subject} the package '{module}'; install it with: pip install 'fastgrpo[{EXTRAS[module]}]'")
+    return MissingError(f"{subject} the package '{module}'; install it with: pip install 'fastgrpo[{EXTRAS[module]}]'")
 
 
 def require(module: str, needed_by: str) -> None:
-    """Raises UserError, naming the extra to install, unless `module` is installed. Imports nothing."""
+    """Raises MissingError, naming the extra to install, unless `module` is installed. Imports nothing."""
     if importlib.util.find_spec(module) is None:
         raise missing(module, needed_by)
 

@@ -17,13 +17,14 @@ from fastgrpo import __version__
 from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, open_run
 from fastgrpo.config import RewardSpec, load_config
 from fastgrpo.distributed.world import World
+from fastgrpo.errors import MissingError
 from fastgrpo.evaluation.compare import STRICT, compared, diversity, fair_sample, marks, table
 from fastgrpo.evaluation.heldout import Evaluation, evaluate, heldout_prompts, record
 from fastgrpo.evaluation.statistics import by_unit, mean_interval
 from fastgrpo.models import load_family
 from fastgrpo.observe.media import beside_sources
 from fastgrpo.observe.side_by_side import Labels, write_side_by_side
-from fastgrpo.rewards import load_reward
+from fastgrpo.rewards import Reward, load_reward
 from fastgrpo.rewards.clip import ClipReward
 from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import describe_samples
@@ -47,7 +48,8 @@ class Request:
 def evaluate_target(target: str | Path, request: Request | None = None, note: Callable[[str], None] = print) -> dict:
     """Evaluates a config's base model, or a run directory beside its base; writes and gives the summary.
 
-    Writes `summary.json`, `table.md`, and grids under `final/`. Raises UserError for what is not there.
+    Writes `summary.json`, `table.md`, and grids under `final/`. Of several rewards that the request names, one whose
+    package or program is not installed is left out, and said. Raises UserError for what is not there.
     """
     target, request = Path(target), request or Request()
     run = target.is_dir()
@@ -57,8 +59,8 @@ def evaluate_target(target: str | Path, request: Request | None = None, note: Ca
     else:
         config = load_config(target)
     out = _directory(target, run, request)
-    specs = choose_rewards(config, request.rewards)
-    rewards = {spec.key: load_reward(spec) for spec in specs}
+    rewards = _judges(specs := choose_rewards(config, request.rewards), bool(request.rewards), note)
+    specs = [spec for spec in specs if spec.key in rewards]
     embedder = ClipReward(request.embedding)
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     distinct = heldout_prompts(config, -(-request.images // request.samples), request.prompts)
@@ -93,6 +95,22 @@ def evaluate_target(target: str | Path, request: Request | None = None, note: Ca
     }
     _write(summary, specs, out)
     return summary | {"directory": str(out)}
+
+
+def _judges(specs: Sequence[RewardSpec], optional: bool, note: Callable[[str], None]) -> dict[str, Reward]:
+    """The rewards by their names. optional: those that are not installed are left out, unless none is left."""
+    found: dict[str, Reward] = {}
+    missing: list[MissingError] = []
+    for spec in specs:
+        try:
+            found[spec.key] = load_reward(spec)
+        except MissingError as error:
+            missing.append(error)
+    if missing and not (optional and found):
+        raise missing[0]
+    for error in missing:
+        note(f"left out: {error}")
+    return found
 
 
 def described(evaluation: Evaluation, unit: np.ndarray) -> dict[str, Any]:

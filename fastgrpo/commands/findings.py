@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgrpo.algorithms.guard import moved
+from fastgrpo.algorithms.objectives import OBJECTIVES
 from fastgrpo.commands.doctor import clip_range
 from fastgrpo.commands.report.run_data import RunData, paired_interval, read_run, values_of
 from fastgrpo.config import Config, validate
@@ -23,6 +24,10 @@ from fastgrpo.models import family_class
 
 # Iterations whose rollouts are the base model's own.
 FIRST = 1
+# Before so many iterations nothing is said of why a score does not rise.
+EARLY = 8
+# Of the spread of held-out scores: a policy whose samples' scores change by less stands still.
+STILL = 0.1
 # An update of fewer prompts follows them alone, and their mean says little of all.
 FEW = 4
 
@@ -41,8 +46,8 @@ class Finding:
 class Evidence:
     """What the functions below ask of a run.
 
-    config: Of the run. base, last: the trained score of each held-out sample, at iteration 0 and in the latest
-    evaluation; empty without two evaluations. retest: the correlation of these scores between two consecutive
+    config: Of the run. base, last: the trained score of each held-out sample that has one in both, at iteration 0 and
+    in the latest evaluation; empty without two evaluations. retest: the correlation of the scores of two consecutive
     evaluations, the highest; NaN without two.
     """
 
@@ -58,6 +63,8 @@ class Evidence:
         scores = [_trained_score(evaluation, config) for evaluation in run.evaluations]
         paired = len(scores) > 1 and len({len(score) for score in scores}) == 1 and len(scores[0]) > 1
         base, last = (scores[0], scores[-1]) if paired else (np.zeros(0), np.zeros(0))
+        known = np.isfinite(base) & np.isfinite(last)
+        base, last = (base[known], last[known]) if known.sum() > 1 else (np.zeros(0), np.zeros(0))
         retests = [_correlation(a, b) for a, b in itertools.pairwise(scores)] if paired else []
         return Evidence(run, config, base, last, max(retests, default=math.nan))
 
@@ -67,6 +74,11 @@ class Evidence:
         return float(np.mean(values)) if values else math.nan
 
     @property
+    def done(self) -> int:
+        """Iterations behind what is known of the score: the latest evaluation, or the rollouts."""
+        return self.run.evaluations[-1]["iteration"] if len(self.base) else self.run.metrics[-1]["iteration"] + 1
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Of the held-out gain, 95%; NaN without two evaluations."""
         return mean_interval(self.last - self.base) if len(self.base) else (math.nan, math.nan)
@@ -74,14 +86,14 @@ class Evidence:
     @property
     def spread(self) -> float:
         """The standard deviation of the base's held-out scores."""
-        return float(np.nanstd(self.base)) if len(self.base) else math.nan
+        return float(np.std(self.base)) if len(self.base) else math.nan
 
     @property
     def change(self) -> float:
         """The mean change of a held-out sample's score, up or down, in units of `spread`."""
         if not len(self.base):
             return math.nan
-        return float(np.nanmean(np.abs(self.last - self.base)) / max(self.spread, 1e-12))
+        return float(np.mean(np.abs(self.last - self.base)) / max(self.spread, 1e-12))
 
     @property
     def noisy(self) -> bool:
@@ -117,29 +129,29 @@ def explain(directory: Path) -> bool:
 
 
 def findings(evidence: Evidence) -> list[Finding]:
-    """Those that hold of every run; and of one that does not rise, what keeps it from rising."""
-    asked = ALWAYS if evidence.rises else (*ALWAYS, *WHERE_NOTHING_RISES)
+    """Those that hold of every run; and of one that does not rise, though it had time to, what keeps it from rising."""
+    asked = ALWAYS if evidence.rises or evidence.done < EARLY else (*ALWAYS, *WHERE_NOTHING_RISES)
     return [finding for ask in asked for finding in ask(evidence)]
 
 
 def outcome(evidence: Evidence) -> str:
     """What the trained score did."""
-    done = evidence.run.metrics[-1]["iteration"] + 1
+    early = f"; too early to say why (before iteration {EARLY})" if evidence.done < EARLY and not evidence.rises else ""
+    after = f"after {evidence.done} iteration{'s' * (evidence.done != 1)}"
     if not len(evidence.base):
         verb = "rises" if evidence.rises else "does not rise"
-        return f"after {done} iterations the reward of the rollouts {verb}; no held-out evaluations to compare"
+        return f"{after} the reward of the rollouts {verb}{early}; no held-out evaluations to compare"
     low, high = evidence.interval
     verb = "rises" if low > 0 else "falls" if high < 0 else "does not rise measurably"
-    gain = float(np.nanmean(evidence.last - evidence.base))
-    iteration = evidence.run.evaluations[-1]["iteration"]
+    gain = float(np.mean(evidence.last - evidence.base))
     return (
-        f"after {iteration} iterations the held-out score {verb}: {gain:+.3f}, 95% interval {low:+.3f} … {high:+.3f}, "
-        f"{len(evidence.base)} samples"
+        f"{after} the held-out score {verb}: {gain:+.3f}, 95% interval {low:+.3f} … {high:+.3f}, "
+        f"{len(evidence.base)} samples{early}"
     )
 
 
 def _ratio(e: Evidence) -> Iterator[Finding]:
-    worst = max(e.run.series("ratio/first_max_deviation")[1], default=0.0)
+    worst = max(e.run.series("ratio/first_max_deviation")[1][: _on_policy(e.config)], default=0.0)
     clip = clip_range(e.config)
     most = (clip or 0.0) / 10
     if worst > most:
@@ -150,6 +162,16 @@ def _ratio(e: Evidence) -> Iterator[Finding]:
             "rollout and update disagree: use model.dtype=float32 and model.compile=none"
             + ("" if clip is None else ", or widen objective.clip_low and clip_high"),
         )
+
+
+def _on_policy(config: Config) -> int | None:
+    """Of how many first iterations the ratio is to the policy that the update starts from; None: of all."""
+    objective, lora = config.objective, config.model.lora
+    reference = objective.forward and OBJECTIVES.load(objective.kind, "objective.kind").against == "reference"
+    if reference and lora is not None and lora.path is not None:
+        return 0
+    # Later an older policy rolled out, or is compared with.
+    return FIRST if reference or config.scoring.staleness or not objective.old_decay.copies else None
 
 
 def _failed(e: Evidence) -> Iterator[Finding]:
@@ -193,7 +215,7 @@ def _judges(e: Evidence) -> Iterator[Finding]:
 
 def _reward_noise(e: Evidence) -> Iterator[Finding]:
     # A policy that falls apart changes all scores too, and lowers them.
-    if e.retest < 0.2 and np.nanmean(e.base - e.last) < e.spread / 2:
+    if e.retest < 0.2 and np.mean(e.base - e.last) < e.spread / 2:
         yield Finding(
             "reward_noise",
             f"the scores of the same held-out prompts and noise correlate by {e.retest:.2f} from one evaluation to the "
@@ -229,7 +251,7 @@ def _flat_groups(e: Evidence) -> Iterator[Finding]:
 def _eta_high(e: Evidence) -> Iterator[Finding]:
     if not e.noisy or not e.spread > 0 or e.config.rollout.prompts_per_iteration < FEW:
         return
-    below = (float(np.nanmean(e.base)) - e.mean("reward/mean", FIRST)) / e.spread
+    below = (float(np.mean(e.base)) - e.mean("reward/mean", FIRST)) / e.spread
     if below > 0.5:
         yield Finding(
             "eta_high",
@@ -313,11 +335,11 @@ def _kl(e: Evidence) -> Iterator[Finding]:
 
 def _nothing_moves(e: Evidence) -> Iterator[Finding]:
     """Held-out samples hardly change: whichever setting holds them."""
-    if not e.change < 0.1:
+    if not e.change < STILL:
         return
     number = f"a held-out score changed by {e.change:.1%} of its spread"
-    update, iteration = e.config.update, e.run.evaluations[-1]["iteration"]
-    left = remaining_base(e.config, iteration)
+    update = e.config.update
+    left = remaining_base(e.config, e.done)
     if e.config.eval.ema and left > 0.5:
         yield Finding(
             "ema",
@@ -335,14 +357,15 @@ def _nothing_moves(e: Evidence) -> Iterator[Finding]:
     else:
         yield Finding(
             "rate_low",
-            f"{number} in {iteration} iterations at update.optimizer.lr {update.optimizer.lr}",
+            f"{number} in {e.done} iterations at update.optimizer.lr {update.optimizer.lr}",
             "at least 10%",
             f"raise {_rate(update.optimizer, 3, 10)}, or train longer",
         )
 
 
 def _rate_high(e: Evidence) -> Iterator[Finding]:
-    if e.interval[1] < 0:
+    # What hardly moved has not fallen for moving too far.
+    if e.interval[1] < 0 and not e.change < STILL:
         change = f"{e.interval[0]:+.3f} … {e.interval[1]:+.3f}"
         yield Finding(
             "rate_high",

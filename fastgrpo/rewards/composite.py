@@ -20,12 +20,21 @@ class Routed:
 
     def __init__(self, reward: Reward, when: Mapping[str, Sequence[Any]]) -> None:
         self.reward, self.when = reward, when
+        if hasattr(reward, "describe"):
+            self.describe = self._describe
 
     def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         chosen = np.array([matches(p, self.when) for p in prompts], dtype=bool)
         if not chosen.any():
             return Scores(np.zeros(len(chosen)), ~chosen, {}, chosen)
         return ask(self.reward, *take(samples, prompts, chosen), fps).scatter(chosen)
+
+    def _describe(self, samples: Tensor, prompts: Sequence[Prompt]) -> list[str]:
+        """What the reward sees in the samples that it is asked for; of the others nothing."""
+        chosen = np.array([matches(p, self.when) for p in prompts], dtype=bool)
+        seen: Any = self.reward
+        said = iter(seen.describe(*take(samples, prompts, chosen)) if chosen.any() else ())
+        return [next(said) if asked else "" for asked in chosen]
 
     def release(self) -> None:
         release([self.reward])

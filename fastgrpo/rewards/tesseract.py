@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
+from fastgrpo.errors import MissingError
 from fastgrpo.rewards.base import Scores
 from fastgrpo.rewards.images import middle_frame
 from fastgrpo.rewards.neural import options
@@ -34,7 +34,7 @@ class TesseractReward:
     @options
     def __init__(self, light: bool = False) -> None:
         if shutil.which("tesseract") is None:
-            raise UserError(
+            raise MissingError(
                 "rewards.tesseract: the program tesseract is not installed: sudo apt-get install tesseract-ocr"
             )
         self.light = light

@@ -5,6 +5,7 @@ bench/doctor_runs.py made the records, which hold what the findings read.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_a_run_that_learns_is_no_false_alarm_at_any_evaluation(case):
     assert case == "faster-0" or evidence.rises
 
 
-def make_run(folder: Path, base: list[float], last: list[float], **sections) -> Path:
+def make_run(folder: Path, base: Sequence[float | None], last: Sequence[float | None], **sections) -> Path:
     """A run directory of 8 iterations with two evaluations of a reward."""
     (folder / "eval").mkdir(parents=True)
     (folder / "config.yaml").write_text(dump(tiny_config(folder, folder, **sections)))
@@ -148,3 +149,55 @@ def test_what_is_left_of_the_base_in_an_average():
     warm = tiny_config(Path("nowhere"), update={"ema_decay": 0.9})
     assert remaining_base(warm, 2) == pytest.approx(2 / 11 * 3 / 12)
     assert remaining_base(tiny_config(Path("nowhere")), 5) == 0
+
+
+def test_before_eight_iterations_it_is_too_early_to_say_why(tmp_path, capsys, scores):
+    run = make_run(tmp_path / "run", list(scores), list(scores), rollout={**MANY, "shared_noise": False})
+    data = json.loads((run / "eval" / "000008.json").read_text()) | {"iteration": 2}
+    (run / "eval" / "000008.json").write_text(json.dumps(data))
+    assert main(["doctor", str(run)]) == 0
+    said = "after 2 iterations the held-out score does not rise measurably: +0.000, 95% interval"
+    assert said in (printed := capsys.readouterr().out)
+    assert "60 samples; too early to say why (before iteration 8)" in printed
+    for path in (run / "eval").glob("*.json"):
+        path.unlink()
+    assert [f.name for f in diagnose(run)[1]] == ["untrained_spread"]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(lines[0] + "\n")
+    assert diagnose(run) == (
+        "after 1 iteration the reward of the rollouts does not rise; too early to say why (before iteration 8); no "
+        "held-out evaluations to compare", [],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"objective": {"kind": "dpo"}},
+        {"objective": {"kind": "awm", "old_decay": {"rate": 0.1, "most": 0.9}}},
+        {"scoring": {"staleness": 1}},
+    ],
+)
+def test_a_ratio_to_another_policy_than_the_update_starts_from_is_no_finding(tmp_path, scores, sections):
+    run = make_run(tmp_path / "run", list(scores), list(scores + 0.1), rollout=MANY, **sections)
+    first, *others = (run / "metrics.jsonl").read_text().splitlines()
+    others = [line.replace('max_deviation": 0.0', 'max_deviation": 0.05') for line in others]
+    (run / "metrics.jsonl").write_text("\n".join([first, *others]) + "\n")
+    assert diagnose(run)[1] == []
+
+
+def test_a_small_fall_of_all_scores_is_not_both_too_high_and_too_low_a_rate(tmp_path, scores):
+    run = make_run(tmp_path / "run", list(scores), list(scores - 1e-3), rollout=MANY)
+    assert [f.name for f in diagnose(run)[1]] == ["rate_low"]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_held_out_samples_without_a_score_are_left_out(tmp_path, scores):
+    some = make_run(tmp_path / "some", [None, *scores[1:]], [*(scores[:-1] + 0.1), None], rollout=MANY)
+    assert diagnose(some) == (
+        "after 8 iterations the held-out score rises: +0.100, 95% interval +0.100 … +0.100, 58 samples", [],
+    )  # fmt: skip
+    none = make_run(tmp_path / "none", list(scores), [None] * 60, rollout=MANY)
+    assert diagnose(none) == (
+        "after 8 iterations the reward of the rollouts does not rise; no held-out evaluations to compare", [],
+    )  # fmt: skip

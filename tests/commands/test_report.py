@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -18,6 +19,7 @@ import fastgrpo
 from fastgrpo.commands.report import pictures, write_report
 from fastgrpo.commands.report.pictures import grid_tiles
 from fastgrpo.config import dump
+from fastgrpo.config.yaml import parse_yaml
 from fastgrpo.errors import UserError
 from fastgrpo.observe import charts
 from fastgrpo.observe.charts import moving_mean
@@ -276,6 +278,47 @@ def test_what_is_no_finished_run_is_refused(make_run, tmp_path):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has not finished an iteration"):
         write_report(run)
+
+
+def damage(file, content):
+    """A file of a run that holds something else."""
+    return lambda run: sorted(run.glob(file))[0].write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        (damage("config.yaml", b""), r"config\.yaml: not the config of a run"),
+        (damage("config.yaml", b"\xff\xfe\x00"), r"config\.yaml: not a text file"),
+        (damage("eval/*.json", b"[]"), r"000000\.json: not an evaluation"),
+        (damage("eval/*.png", b"?"), r"000000\.png: not a picture"),
+    ],
+)
+def test_a_file_of_a_run_that_is_something_else_is_one_line(make_run, broken, said):
+    run = make_run()
+    for path in (run / "summary.json", *run.glob("final/eval/*")):
+        path.unlink(missing_ok=True)
+    (run / "events.jsonl").write_text('[1]\n5\n{"time": 1}\n')
+    write_report(run)
+    broken(run)
+    with pytest.raises(UserError, match=said):
+        write_report(run)
+
+
+def test_a_reward_that_scored_no_held_out_sample_is_said_to_be_silent(make_run):
+    run = make_run()
+    (run / "summary.json").unlink()
+    for path in (run / "eval").glob("*.json"):
+        data = json.loads(path.read_text())
+        data["rewards"]["held"] = math.nan
+        data["values"]["held"] = [None] * len(data["values"]["shapes"])
+        path.write_text(json.dumps(data))
+    rewards = {"rewards": [{"name": "shapes"}, {"name": "tests:Held", "label": "held", "weight": 0}]}
+    config = parse_yaml((run / "config.yaml").read_text(), "config") | rewards
+    (run / "config.yaml").write_text(json.dumps(config))
+    text = Page(write_report(run).read_text()).text
+    assert "held gave no score." in text
+    assert not re.search(r"\bnan\b", text)
 
 
 def test_a_run_writes_its_report_after_each_evaluation_and_says_what_was_gained(tiny_flux, tmp_path):

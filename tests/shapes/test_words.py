@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastgrpo.commands.evaluate import Request, evaluate_target
 from fastgrpo.commands.pretrain.recipe import WORDS, PretrainConfig
 from fastgrpo.config import RewardSpec
 from fastgrpo.config.sections import load_settings, validate_settings
@@ -91,6 +92,31 @@ def test_tesseract_is_a_second_judge():
     assert load_reward(RewardSpec(name="tesseract")).score(pictures[:1], [Prompt("a sign")], None).valid.tolist() == [
         False
     ]
+
+
+def test_a_judge_whose_prompts_are_chosen_says_what_it_read_of_those_alone():
+    prompts, pictures = truth(3)
+    kinds = [
+        Prompt(p.text, metadata={"kind": kind}) for p, kind in zip(prompts, ("sign", "scene", "sign"), strict=True)
+    ]
+    spec = RewardSpec(name="ocr", options={"detect": False})
+    alone = load_reward(spec).describe(pictures, prompts)  # pyright: ignore[reportAttributeAccessIssue]
+    routed = load_reward(spec.model_copy(update={"when": {"kind": ["sign"]}}))
+    assert routed.describe(pictures, kinds) == [alone[0], "", alone[2]]  # pyright: ignore[reportAttributeAccessIssue]
+    plain = load_reward(RewardSpec(name="shapes", when={"kind": ["sign"]}))
+    assert not hasattr(plain, "describe")
+
+
+def test_an_evaluation_leaves_out_a_judge_that_is_not_installed_and_names_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    said: list[str] = []
+    request = Request(images=2, rewards=[str(CONFIG.parent / "judges" / "words.yaml")], out=tmp_path / "out")
+    summary = evaluate_target(CONFIG.parent / "shapes-words-flux.yaml", request, said.append)
+    assert said[0].startswith("left out: rewards.tesseract: the program tesseract is not installed")
+    assert [spec["name"] for spec in summary["scored_by"]] == ["ocr"]
+    assert "ocr" in summary["base"]["rewards"]
+    with pytest.raises(UserError, match=r"rewards\.tesseract"):
+        evaluate_target(CONFIG.parent / "shapes-words-flux.yaml", Request(images=2, rewards=["tesseract"]), said.append)
 
 
 def test_without_the_program_tesseract_says_how_to_get_it(monkeypatch):

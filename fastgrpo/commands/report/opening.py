@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from typing import Any
 
 from fastgrpo.commands.report.markup import duration, mean
@@ -29,11 +30,18 @@ def opening(run: RunData) -> str:
         )
         return " ".join(said)
     said.append(f"On {gains[0].images} {run.noun} of held-out prompts (never trained on), {_changes(gains)}")
+    said += [f"<code>{html.escape(spec.key)}</code> gave no score." for spec in run.rewards if _silent(run, spec.key)]
     said.append(_diversity(run))
     fell = [gain.name for gain in gains if gain.direction < 0]
     if not fell and gains[0].interval is not None:
         said.append("No reward that was measured fell.")
     return " ".join(filter(None, said))
+
+
+def _silent(run: RunData, name: str) -> bool:
+    """Whether a reward scored no sample of the last evaluation."""
+    ends = run.ends()
+    return ends is not None and math.isnan(ends[1]["rewards"].get(name, 0.0))
 
 
 def _changes(gains: list[Gain]) -> str:

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import UnidentifiedImageError
+
 from fastgrpo.commands.report.markup import section
 from fastgrpo.commands.report.run_data import RunData
+from fastgrpo.errors import UserError
 from fastgrpo.evaluation.compare import STRICT, marks, most_changed
 from fastgrpo.observe.media import read_tiles
 
@@ -102,7 +105,8 @@ def _mark(column: Column, place: int) -> str:
 def _seen(column: Column, place: int) -> str:
     """What each reward that says so sees in a picture."""
     seen = column.evaluation.get("seen", {})
-    said = [f"{html.escape(name)}: {html.escape(texts[place])}" for name, texts in seen.items() if place < len(texts)]
+    found = {name: texts[place] for name, texts in seen.items() if place < len(texts) and texts[place]}
+    said = [f"{html.escape(name)}: {html.escape(text)}" for name, text in found.items()]
     return f"<p>{'<br>'.join(said)}</p>" if said else ""
 
 
@@ -143,5 +147,8 @@ def grid_tiles(path: Path, count: int, largest: int = 256, quality: int | None =
 
     quality: of a lossy WebP; None: lossless, PNG where it is still.
     """
-    tiles = read_tiles(path, count, largest, quality)
+    try:
+        tiles = read_tiles(path, count, largest, quality)
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture; remove it and its evaluation to go on") from None
     return [f"data:image/{kind};base64," + base64.b64encode(tile).decode() for kind, tile in tiles]

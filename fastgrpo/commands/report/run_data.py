@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class RunData:
         return (self.evaluations[0], self.evaluations[-1]) if len(self.evaluations) > 1 else None
 
     def gains(self) -> list[Gain]:
-        """Each reward and strict pass rate before and after, the strict ones first."""
+        """Each reward and strict pass rate before and after, the strict ones first; not those that gave no score."""
         ends = self.ends()
         if ends is None:
             return []
@@ -95,7 +96,7 @@ class RunData:
         known = (self.summary or {}).get("difference", {})
         found = []
         for name in shown_columns(after["rewards"]):
-            if name not in before["rewards"]:
+            if name not in before["rewards"] or math.isnan(after["rewards"][name] - before["rewards"][name]):
                 continue
             interval = tuple(known[name]["interval95"]) if name in known else paired_interval(before, after, name)
             found.append(Gain(name, before["rewards"][name], after["rewards"][name], after["images"], interval))
@@ -145,9 +146,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     """A run's resolved config. Raises UserError where the directory is no run's."""
     path = directory / "config.yaml"
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        config = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory}: not a run directory (it has no config.yaml)") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not the config of a run: it should be a mapping of sections")
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -160,16 +166,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """By iteration, each with the folder that its pictures are in."""
-    found = [read_json(path) | {"folder": folder} for path in folder.glob("*.json")]
+    found = []
+    for path in folder.glob("*.json"):
+        evaluation = read_json(path)
+        if not isinstance(evaluation, dict) or "iteration" not in evaluation:
+            raise UserError(f"{path}: not an evaluation; remove it to go on")
+        found.append(evaluation | {"folder": folder})
     return sorted(found, key=lambda evaluation: evaluation["iteration"])
 
 
 def _read_events(path: Path) -> list[dict[str, Any]]:
-    """The lines of events.jsonl; one that a kill cut short is left out."""
+    """The lines of events.jsonl; one that a kill cut short, or that is none, is left out."""
     found = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(text))
+            event = json.loads(text)
         except ValueError:
             continue
+        if isinstance(event, dict) and "event" in event:
+            found.append(event)
     return found

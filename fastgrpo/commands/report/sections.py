@@ -79,10 +79,11 @@ def learning(runs: list[RunData]) -> str:
 
 
 def _points(evaluations: Sequence[dict[str, Any]], name: str) -> Points:
-    """Iterations, means and 95% intervals of a column in evaluations; no interval where they did not keep values."""
+    """Iterations, means and 95% intervals of a column in evaluations that have it; no interval where they did not keep
+    values."""
     x, y, low, high = [], [], [], []
     for evaluation in evaluations:
-        if name in evaluation["rewards"]:
+        if not math.isnan(evaluation["rewards"].get(name, math.nan)):
             values = values_of(evaluation, name)
             ends = mean_interval(values, draws=2000) if len(values) else (math.nan, math.nan)
             x.append(evaluation["iteration"])
