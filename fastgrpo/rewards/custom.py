@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fastgrpo.config.paths import expand_user
 from fastgrpo.errors import EXTRAS, ConfigError, missing, nearest
 from fastgrpo.observe.tracebacks import described
 from fastgrpo.rewards.base import FunctionReward, Reward
@@ -26,14 +27,14 @@ def find(target: str) -> Any:
     """
     where, _, name = target.rpartition(":")
     try:
-        module = _of_file(Path(where).expanduser()) if where.endswith(".py") else _of_name(where)
-    except ConfigError:
+        module = _of_file(Path(expand_user(where))) if where.endswith(".py") else _of_name(where)
+    except (ConfigError, KeyboardInterrupt):
         raise
     except ModuleNotFoundError as error:
         if error.name in EXTRAS:
             raise missing(error.name, f"rewards: '{target}'") from None
         raise ConfigError(f"'{where}' cannot be imported: {described(error, target)}") from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ConfigError(f"'{where}' cannot be imported: {described(error, target)}") from None
     if not name or not hasattr(module, name):
         own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]

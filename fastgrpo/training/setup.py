@@ -59,7 +59,8 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     with warned_after(config.telemetry.stall_seconds, f"rank {rank} of {ranks} waits for others to start, at {place}"):
         world = start_world(config)
     leave_if_asked(stop, world, config)
-    directory = Path(config.run.dir)
+    # Whatever a reward or a callback makes the working directory.
+    directory = Path(config.run.dir).absolute()
     store = CheckpointStore.of_run(directory, world.main)
     claim = claim_directory(config, prompts, store, world)
     with ExitStack() as on_failure:
