@@ -83,6 +83,8 @@ def _impossible(config: Config) -> Iterator[str]:
     names = [reward.key for reward in config.scored]
     if twice := next((name for name in names if names.count(name) > 1), None):
         yield (f"rewards: '{twice}' is named twice; give its weights as one, or each a label")
+    if common := next((name for name in names if name in ("mean", "std")), None):
+        yield (f"rewards: reward/{common} is the metric of all trained rewards together; give '{common}' another label")
     if sum(abs(r.weight) for r in config.scored) == 0:
         yield ("rewards: every weight is 0, so nothing would be learned; give one a weight")
     if config.guard.action != "off" and all(r.weight for r in config.scored):

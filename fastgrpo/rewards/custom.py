@@ -20,8 +20,9 @@ from fastgrpo.rewards.base import FunctionReward, Reward
 TAKES = "(samples, prompts, fps)"
 
 
-def find(target: str) -> Any:
-    """What `module:name` or `file.py:name` names. Modules of the working directory are found, after installed ones.
+def find(target: str, setting: str = "rewards") -> Any:
+    """What `module:name` or `file.py:name` names, in `setting`. Modules of the working directory are found, after
+    installed ones.
 
     Raises ConfigError where there is no such thing or its code fails; UserError where it needs an extra of ours.
     """
@@ -32,7 +33,7 @@ def find(target: str) -> Any:
         raise
     except ModuleNotFoundError as error:
         if error.name in EXTRAS:
-            raise missing(error.name, f"rewards: '{target}'") from None
+            raise missing(error.name, f"{setting}: '{target}'") from None
         raise ConfigError(f"'{where}' cannot be imported: {described(error, target)}") from None
     except BaseException as error:
         raise ConfigError(f"'{where}' cannot be imported: {described(error, target)}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,13 +17,15 @@ from fastgrpo.data.samplers import prompts_to_come
 from fastgrpo.distributed.adamw_8bit import check_optimizer
 from fastgrpo.distributed.signals import StopRequest, stop_request
 from fastgrpo.distributed.world import World, start_world, this_machine
-from fastgrpo.errors import ConfigError
+from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.evaluation.heldout import heldout_prompts
 from fastgrpo.models import ModelFamily, check_family
 from fastgrpo.observe.run_log import RunLog
+from fastgrpo.observe.tracebacks import described
 from fastgrpo.observe.watch import warned_after
 from fastgrpo.preflight.remarks import check_pictures, remarks
 from fastgrpo.rewards import load_rewards
+from fastgrpo.rewards.custom import find
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
@@ -120,17 +121,20 @@ def run_callbacks(
 
 
 def load_callback(name: str) -> Callback:
-    """Returns a new callback of the class that `module:Class` names. Raises ConfigError, naming what is wrong."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    """Returns a new callback of the class that `module:Class` or `file.py:Class` names.
+
+    Raises ConfigError, naming what is wrong."""
+    if ":" not in name:
         raise ConfigError(f"callbacks: '{name}' is not module:Class, such as my_callbacks:MyCallback")
     try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"callbacks: '{name}' cannot be imported: {error}") from None
+        kind = find(name, "callbacks")
+    except ConfigError as error:
+        raise ConfigError(f"callbacks: {error}") from None
     if not (isinstance(kind, type) and issubclass(kind, Callback)):
         raise ConfigError(f"callbacks: '{name}' is not a subclass of fastgrpo.training.callbacks.Callback")
     try:
         return kind()
-    except TypeError as error:
-        raise ConfigError(f"callbacks: '{name}' cannot be made without arguments: {error}") from None
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ConfigError(f"callbacks: '{name}' cannot be made without arguments: {described(error, name)}") from None
