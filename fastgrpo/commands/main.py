@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -115,7 +116,9 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="Prompts, or one file of them.")],
     out: Annotated[Path, typer.Option(help="Directory of the images.")] = Path("samples"),
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the initial noise; else the run's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise; else the run's.")
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="latest, best, an iteration, or base.")] = "latest",
     mp4: Annotated[bool, typer.Option("--mp4", help="Videos as MP4, which needs PyAV (fastgrpo[video]).")] = False,
     best_of: Annotated[int | None, typer.Option(min=1, help="Draw so many of each prompt, write the best.")] = None,
@@ -288,8 +291,9 @@ def new(
     for path in written(folder, recipe):
         typer.echo(path)
     typer.echo(
-        f"\nNext: fastgrpo reward-test {folder}/reward.py:warmth\n      fastgrpo train {folder}/config.yaml --check\n"
-        f"      fastgrpo train {folder}/config.yaml\n      python {folder}/draw.py"
+        f"\nNext: fastgrpo reward-test {quote(f'{folder}/reward.py:warmth')}\n"
+        f"      fastgrpo train {quote(f'{folder}/config.yaml')} --check\n"
+        f"      fastgrpo train {quote(f'{folder}/config.yaml')}\n      python {quote(f'{folder}/draw.py')}"
     )
 
 
@@ -365,6 +369,8 @@ def doctor(
     if target is not None and target.is_dir():
         from fastgrpo.commands.findings import explain
 
+        if overrides:
+            raise UserError(f"'{overrides[0]}': settings are for a config, and {target} is a run directory")
         raise typer.Exit(0 if explain(target) else 1)
     from fastgrpo.commands.doctor import examine
 

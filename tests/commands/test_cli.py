@@ -59,7 +59,8 @@ def test_each_command_has_its_help(command, capsys):
     assert f"Usage: fastgrpo {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["eval", "x", "--images", "many"], ["train", "--nope"]])
+@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["eval", "x", "--images", "many"], ["train", "--nope"],
+    ["sample", "x", "y", "--seed", str(2**63)]])  # fmt: skip
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert main(arguments) == 2
     assert "Traceback" not in capsys.readouterr().err
