@@ -106,7 +106,9 @@ def evaluate(
     console = Console(stderr=True)
     request = Request(images, checkpoint, prompts, reward or (), samples, embedding, out)
     with console.status(f"drawing {images} images with each model"):
-        summary = evaluate_target(target, request, lambda text: console.print(text, highlight=False, markup=False))
+        summary = evaluate_target(
+            target, request, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+        )
     _print_comparison(summary)
 
 
@@ -470,6 +472,7 @@ def _print_comparison(summary: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fastgrpo.evaluation.compare import table
 
@@ -480,12 +483,15 @@ def _print_comparison(summary: dict[str, Any]) -> None:
     # 80 columns hold all of it with short heads.
     short = {"difference": "diff", "95% interval": "interval", "win rate": "wins"}
     for place, column in enumerate(head):
-        shown.add_column(short.get(column, column), justify="right" if place else "left", no_wrap=True)
+        # A reward that is named by its file has a long name, which leaves the numbers their columns.
+        shown.add_column(
+            short.get(column, column), justify="right" if place else "left", no_wrap=place > 0, overflow="fold"
+        )
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     console = Console()
     console.print(shown)
-    console.print(f"written to {summary['directory']}: summary.json, table.md, final/", highlight=False)
+    typer.echo(f"written to {summary['directory']}: summary.json, table.md, final/")
 
 
 def _mount_benchmarks() -> None:
