@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from fastgrpo.config.schema import Config
 
 
+def check_is_config(config: object) -> None:
+    """Raises ConfigError for a path, or plain data, in place of a config."""
+    from fastgrpo.config.schema import Config
+
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"config: {config!r:.80} is {type(config).__name__}; give a config, as fastgrpo.load_config(PATH) reads it"
+        )
+
+
 def check_combinations(config: Config) -> None:
     """Raises ConfigError with every combination that cannot be, each naming the setting and what to use instead."""
     if problems := list(_impossible(config)):

@@ -122,7 +122,7 @@ def as_column(column: Any) -> np.ndarray:
         array = np.ma.asarray(column)
         if array.dtype.kind in "cmM":
             raise TypeError("complex numbers and dates are no scores")
-        numbers = array.astype(np.float64).filled(np.nan)
+        numbers = np.ma.filled(array.astype(np.float64), np.nan)
     return numbers[:, 0] if numbers.ndim == 2 and numbers.shape[1] == 1 else numbers
 
 

@@ -12,20 +12,20 @@ from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.checkpoints.resume import Claim, claim_directory
 from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config import Config
+from fastgrpo.config.checks import check_is_config
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.data.samplers import prompts_to_come
 from fastgrpo.distributed.adamw_8bit import check_optimizer
 from fastgrpo.distributed.signals import StopRequest, stop_request
 from fastgrpo.distributed.world import World, start_world, this_machine
-from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import heldout_prompts
 from fastgrpo.models import ModelFamily, check_family
 from fastgrpo.observe.run_log import RunLog
-from fastgrpo.observe.tracebacks import described
 from fastgrpo.observe.watch import warned_after
 from fastgrpo.preflight.remarks import check_pictures, remarks
 from fastgrpo.rewards import load_rewards
-from fastgrpo.rewards.custom import find
+from fastgrpo.rewards.custom import new_instance
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
@@ -90,7 +90,8 @@ def leave_if_asked(stop: StopRequest, world: World, config: Config) -> None:
 
 
 def check_resolved(config: Config) -> None:
-    """Raises ConfigError for an `auto` setting that only a plan can resolve."""
+    """Raises ConfigError for what is no config, and for an `auto` setting that only a plan can resolve."""
+    check_is_config(config)
     if config.model.activation_checkpointing == "auto":
         raise ConfigError(
             "model.activation_checkpointing: auto needs a plan, which fastgrpo.train and `fastgrpo train` make; give "
@@ -124,17 +125,4 @@ def load_callback(name: str) -> Callback:
     """Returns a new callback of the class that `module:Class` or `file.py:Class` names.
 
     Raises ConfigError, naming what is wrong."""
-    if ":" not in name:
-        raise ConfigError(f"callbacks: '{name}' is not module:Class, such as my_callbacks:MyCallback")
-    try:
-        kind = find(name, "callbacks")
-    except ConfigError as error:
-        raise ConfigError(f"callbacks: {error}") from None
-    if not (isinstance(kind, type) and issubclass(kind, Callback)):
-        raise ConfigError(f"callbacks: '{name}' is not a subclass of fastgrpo.training.callbacks.Callback")
-    try:
-        return kind()
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise ConfigError(f"callbacks: '{name}' cannot be made without arguments: {described(error, name)}") from None
+    return new_instance(name, "callbacks", Callback)
