@@ -68,7 +68,9 @@ class Registry:
             )
         try:
             return points[0].load()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ConfigError(
                 f"{where}: '{name}' of the package {packages[0]} cannot be imported: {type(error).__name__}: {reason}"

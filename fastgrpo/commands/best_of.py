@@ -16,7 +16,7 @@ import torch
 from scipy.special import gammaln
 
 from fastgrpo.commands.evaluate import versions
-from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, open_run
+from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, make_results, open_run
 from fastgrpo.commands.sample import scored_chunks
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import UserError
@@ -40,6 +40,8 @@ def best_of_run(
         raise UserError(f"--most: {most} leaves nothing to choose from; at least 2")
     config, store, iteration = open_run(Path(run_dir), checkpoint)
     scorers = {spec.key: load_reward(spec) for spec in choose_rewards(config, rewards)}
+    folder = Path(out or run_dir)
+    make_results(folder)
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     family = load_family(config.model, world.device)
     texts = heldout_prompts(config, prompts, source)
@@ -59,8 +61,6 @@ def best_of_run(
         "sizes": sizes, "selected_by": selector, "curves": curves, "prompts": len(texts), "samples": most,
         "iteration": iteration, "seed": config.run.seed, "versions": versions(),
     }  # fmt: skip
-    folder = Path(out) if out is not None else Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "best-of.json").write_text(json.dumps(result, indent=1))
     scaling_chart(folder / "best-of.png", sizes, curves, selector)
     return result

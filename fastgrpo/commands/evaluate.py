@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastgrpo import __version__
-from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, open_run
+from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, make_results, open_run
 from fastgrpo.config import RewardSpec, load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import MissingError
@@ -67,6 +67,7 @@ def evaluate_target(target: str | Path, request: Request | None = None, note: Ca
     unit = np.arange(len(distinct)).repeat(request.samples)[: request.images]
     prompts = [distinct[i] for i in unit]
 
+    make_results(out)
     family = load_family(config.model, world.device)
     failures = FailureLog(note)
     describe = partial(describe_samples, rewards, failures)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -105,7 +106,9 @@ def evaluate(
     console = Console(stderr=True)
     request = Request(images, checkpoint, prompts, reward or (), samples, embedding, out)
     with console.status(f"drawing {images} images with each model"):
-        summary = evaluate_target(target, request, lambda text: console.print(text, highlight=False, markup=False))
+        summary = evaluate_target(
+            target, request, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+        )
     _print_comparison(summary)
 
 
@@ -115,7 +118,9 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="Prompts, or one file of them.")],
     out: Annotated[Path, typer.Option(help="Directory of the images.")] = Path("samples"),
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the initial noise; else the run's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise; else the run's.")
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="latest, best, an iteration, or base.")] = "latest",
     mp4: Annotated[bool, typer.Option("--mp4", help="Videos as MP4, which needs PyAV (fastgrpo[video]).")] = False,
     best_of: Annotated[int | None, typer.Option(min=1, help="Draw so many of each prompt, write the best.")] = None,
@@ -288,8 +293,9 @@ def new(
     for path in written(folder, recipe):
         typer.echo(path)
     typer.echo(
-        f"\nNext: fastgrpo reward-test {folder}/reward.py:warmth\n      fastgrpo train {folder}/config.yaml --check\n"
-        f"      fastgrpo train {folder}/config.yaml\n      python {folder}/draw.py"
+        f"\nNext: fastgrpo reward-test {quote(f'{folder}/reward.py:warmth')}\n"
+        f"      fastgrpo train {quote(f'{folder}/config.yaml')} --check\n"
+        f"      fastgrpo train {quote(f'{folder}/config.yaml')}\n      python {quote(f'{folder}/draw.py')}"
     )
 
 
@@ -365,6 +371,8 @@ def doctor(
     if target is not None and target.is_dir():
         from fastgrpo.commands.findings import explain
 
+        if overrides:
+            raise UserError(f"'{overrides[0]}': settings are for a config, and {target} is a run directory")
         raise typer.Exit(0 if explain(target) else 1)
     from fastgrpo.commands.doctor import examine
 
@@ -464,6 +472,7 @@ def _print_comparison(summary: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fastgrpo.evaluation.compare import table
 
@@ -474,12 +483,15 @@ def _print_comparison(summary: dict[str, Any]) -> None:
     # 80 columns hold all of it with short heads.
     short = {"difference": "diff", "95% interval": "interval", "win rate": "wins"}
     for place, column in enumerate(head):
-        shown.add_column(short.get(column, column), justify="right" if place else "left", no_wrap=True)
+        # A reward that is named by its file has a long name, which leaves the numbers their columns.
+        shown.add_column(
+            short.get(column, column), justify="right" if place else "left", no_wrap=place > 0, overflow="fold"
+        )
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     console = Console()
     console.print(shown)
-    console.print(f"written to {summary['directory']}: summary.json, table.md, final/", highlight=False)
+    typer.echo(f"written to {summary['directory']}: summary.json, table.md, final/")
 
 
 def _mount_benchmarks() -> None:

@@ -19,7 +19,9 @@ from fastgrpo.data.prompts import Prompt, load_prompts, open_image
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.observe.tracebacks import described
 from fastgrpo.rewards import Reward, Scores, load_reward
-from fastgrpo.rewards.base import ask, release
+from fastgrpo.rewards.base import ask
+from fastgrpo.rewards.failures import FailureLog
+from fastgrpo.rewards.scoring import release_rewards
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Pixels of a side of the samples that are drawn here.
@@ -88,7 +90,7 @@ def try_reward(
     alone = Scores.concatenate(
         [_asked(reward, spec.key, samples[i : i + 1], prompts[i : i + 1]) for i in range(len(prompts))]
     )
-    release([reward])
+    release_rewards({spec.key: reward}, FailureLog(note))
     known = scores.values[scores.counted]
     if not len(known):
         asked = "it is asked for none of these prompts" if not np.any(scores.asked) else "no sample could be scored"
@@ -106,9 +108,9 @@ def try_reward(
 def _asked(reward: Reward, key: str, samples: Tensor, prompts: list[Prompt]) -> Scores:
     try:
         return ask(reward, samples, prompts, FPS if samples.ndim == 5 else None)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise UserError(f"reward '{key}' failed for {len(prompts)} samples: {described(error, key)}") from None
 
 

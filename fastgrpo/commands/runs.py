@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from fastgrpo.checkpoints.store import CheckpointStore, load_weights
 from fastgrpo.config import Config, RewardSpec, flatten_rewards, load_config, validate
@@ -70,6 +71,16 @@ def open_run(run_dir: Path, checkpoint: str = "latest") -> tuple[Config, Checkpo
         return load_config(written), store, iteration
     except ConfigError:
         return validate(store.state(iteration)["config"]), store, iteration
+
+
+def make_results(out: Path) -> None:
+    """Makes the directory of a command's results, before anything is drawn. Raises UserError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written to: {error.strerror}; name another directory with --out") from None
 
 
 def _best(run_dir: Path, store: CheckpointStore, there: list[int]) -> int:

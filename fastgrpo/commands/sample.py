@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, open_run
+from fastgrpo.commands.runs import apply_checkpoint, choose_rewards, make_results, open_run
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, available, is_named, load_prompts
 from fastgrpo.distributed.world import World
@@ -58,6 +58,7 @@ def sample_run(
         config = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
     specs = choose_rewards(config, rewards) if best_of is not None else []
     scorers = {spec.key: (spec.weight, load_reward(spec)) for spec in specs if spec.weight}
+    make_results(out_dir)
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     family = load_family(config.model, world.device)
     if checkpoint != "base":
@@ -66,7 +67,6 @@ def sample_run(
         images = draw(family, [p for p in wanted for _ in range(count)], config, world)
     else:
         images, chosen = _best(family, wanted, config, world, scorers, best_of, count, note)
-        out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "scores.json").write_text(json.dumps(chosen, indent=1))
     names = [f"{i // count:04d}-{i % count:02d}" for i in range(len(images))]
     return write_samples(images, out_dir, names, config.model.fps, mp4)

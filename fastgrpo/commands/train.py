@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastgrpo.config import Config
+from fastgrpo.config.checks import check_is_config
 from fastgrpo.distributed.world import this_machine
 from fastgrpo.planning.advice import explained, is_out_of_memory
 from fastgrpo.planning.plan import resolved
@@ -27,6 +28,7 @@ def train(config: Config) -> TrainResult:
         PreemptedError: After SIGTERM or SIGUSR1, with a checkpoint.
         KeyboardInterrupt: After a first Ctrl-C, with a checkpoint.
     """
+    check_is_config(config)
     config, trainer = resolved(config, *this_machine()), None
     try:
         trainer = Trainer.from_config(config)

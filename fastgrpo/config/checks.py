@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from fastgrpo.config.schema import Config
 
 
+def check_is_config(config: object) -> None:
+    """Raises ConfigError for a path, or plain data, in place of a config."""
+    from fastgrpo.config.schema import Config
+
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"config: {config!r:.80} is {type(config).__name__}; give a config, as fastgrpo.load_config(PATH) reads it"
+        )
+
+
 def check_combinations(config: Config) -> None:
     """Raises ConfigError with every combination that cannot be, each naming the setting and what to use instead."""
     if problems := list(_impossible(config)):
@@ -83,6 +93,8 @@ def _impossible(config: Config) -> Iterator[str]:
     names = [reward.key for reward in config.scored]
     if twice := next((name for name in names if names.count(name) > 1), None):
         yield (f"rewards: '{twice}' is named twice; give its weights as one, or each a label")
+    if common := next((name for name in names if name in ("mean", "std")), None):
+        yield (f"rewards: reward/{common} is the metric of all trained rewards together; give '{common}' another label")
     if sum(abs(r.weight) for r in config.scored) == 0:
         yield ("rewards: every weight is 0, so nothing would be learned; give one a weight")
     if config.guard.action != "off" and all(r.weight for r in config.scored):

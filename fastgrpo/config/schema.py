@@ -668,7 +668,8 @@ class Config(Section):
     guard: Guard = Field(default_factory=Guard)
     parallel: Parallel = Field(default_factory=Parallel)
     callbacks: list[NonEmpty] = Field(
-        default_factory=list, description="Your own, as module:Class (docs/training.md): called around each iteration."
+        default_factory=list,
+        description="Your own, as module:Class or file.py:Class (docs/training.md): called around each iteration.",
     )
 
     @property

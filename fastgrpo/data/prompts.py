@@ -196,6 +196,9 @@ def open_image(image: str) -> Image.Image:
         file, image = io.BytesIO(base64.b64decode(image.removeprefix(PNG_DATA))), "the picture of a request"
     try:
         with Image.open(file) as picture:
+            if picture.mode[0] in "IF":
+                # To 8 bits PIL cuts them off at 255, and most of the picture is white.
+                raise ValueError(f"its pixels are {picture.mode}, of more than 8 bits; write it with 8")
             return ImageOps.exif_transpose(picture).convert("RGB")
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -321,7 +324,7 @@ def _broken(record: Any) -> bool:
 
 
 def _csv_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     line = 1
     try:
         columns = reader.fieldnames or []

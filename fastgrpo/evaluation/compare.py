@@ -83,8 +83,13 @@ def fair_sample(base: Columns, tuned: Columns, count: int) -> list[int]:
 
 
 def shown_columns(columns: Iterable[str]) -> list[str]:
-    """The rewards themselves and their strict pass rates, without other components."""
-    return [name for name in columns if "." not in name or name.endswith(STRICT)]
+    """The rewards themselves and their strict pass rates, without other components, `<reward>.<component>`.
+
+    A reward's own name may have dots: `my_rewards.py:Contrast`.
+    """
+    names = list(columns)
+    owners = tuple(f"{name}." for name in names)
+    return [name for name in names if name.endswith(STRICT) or not name.startswith(owners)]
 
 
 def marks(values: Columns, place: int) -> list[tuple[str, float]]:

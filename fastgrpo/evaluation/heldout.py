@@ -26,9 +26,9 @@ from fastgrpo.models import ModelFamily
 from fastgrpo.models.loading import levels_of
 from fastgrpo.models.resized import resized
 from fastgrpo.observe.media import animate, beside_sources, write_frames, write_grid, write_mp4, write_webp
-from fastgrpo.rewards import Reward, release
+from fastgrpo.rewards import Reward
 from fastgrpo.rewards.failures import FailureLog
-from fastgrpo.rewards.scoring import gather_scores, score_samples
+from fastgrpo.rewards.scoring import gather_scores, release_rewards, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
 from fastgrpo.rollout.sampler import rollout
 
@@ -136,7 +136,7 @@ def evaluate(
 
     mine = [prompts[i] for i in owned(world.process)]
     scores = score_samples(rewards, images, mine, config.model.fps if images.ndim == 5 else None, failures)
-    release(rewards.values())
+    release_rewards(rewards, failures)
     scored = gather_scores(scores, owned, world, failures)
     counted = np.where(scored.valid & scored.asked, scored.values, np.nan)
     columns = dict(zip(rewards, counted, strict=True)) | scored.components

@@ -101,7 +101,7 @@ def check_parts(config: Config, device: str) -> None:
         check_context(config, cls, read_configs(cls, config.model), device)
 
 
-def load_family(config: Model, device: torch.device, sharded: bool = False) -> ModelFamily:
+def load_family(config: Model, device: torch.device | str, sharded: bool = False) -> ModelFamily:
     """Loads a family with its weights.
 
     Args:
@@ -117,4 +117,4 @@ def load_family(config: Model, device: torch.device, sharded: bool = False) -> M
     """
     cls = family_class(config.family)
     quiet_libraries()
-    return from_config(cls, config, device, sharded)
+    return from_config(cls, config, torch.device(device), sharded)

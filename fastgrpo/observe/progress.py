@@ -79,7 +79,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line of its own, above the live one."""
         if self._live is not None:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self._enabled:
             print(text, file=sys.stderr, flush=True)
 

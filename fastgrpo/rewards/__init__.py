@@ -3,6 +3,8 @@ file.py:Class (fastgrpo/rewards/custom.py)."""
 
 from __future__ import annotations
 
+from contextlib import chdir
+
 from pydantic import ValidationError
 
 from fastgrpo.config import Config, RewardSpec
@@ -60,14 +62,15 @@ def load_reward(spec: RewardSpec) -> Reward:
     found = None if ":" in spec.name else REWARDS.load(spec.name, "rewards")
     options = spec.options if spec.path is None else {"path": spec.path, **spec.options}
     try:
-        reward = make(found or find(spec.name), spec.name, options)
+        with chdir("."):
+            reward = make(found or find(spec.name), spec.name, options)
     except ValidationError as error:
         raise ConfigError(f"rewards.{spec.key}: {_first(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"rewards.{spec.key}: {error}") from None
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ConfigError(f"rewards.{spec.key}: cannot be made: {described(error, spec.key)}") from None
     if not spec.when:
         return reward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -107,17 +108,21 @@ class Scores:
 
 
 def as_column(column: Any) -> np.ndarray:
-    """float64 [B] of an array, a list (None is NaN) or a tensor, whatever its dtype, device and gradient.
+    """float64 [B] of an array (masked ones are NaN), a list (None is NaN) or a tensor, whatever its dtype, device and
+    gradient.
 
     A column [B, 1] is taken as [B]; other shapes stay as they are. Raises TypeError and ValueError for what is not
-    numbers.
+    real numbers.
     """
-    if isinstance(column, Tensor):
+    if isinstance(column, Tensor) and not column.is_complex():
         numbers = column.detach().to("cpu", torch.float64).numpy()
     elif isinstance(column, list | tuple):
         numbers = np.array([np.nan if x is None else _number(x) for x in column], dtype=np.float64)
     else:
-        numbers = np.asarray(column, dtype=np.float64)
+        array = np.ma.asarray(column)
+        if array.dtype.kind in "cmM":
+            raise TypeError("complex numbers and dates are no scores")
+        numbers = np.ma.filled(array.astype(np.float64), np.nan)
     return numbers[:, 0] if numbers.ndim == 2 and numbers.shape[1] == 1 else numbers
 
 
@@ -154,11 +159,14 @@ class FunctionReward:
 def ask(reward: Reward, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
     """The scores that a reward gives samples [B, …]; every call of a reward's `score` is this one.
 
-    One that is not ours gets copies of the samples and prompts: what it writes into them, no other reward sees.
+    One that is not ours gets copies of the samples and prompts: what it writes into them, no other reward sees. The
+    working directory is afterwards what it was.
     Raises what the reward raises, and ValueError where it does not give Scores, or one number, for each sample.
     """
     if isinstance(reward, FunctionReward) or not type(reward).__module__.startswith("fastgrpo."):
-        return as_scores(reward.score(samples.clone(), copy.deepcopy(list(prompts)), fps), len(prompts))
+        with chdir("."):
+            result = reward.score(samples.clone(), copy.deepcopy(list(prompts)), fps)
+        return as_scores(result, len(prompts))
     return as_scores(reward.score(samples, prompts, fps), len(prompts))
 
 
@@ -197,7 +205,8 @@ def release(rewards: Iterable[Reward]) -> None:
     """The end of a scoring phase: rewards with `offload` give their memory on the device back."""
     for reward in rewards:
         if hasattr(reward, "release"):
-            reward.release()  # pyright: ignore[reportAttributeAccessIssue]
+            with chdir("."):
+                reward.release()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def matches(prompt: Prompt, when: Mapping[str, Sequence[Any]]) -> bool:

@@ -33,8 +33,10 @@ def convert_weights(source: Path, out: Path) -> Path:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: holds more than tensors, and is not read: {reason}") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from None
+    # Of what is no archive the reader makes whatever its bytes mean to it: KeyError, IndexError, EOFError …
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{source}: cannot be read: {reason}") from None
     state = _tensors(content, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Tied tensors are written twice: safetensors shares no memory.

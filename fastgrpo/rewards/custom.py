@@ -1,4 +1,4 @@
-"""Rewards that people write: a class or a function of a module, or of a file; found, made and checked."""
+"""Rewards and other parts that people write: a class or a function of a module, or of a file; found, made, checked."""
 
 from __future__ import annotations
 
@@ -10,36 +10,62 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from fastgrpo.errors import EXTRAS, ConfigError, missing, nearest
+from fastgrpo.config.paths import expand_user
+from fastgrpo.errors import EXTRAS, ConfigError, UserError, missing, nearest
 from fastgrpo.observe.tracebacks import described
 from fastgrpo.rewards.base import FunctionReward, Reward
 
+Kind = TypeVar("Kind")
 TAKES = "(samples, prompts, fps)"
 
 
-def find(target: str) -> Any:
-    """What `module:name` or `file.py:name` names. Modules of the working directory are found, after installed ones.
+def find(target: str, setting: str = "rewards") -> Any:
+    """What `module:name` or `file.py:name` names, in `setting`. Modules of the working directory are found, after
+    installed ones.
 
     Raises ConfigError where there is no such thing or its code fails; UserError where it needs an extra of ours.
     """
     where, _, name = target.rpartition(":")
     try:
-        module = _of_file(Path(where).expanduser()) if where.endswith(".py") else _of_name(where)
-    except ConfigError:
+        module = _of_file(Path(expand_user(where))) if where.endswith(".py") else _of_name(where)
+    except (ConfigError, KeyboardInterrupt):
         raise
     except ModuleNotFoundError as error:
         if error.name in EXTRAS:
-            raise missing(error.name, f"rewards: '{target}'") from None
+            raise missing(error.name, f"{setting}: '{target}'") from None
         raise ConfigError(f"'{where}' cannot be imported: {described(error, target)}") from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ConfigError(f"'{where}' cannot be imported: {described(error, target)}") from None
     if not name or not hasattr(module, name):
         own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         known = f"{nearest(name, own)}(it defines: {', '.join(own) or 'nothing'})"
         raise ConfigError(f"'{name}' is not in {getattr(module, '__file__', None) or where}; {known}")
     return getattr(module, name)
+
+
+def new_instance(target: str, setting: str, kind: type[Kind]) -> Kind:
+    """A new object of the class that `module:Class` or `file.py:Class` names in `setting`, a subclass of `kind`.
+
+    Raises ConfigError, naming the setting and what is wrong; UserError where it needs an extra of ours.
+    """
+    if ":" not in target:
+        raise ConfigError(f"{setting}: '{target}' is not module:Class, such as my_{setting}:Mine")
+    try:
+        found = find(target, setting)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ConfigError(f"{setting}: '{target}' is not a subclass of {kind.__module__}.{kind.__name__}")
+    try:
+        return found()
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ConfigError(
+            f"{setting}: '{target}' cannot be made without arguments: {described(error, target)}"
+        ) from None
 
 
 def _of_name(name: str) -> ModuleType:

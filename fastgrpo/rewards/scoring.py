@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.world import World
 from fastgrpo.rewards import Reward, Scores
-from fastgrpo.rewards.base import ask
+from fastgrpo.rewards.base import ask, release
 from fastgrpo.rewards.failures import FailureLog
 
 
@@ -60,7 +60,9 @@ def score_samples(
     for name, reward in rewards.items():
         try:
             scores[name] = ask(reward, images, prompts, fps)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             failures.failed(f"reward '{name}' failed for {len(prompts)} samples", name, error)
             scores[name] = Scores.failed(len(prompts))
         if not finite.all():
@@ -74,12 +76,25 @@ def describe_samples(
     """What rewards with a `describe` method see in each sample, by reward; one that raises is left out, and said."""
     found = {}
     for name, reward in rewards.items():
-        if hasattr(reward, "describe"):
-            try:
+        try:
+            if hasattr(reward, "describe"):
                 found[name] = [str(text) for text in reward.describe(images, prompts)]  # pyright: ignore[reportAttributeAccessIssue]
-            except Exception as error:
-                failures.failed(f"reward '{name}' could not describe {len(prompts)} samples", name, error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            failures.failed(f"reward '{name}' could not describe {len(prompts)} samples", name, error)
     return found
+
+
+def release_rewards(rewards: Mapping[str, Reward], failures: FailureLog) -> None:
+    """The end of a scoring phase; a reward whose `release` raises is said, and its scores stay."""
+    for name, reward in rewards.items():
+        try:
+            release([reward])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            failures.failed(f"reward '{name}' failed in release()", name, error)
 
 
 def joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:

@@ -26,9 +26,9 @@ from fastgrpo.errors import UserError
 from fastgrpo.models.conditioning import Conditioning, to_device
 from fastgrpo.models.protocol import ModelFamily
 from fastgrpo.observe.timers import PhaseTimer
-from fastgrpo.rewards import Reward, Scores, release
+from fastgrpo.rewards import Reward, Scores
 from fastgrpo.rewards.failures import FailureLog
-from fastgrpo.rewards.scoring import AllScores, joined, score_samples
+from fastgrpo.rewards.scoring import AllScores, joined, release_rewards, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
 from fastgrpo.rollout.sampler import rollout, sde_key
 from fastgrpo.rollout.trajectory import Trajectory, _nothing, kept_empty, select
@@ -140,7 +140,7 @@ class Generator:
         """Waits for a batch's scores and puts its trajectory together."""
         self._fold(batch, timer, leave=0)
         batch.conditioning = _narrowed(batch.conditioning, self.mine, batch.trajectory.layout, self.config)
-        release(self.rewards.values())
+        release_rewards(self.rewards, self.failures)
 
     def _submit(self, latents: Tensor, texts: list[Prompt], iteration: int, timer: PhaseTimer) -> Job:
         if self._thread is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from fastgrpo.algorithms.objectives import forward_objective
 from fastgrpo.checkpoints.resume import Claim, claim_directory
 from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config import Config
+from fastgrpo.config.checks import check_is_config
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.data.samplers import prompts_to_come
 from fastgrpo.distributed.adamw_8bit import check_optimizer
@@ -25,6 +25,7 @@ from fastgrpo.observe.run_log import RunLog
 from fastgrpo.observe.watch import warned_after
 from fastgrpo.preflight.remarks import check_pictures, remarks
 from fastgrpo.rewards import load_rewards
+from fastgrpo.rewards.custom import new_instance
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
@@ -59,7 +60,8 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     with warned_after(config.telemetry.stall_seconds, f"rank {rank} of {ranks} waits for others to start, at {place}"):
         world = start_world(config)
     leave_if_asked(stop, world, config)
-    directory = Path(config.run.dir)
+    # Whatever a reward or a callback makes the working directory.
+    directory = Path(config.run.dir).absolute()
     store = CheckpointStore.of_run(directory, world.main)
     claim = claim_directory(config, prompts, store, world)
     with ExitStack() as on_failure:
@@ -88,7 +90,8 @@ def leave_if_asked(stop: StopRequest, world: World, config: Config) -> None:
 
 
 def check_resolved(config: Config) -> None:
-    """Raises ConfigError for an `auto` setting that only a plan can resolve."""
+    """Raises ConfigError for what is no config, and for an `auto` setting that only a plan can resolve."""
+    check_is_config(config)
     if config.model.activation_checkpointing == "auto":
         raise ConfigError(
             "model.activation_checkpointing: auto needs a plan, which fastgrpo.train and `fastgrpo train` make; give "
@@ -119,17 +122,7 @@ def run_callbacks(
 
 
 def load_callback(name: str) -> Callback:
-    """Returns a new callback of the class that `module:Class` names. Raises ConfigError, naming what is wrong."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ConfigError(f"callbacks: '{name}' is not module:Class, such as my_callbacks:MyCallback")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"callbacks: '{name}' cannot be imported: {error}") from None
-    if not (isinstance(kind, type) and issubclass(kind, Callback)):
-        raise ConfigError(f"callbacks: '{name}' is not a subclass of fastgrpo.training.callbacks.Callback")
-    try:
-        return kind()
-    except TypeError as error:
-        raise ConfigError(f"callbacks: '{name}' cannot be made without arguments: {error}") from None
+    """Returns a new callback of the class that `module:Class` or `file.py:Class` names.
+
+    Raises ConfigError, naming what is wrong."""
+    return new_instance(name, "callbacks", Callback)

@@ -70,7 +70,7 @@ class Trainer:
         self.log = RunLog(None, config) if log is None else log
         self.callbacks = list(callbacks)
         self.timer = PhaseTimer(world.device)
-        errors = None if log is None else Path(config.run.dir) / "errors"
+        errors = None if log is None else Path(config.run.dir).absolute() / "errors"
         self.failures = FailureLog(self.note, errors, world.process)
         prompts = load_prompts(config.prompts.train) if prompts is None else prompts
         copies, steps = prepare_weights(family, config, world), optimizer_steps(config)

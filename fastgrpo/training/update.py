@@ -99,6 +99,8 @@ class Updater:
     walk: Walk = iter
     forward: ForwardTraining | None = None
 
+    # Whatever a notebook, or a reward's module, has switched off.
+    @torch.enable_grad()
     def run(self, batch: Batch, advantages: Advantages, kl_weight: float, replay: Replay | None = None) -> UpdateResult:
         """Takes the optimizer steps of one iteration.
 

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from support.tiny import tiny_config
 
+from fastgrpo.commands import best_of, evaluate
+from fastgrpo.commands import sample as sampling
 from fastgrpo.commands.best_of import best_of_n, best_of_run
 from fastgrpo.commands.main import main
 from fastgrpo.commands.sample import sample_run
@@ -91,3 +93,17 @@ class Nothing:
 def test_a_prompt_without_scores_is_named(run, tmp_path):
     with pytest.raises(UserError, match="only 0 of 4 samples of 'a red circle' could be scored"):
         sample_run(run, ["a red circle"], tmp_path, best_of=4, rewards=["test_best_of:Nothing"])
+
+
+def test_where_nothing_can_be_written_nothing_is_drawn(run, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    for module in (evaluate, sampling, best_of):
+        monkeypatch.setattr(module, "load_family", lambda *arguments: pytest.fail("the model is loaded"))
+    for draw in (
+        lambda out: evaluate.evaluate_target(run, evaluate.Request(out=out)),
+        lambda out: sampling.sample_run(run, ["a"], out),
+        lambda out: best_of.best_of_run(run, 2, out=out),
+    ):
+        with pytest.raises(UserError, match=r"file.*: cannot be written to: .*; name another directory with --out"):
+            draw(file / "x")

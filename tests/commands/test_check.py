@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from support.tiny import tiny_config
 
 from fastgrpo.commands.main import main
 from fastgrpo.config import dump
+from fastgrpo.errors import ConfigError
+from fastgrpo.training.setup import load_callback
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,8 +52,9 @@ def test_every_problem_is_there_at_once(check, tmp_path):
     for words in (
         "model.height: 33 is not a multiple of 8; the nearest is 32", "model.width: 30 is not a multiple of 8",
         "6 samples an iteration do not divide over 4 ranks", "unknown reward 'shape'; did you mean 'shapes'",
-        "there is no module 'nothing'", "there is nothing at gone.safetensors", "'image': no such file: gone.png",
-        "gone.txt: cannot read the prompts", "callbacks: 'nothing:Callback' cannot be imported",
+        "rewards.nothing:Here: there is no module 'nothing'", "there is nothing at gone.safetensors",
+        "'image': no such file: gone.png",
+        "gone.txt: cannot read the prompts", "callbacks: there is no module 'nothing'",
     ):  # fmt: skip
         (line,) = [line for line in errors if words in line]
         assert line.startswith("error: ")
@@ -181,3 +185,42 @@ def test_a_picture_that_cannot_be_read_ends_a_run_before_its_weights_load(tmp_pa
     assert main(["train", str(ROOT / "configs" / "shapes-skyreels.yaml"), *settings]) == 2
     assert "bad.png: cannot read the image: not a picture" in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "run")
+
+
+CALLBACKS = """
+from fastgrpo import Callback
+
+class Quick(Callback): ...
+
+class Broken(Callback):
+    def __init__(self):
+        raise RuntimeError("no socket")
+"""
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("mine.py:Quick", None),
+        ("mine:Quick", None),
+        ("mine.py:Quik", r"'Quik' is not in .*mine.py; did you mean 'Quick'"),
+        ("mine.py:Broken", "cannot be made without arguments: RuntimeError: no socket; traceback: "),
+        ("mine.py:CALLBACKS", "is not in"),
+        ("json:dumps", "'json:dumps' is not a subclass of"),
+        ("raises.py:Quick", "'raises.py' cannot be imported: ZeroDivisionError: .*; traceback: "),
+        (".mine:Quick", "'.mine' cannot be imported: TypeError: "),
+    ],
+)
+def test_a_callback_is_found_as_a_reward_is(tmp_path, monkeypatch, name, words):
+    (tmp_path / "mine.py").write_text(CALLBACKS)
+    (tmp_path / "raises.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    if words is None:
+        assert type(load_callback(name)).__name__ == "Quick"
+        return
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_callback(name)
+    assert str(caught.value).startswith("callbacks: ")
+    assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ import yaml
 from support.processes import command_line, ended, start_ranks
 from support.tiny import tiny_config
 
-from fastgrpo.commands.main import main
+from fastgrpo.commands.main import _print_comparison, main
 from fastgrpo.config import dump
 from fastgrpo.errors import ConfigError, UserError
 
@@ -59,7 +59,8 @@ def test_each_command_has_its_help(command, capsys):
     assert f"Usage: fastgrpo {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["eval", "x", "--images", "many"], ["train", "--nope"]])
+@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["eval", "x", "--images", "many"], ["train", "--nope"],
+    ["sample", "x", "y", "--seed", str(2**63)]])  # fmt: skip
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert main(arguments) == 2
     assert "Traceback" not in capsys.readouterr().err
@@ -125,6 +126,18 @@ def test_check_prints_the_arithmetic_of_all_ranks_and_runs_nothing(recipe, capsy
 def test_check_finds_names_that_do_not_exist(recipe, capsys, override, words):
     assert main(["train", str(recipe), "--check", override]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_long_name_or_one_in_brackets_leaves_the_numbers_of_an_evaluation(capsys):
+    name = f"[/red]{'long' * 30}.py:Bright"
+    base = {"images": 6, "rewards": {name: 0.5}, "interval95": {name: [0.25, 0.75]}}
+    spread = {"overall": {"base": 0.125}, "within_prompt": None}
+    _print_comparison({"base": base, "diversity": spread, "directory": "runs/[/b]"})
+    said = capsys.readouterr().out
+    assert "0.500" in said
+    assert "0.750" in said
+    assert "[/red]" in said
+    assert "written to runs/[/b]: summary.json" in said
 
 
 def test_every_command_on_a_run(recipe, tmp_path, capsys):

@@ -86,6 +86,8 @@ def test_exit_codes_and_what_is_printed(tmp_path, capsys, scores):
     assert "at least 10%" in printed
     assert "raise update.optimizer.lr" in printed
     assert main(["doctor", str(tmp_path / "nowhere")]) == 2
+    assert main(["doctor", str(still), "train.iterations=3"]) == 2
+    assert "'train.iterations=3': settings are for a config" in capsys.readouterr().err
 
 
 def test_what_holds_the_policy_is_told_apart(tmp_path, scores):

@@ -1,6 +1,7 @@
 """From nothing to a trained LoRA with a reward of one's own, loaded in diffusers, in five commands."""
 
 import runpy
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +19,24 @@ ROOT = Path(__file__).parents[2]
 def test_five_commands_to_a_lora_of_ones_own_reward_in_diffusers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = ["train.iterations=2", "eval.every=0", "rollout.prompts_per_iteration=2", "rollout.group_size=4"]
-    assert main(["new", "mine"]) == 0
+    assert main(["new", "my own"]) == 0
     told = capsys.readouterr().out
     commands = [line.removeprefix("Next: ").strip() for line in told[told.index("Next: ") :].splitlines()]
     assert len(commands) == 4, "and the one that told them"
     for command in commands[:3]:
-        words = command.split()
+        words = shlex.split(command)
         assert words[0] == "fastgrpo"
         assert main([*words[1:], *(small if words[1] == "train" else [])]) == 0, capsys.readouterr().err
     assert "96 prompts" in capsys.readouterr().out
-    python, script = commands[3].split()
+    python, script = shlex.split(commands[3])
     assert python == "python"
     (said,) = run_ranks(tmp_path, runpy.run_path, script, None, "__main__", ranks=1)
     picture = np.asarray(Image.open(said.splitlines()[-1]))
     assert picture.shape == (32, 32, 3)
     assert picture.std() > 0
-    assert list((tmp_path / "mine" / "exported").glob("*.safetensors"))
-    assert main(["new", "mine"]) == 2
-    assert "mine: is not empty; name a new directory" in capsys.readouterr().err
+    assert list((tmp_path / "my own" / "exported").glob("*.safetensors"))
+    assert main(["new", "my own"]) == 2
+    assert "my own: is not empty; name a new directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

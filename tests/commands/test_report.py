@@ -272,6 +272,14 @@ def test_what_is_no_finished_run_is_refused(make_run, tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         write_report(tmp_path)
     run = make_run()
+    with pytest.raises(UserError, match="is a directory; name the HTML file"):
+        write_report(run, ".")
+    first = min((run / "eval").glob("*.json"))
+    kept = first.read_text()
+    first.write_text("null")
+    with pytest.raises(UserError, match=f"{first.name}: not a JSON object; remove it"):
+        write_report(run)
+    first.write_text(kept)
     (run / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json: not valid JSON"):
         write_report(run)

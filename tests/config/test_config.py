@@ -171,6 +171,8 @@ SAYS = {
     "rewards.1.name=x": "rewards.1.name: '1' is not an index of a list of 1, which counts from 0",
     "rewards.0.options={1: 2}": "rewards.0.options.1: 1 is not valid; it should be text",
     "rewards=[{name: a}, {name: a}]": "rewards: 'a' is named twice; give its weights as one, or each a label",
+    "rewards.0.label=mean": "rewards: reward/mean is the metric of all trained rewards together; give 'mean' another "
+    "label",
     "rewards.0.weight=0": "rewards: every weight is 0, so nothing would be learned; give one a weight",
     "run.dir.x=3": "run.dir.x: 'run.dir' is text, not a section",
     "train.iterations": "'train.iterations': an override is written key.sub=value, such as train.iterations=10",

@@ -72,15 +72,17 @@ def test_pictures_that_cannot_be_read_are_one_line_each(tmp_path, monkeypatch):
     (tmp_path / "damaged.png").write_bytes(whole[:40] + b"\0" * 30 + whole[70:])
     Image.new("L", (100, 100)).save(tmp_path / "huge.png")
     Image.new("P", (10, 20)).save(tmp_path / "palette.gif")
+    Image.new("I;16", (10, 20), 40000).save(tmp_path / "deep.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4500)
     paths = {p.name: str(p) for p in tmp_path.iterdir()}
     sizes, problems = open_pictures([Prompt("x", image=path) for path in paths.values()] * 2)
     assert sizes == {paths["whole.png"]: (64, 64), paths["palette.gif"]: (10, 20)}
-    assert len(problems) == 4
+    assert len(problems) == 5
     assert all("\n" not in line for line in problems)
     words = {
         "cut.png": "cannot read the image: ", "text.png": "cannot read the image: not a picture",
         "damaged.png": "cannot read the image: ", "huge.png": "the image has more than 9,000 pixels, PIL's limit",
+        "deep.png": "cannot read the image: its pixels are I;16, of more than 8 bits",
     }  # fmt: skip
     for name, said in words.items():
         assert [line for line in problems if line.startswith(f"{paths[name]}: {said}")]
@@ -102,6 +104,9 @@ def test_jsonl_and_csv_give_the_same_prompts(write, tmp_path):
     assert prompts[0] == Prompt('a "red" circle', "blur", str(tmp_path / "first.png"), {"tag": "colors"})
     assert prompts[1] == Prompt("two\nsquares", None, None, {"tag": "counting"})
     assert len(set(prompts)) == 2
+    assert load_prompts(write("p.csv", 'prompt, image, tag\n"a, b", first.png, 1\n')) == [
+        Prompt("a, b", None, str(tmp_path / "first.png"), {"tag": "1"})
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastgrpo.evaluation.compare import fair_sample, marks, most_changed
+from fastgrpo.evaluation.compare import fair_sample, marks, most_changed, shown_columns
 from fastgrpo.observe.side_by_side import RIGHT, WRONG, Labels, write_side_by_side
 
 
@@ -39,6 +39,14 @@ def test_marks_are_of_what_tells_right_from_wrong_else_of_the_rewards():
 
 def colors(picture: np.ndarray) -> set[tuple[int, ...]]:
     return {tuple(color) for color in picture.reshape(-1, 3).tolist()}
+
+
+def test_a_reward_whose_name_has_dots_is_shown_as_any_other():
+    names = ["mine.py:Bright", "mine.py:Bright.mean", "shapes", "shapes.strict", "shapes.color", "shapes.v2"]
+    assert shown_columns(names) == ["mine.py:Bright", "shapes", "shapes.strict"]
+    base, tuned = {"mine.py:Bright": [0.0, 0.5, 0.5]}, {"mine.py:Bright": [0.0, 0.1, 0.9]}
+    assert fair_sample(base, tuned, 3) == [2, 1, 0]
+    assert marks(tuned, 1) == [("mine.py:Bright", 0.1)]
 
 
 def test_pairs_stand_side_by_side_with_their_marks(tmp_path):

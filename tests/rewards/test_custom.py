@@ -14,13 +14,14 @@ import torch
 from support.processes import command_line, run_ranks
 from support.tiny import tiny_config
 
+import fastgrpo
 from fastgrpo.config import RewardSpec, dump
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import Scores, load_reward
 from fastgrpo.rewards.base import ask
 from fastgrpo.rewards.failures import FailureLog
-from fastgrpo.rewards.scoring import score_samples
+from fastgrpo.rewards.scoring import describe_samples, release_rewards, score_samples
 from fastgrpo.rewards.time_limit import LimitedReward
 
 IMAGES = torch.linspace(0.125, 1, 4)[:, None, None, None].expand(4, 3, 8, 8)
@@ -77,6 +78,8 @@ def test_what_is_not_finite_or_missing_is_not_valid():
     assert ask(Answers(lambda m: [1.0, None, float("nan"), 2]), IMAGES, PROMPTS, None).valid.tolist() == [
         True, False, False, True
     ]  # fmt: skip
+    hidden = ask(Answers(lambda m: np.ma.masked_array(m.numpy(), [True, False, False, False])), IMAGES, PROMPTS, None)
+    assert hidden.valid.tolist() == [False, True, True, True]
     flags = scores_of([1.0, 2.0], valid=[True, None], components={"half": torch.tensor([0.5, 1.0])})
     assert flags.valid.tolist() == [True, False]
     assert np.isnan(flags.components["half"]).tolist() == [False, True]
@@ -89,6 +92,8 @@ REFUSED = {
     "words": (lambda means: ["good"] * 4, "it returned a list of 4: str"),
     "DDPO's pair": (lambda means: (means, {}), "it returned a tuple of 2: Tensor, dict"),
     "a table": (lambda means: torch.ones(4, 2), r"it returned Tensor \[4, 2\]"),
+    "complex numbers": (lambda means: means + 1j, r"it returned Tensor \[4\] of torch.complex64"),
+    "dates": (lambda means: np.array(["2026-11-29"] * 4, "M8[D]"), r"it returned ndarray \[4\] of datetime64"),
     "too few": (lambda means: means[:3], "there are 3 scores, and 4 samples"),
 }
 
@@ -136,11 +141,65 @@ def test_what_one_reward_writes_no_other_sees(limit):
     assert torch.equal(images, IMAGES)
 
 
-def test_a_reward_that_asks_to_exit_has_failed():
+class Panic(BaseException):
+    """No Exception, as the panics of Rust extensions and asyncio's cancellations are."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Panic(3)], ids=repr)
+def test_a_reward_that_asks_to_exit_or_panics_has_failed(error):
+    def raises(*arguments):
+        raise error
+
+    reward: Any = Answers(raises)
+    reward.release = reward.describe = raises
     notes = []
-    rewards = {"quits": Answers(lambda means: sys.exit(3))}
-    assert not score_samples(rewards, IMAGES, PROMPTS, None, FailureLog(notes.append))["quits"].valid.any()
-    assert "SystemExit: 3" in notes[0]
+    failures = FailureLog(notes.append)
+    assert not score_samples({"quits": reward}, IMAGES, PROMPTS, None, failures)["quits"].valid.any()
+    assert "quits' failed for 4 samples: " + type(error).__name__ + ": 3" in notes[0]
+    failures = FailureLog(notes.append)
+    assert describe_samples({"quits": reward}, failures, IMAGES, PROMPTS) == {}
+    assert "could not describe 4 samples" in notes[1]
+
+
+def test_a_reward_that_cannot_release_is_said_and_its_scores_stay():
+    class Keeps(Answers):
+        def release(self):
+            raise ValueError("held elsewhere")
+
+    released = []
+    other: Any = Answers(lambda means: means)
+    other.release = lambda: released.append("other")
+    notes = []
+    release_rewards({"keeps": Keeps(None), "other": other}, FailureLog(notes.append))
+    assert notes[0].startswith("reward 'keeps' failed in release(): ValueError: held elsewhere; traceback: ")
+    assert released == ["other"]
+
+
+ELSEWHERE = """
+import os
+
+os.chdir("elsewhere")
+
+class Leaves:
+    def __init__(self):
+        os.chdir("/")
+
+    def score(self, samples, prompts, fps):
+        os.chdir("/")
+        return samples.flatten(1).mean(1)
+
+    release = __init__
+"""
+
+
+def test_a_reward_that_leaves_the_working_directory_takes_no_run_with_it(tiny_flux, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "leaves.py").write_text(ELSEWHERE)
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tiny_flux, "run", rewards=[{"name": "leaves.py:Leaves"}], train={"iterations": 1})
+    assert fastgrpo.train(config).directory == tmp_path / "run"
+    assert Path.cwd() == tmp_path
+    assert (tmp_path / "run" / "checkpoints" / "000001").is_dir()
 
 
 def test_a_function_is_a_reward_and_takes_options():

@@ -280,8 +280,13 @@ def test_weights_are_converted_and_nothing_else_is_unpickled(tmp_path, capsys):
     torch.save({"state_dict": {"a": Evil()}}, tmp_path / "evil.pt")
     torch.save({"losses": [1.0]}, tmp_path / "empty.pt")
     (tmp_path / "text.pt").write_text("no archive")
+    (tmp_path / "hello.pt").write_text("hello")
+    (tmp_path / "nothing.pt").write_text("")
     capsys.readouterr()
-    for name, message in (("evil", "holds more than tensors"), ("empty", "no table of tensors"), ("text", "text.pt: ")):
+    for name, message in (
+        ("evil", "holds more than tensors"), ("empty", "no table of tensors"), ("text", "text.pt: "),
+        ("hello", "hello.pt: cannot be read: KeyError: 101"), ("nothing", "nothing.pt: cannot be read: EOFError"),
+    ):  # fmt: skip
         assert main(["convert-reward", str(tmp_path / f"{name}.pt"), str(tmp_path / "no.safetensors")]) == 2
         output = capsys.readouterr()
         assert message in output.err

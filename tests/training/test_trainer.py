@@ -11,7 +11,8 @@ from support.tiny import tiny_config
 
 from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.commands.train import train
-from fastgrpo.errors import PreemptedError, UserError
+from fastgrpo.errors import ConfigError, PreemptedError, UserError
+from fastgrpo.models import load_family
 from fastgrpo.rewards import Scores
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
@@ -76,6 +77,28 @@ def test_training_changes_the_weights_and_the_ratio_starts_at_one(tiny_flux, tmp
     assert [line["iteration"] for line in lines] == [0, 1, 2]
     assert all(line["ratio/first_max_deviation"] == 0 for line in lines)
     assert any(line["ratio/max_deviation"] > 0 for line in lines)
+
+
+def test_gradients_that_are_switched_off_do_not_stop_training(tiny_flux, tmp_path):
+    ours = [train(tiny_config(tiny_flux, tmp_path / "on", train={"iterations": 1}))]
+    with torch.no_grad():
+        ours.append(train(tiny_config(tiny_flux, tmp_path / "off", train={"iterations": 1})))
+    on, off = (result.metrics["grad_norm"] for result in ours)
+    assert off == on > 0
+
+
+@pytest.mark.parametrize("begin", [train, Trainer.from_config])
+@pytest.mark.parametrize("given", ["configs/mine.yaml", {"run": {"dir": "mine"}}, None])
+def test_what_is_no_config_is_one_line(begin, given):
+    with pytest.raises(
+        ConfigError, match=r"^config: .* is \w+; give a config, as fastgrpo.load_config\(PATH\) reads it$"
+    ):
+        begin(given)
+
+
+def test_a_device_may_be_text(tiny_flux, tmp_path):
+    config = tiny_config(tiny_flux, tmp_path / "run")
+    assert load_family(config.model, "cpu").device == torch.device("cpu")
 
 
 def test_float32_statistics_in_bfloat16(tiny_flux, tmp_path):

@@ -12,6 +12,7 @@ from fastgrpo import __version__
 from fastgrpo.commands.report import sections
 from fastgrpo.commands.report.pictures import images
 from fastgrpo.commands.report.run_data import read_run
+from fastgrpo.errors import UserError
 
 
 def write_report(runs: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -20,8 +21,10 @@ def write_report(runs: str | Path | Sequence[str | Path], out: str | Path | None
     Raises UserError for a directory without a run, or without an iteration.
     """
     directories = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
-    text = report_page(directories)
     path = Path(out) if out is not None else directories[0] / "report.html"
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name the HTML file")
+    text = report_page(directories)
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)

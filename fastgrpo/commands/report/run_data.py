@@ -157,11 +157,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError for what is not valid JSON."""
+    """Raises UserError for what is not a JSON object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: not a JSON object; remove it to go on")
+    return data
 
 
 def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
