@@ -9,7 +9,7 @@ Line = tuple[str, int, str]
 
 
 def arithmetic(config: Config, world: int = 1) -> str:
-    """The table printed before anything runs, as planned: groups without spread are skipped later."""
+    """The table printed before anything runs; groups without spread are skipped later."""
     roll, update = config.rollout, config.update
     samples, drawn = (roll.prompts_per_iteration * size for size in (roll.group_size, roll.candidates))
     steps = update.optimizer_steps * update.epochs

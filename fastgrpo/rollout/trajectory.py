@@ -129,7 +129,7 @@ def _collected(parts: Sequence[Tensor], places: tuple[np.ndarray, np.ndarray]) -
     return out
 
 
-def _nothing(family: ModelFamily, layout: Layout) -> Trajectory:
+def empty_trajectory(family: ModelFamily, layout: Layout) -> Trajectory:
     """A trajectory without rows yet."""
     empty = torch.empty((0, *family.latent_shape), device=family.device)
     return Trajectory(layout, empty, empty, empty.to(family.dtype), None)
