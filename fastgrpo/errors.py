@@ -75,11 +75,11 @@ def nearest_sizes(size: int, step: int, first: int = 0) -> str:
     return f"the nearest {'are' if len(best) > 1 else 'is'} {' and '.join(best)}"
 
 
-def nearest(word: str, options: Iterable[str], cutoff: float = 0.5) -> str:
+def nearest(word: str, options: Iterable[str]) -> str:
     """`did you mean 'x'? ` for the option closest to `word`, or an empty string."""
     import difflib
 
-    match = difflib.get_close_matches(word, list(options), n=1, cutoff=cutoff)
+    match = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
     return f"did you mean '{match[0]}'? " if match else ""
 
 

@@ -32,13 +32,13 @@ def lacks(function, doc: str) -> list[str]:
     signature = inspect.signature(function)
     names = [n for n, p in signature.parameters.items() if n not in ("self", "cls", "trainer")]
     found = [] if doc else ["a docstring"]
-    told = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", doc, re.MULTILINE)
+    arguments = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", doc, re.MULTILINE)
     for name in names:
-        if not told or not re.search(rf"(?:^|[\s,*`]){re.escape(name)}(?:[,`]|\b.*:)", told[1]):
+        if not arguments or not re.search(rf"(?:^|[\s,*`]){re.escape(name)}(?:[,`]|\b.*:)", arguments[1]):
             found.append(f"the argument {name}")
     returns = signature.return_annotation
-    told_of = re.search(r"\breturns?\b|^Yields", doc, re.IGNORECASE | re.MULTILINE)
-    if function.__name__ != "__init__" and returns not in (None, "None", inspect.Signature.empty) and not told_of:
+    says_returns = re.search(r"\breturns?\b|^Yields", doc, re.IGNORECASE | re.MULTILINE)
+    if function.__name__ != "__init__" and returns not in (None, "None", inspect.Signature.empty) and not says_returns:
         found.append("what it returns")
     return found
 

@@ -1,7 +1,10 @@
 """The house: imports run downhill, the kernels stand alone, nothing is unpickled."""
 
 import ast
+import importlib
+import inspect
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 PACKAGE, KERNELS = ROOT / "fastgrpo", ROOT / "kernels" / "fastgrpo_kernels"
 
 # Each room is a folder (or one file), and imports from itself and from those before it in this list.
@@ -104,6 +108,43 @@ def test_the_kernels_import_torch_triton_and_the_standard_library_only(path):
     if path.stem.startswith("reference") or path.stem.endswith("reference"):
         allowed.add("numpy")
     assert {module.split(".")[0] for module in imports_of(path)} <= allowed
+
+
+def test_the_tests_mirror_the_rooms():
+    rooms = {room for room in ROOMS if (PACKAGE / room).is_dir()}
+    assert rooms <= {path.parent.name for path in TESTS.glob("*/test_*.py")}
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda p: str(p.relative_to(TESTS)))
+def test_tests_share_what_is_in_support_alone(path):
+    for module in imports_of(path):
+        assert not any(part.startswith("test_") or part == "conftest" for part in module.split(".")), module
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        # What a test does to sys.path, monkeypatch takes back.
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert not re.match(r"sys\.path\.(append|insert|extend)", ast.unparse(node.func))
+
+
+def test_the_planner_overrides_nothing_private_and_counts_by_no_list():
+    """What it changes of the trainer is public there, so that an edit of the trainer cannot pass it by unseen."""
+    for path in (PACKAGE / "planning").glob("*.py"):
+        module = importlib.import_module(f"fastgrpo.planning.{path.stem}")
+        for cls in (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__):
+            assert not issubclass(cls, (list, dict, set)), cls
+            base = {
+                name for other in cls.__mro__[1:] if other.__module__.startswith("fastgrpo.") for name in vars(other)
+            }
+            assert not {n for n in base & set(vars(cls)) if n.startswith("_") and not n.startswith("__")}, cls
+
+
+# Names that said nothing to who greps for them.
+EMPTY_NAMES = {"Visitor", "Teller", "told", "Judged", "settled", "_aside", "how"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_say_what_they_are(path):
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+    assert not EMPTY_NAMES & {token.string for token in tokens if token.type == tokenize.NAME}
 
 
 def test_no_folder_shadows_the_package_kernels():

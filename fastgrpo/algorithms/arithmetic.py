@@ -8,8 +8,8 @@ from fastgrpo.config import Config, WindowSteps
 Line = tuple[str, int, str]
 
 
-def arithmetic(config: Config, world: int = 1) -> str:
-    """The table printed before anything runs, as planned: groups without spread are skipped later."""
+def arithmetic(config: Config, world: int) -> str:
+    """The table printed before anything runs; groups without spread are skipped later."""
     roll, update = config.rollout, config.update
     samples, drawn = (roll.prompts_per_iteration * size for size in (roll.group_size, roll.candidates))
     steps = update.optimizer_steps * update.epochs
@@ -30,8 +30,8 @@ def arithmetic(config: Config, world: int = 1) -> str:
     ]
     width = max(len(name) for name, _, _ in lines)
     text = [f"{name:<{width}}  {number:>7,}  {note}" for name, number, note in lines]
-    each = f"{drawn // world} samples each" if world > 1 else "all of it"
-    return "\n".join([f"one iteration, {world} rank{'s' * (world > 1)} ({each}):", *text])
+    ranks = f"{world} ranks ({drawn // world} samples each)" if world > 1 else "1 rank"
+    return "\n".join([f"One iteration on {ranks}:", *text])
 
 
 def trained_samples(config: Config) -> int:

@@ -37,9 +37,9 @@ class Layout:
 
 
 def rank_samples(total: int, optimizer_steps: int, world: int, rank: int) -> np.ndarray:
-    """[optimizer_steps, n] global samples of a rank; row k are those that its k-th optimizer step takes.
+    """Returns the global indices of the samples that `rank` owns, [optimizer_steps, n]; row k is used by step k.
 
-    Contiguous, so groups stay whole where the numbers divide; step k takes the same samples at any world size.
+    They are contiguous, so groups stay whole where the numbers divide. Step k uses the same samples at any world size.
     """
     return np.arange(total).reshape(optimizer_steps, world, -1)[:, rank]
 

@@ -198,7 +198,7 @@ def _snippet(config: Config, family: ModelFamily, scheduler: str | None) -> str:
         f"pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.{model.dtype})",
     ]
     for name in family.modules if scheduler else ():
-        second = ", load_into_transformer_2=True" if name == "transformer_2" else ""
+        second = f", load_into_{name}=True" if name != family.trained[0] else ""
         lines.append(f'pipe.load_lora_weights(here, weight_name="{lora_file(family.modules, name)}"{second})')
     if scheduler:
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained(here, subfolder="scheduler")')

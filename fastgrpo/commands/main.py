@@ -389,6 +389,18 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     typer.echo(run(config, overrides or ()))
 
 
+@app.command(
+    "bench",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Time the kernels, and read what the compiler made of them."""
+    from fastgrpo.commands.bench import app as benchmarks
+
+    benchmarks(args=context.args, prog_name="fastgrpo bench")
+
+
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -492,25 +504,3 @@ def _print_comparison(summary: dict[str, Any]) -> None:
     console = Console()
     console.print(shown)
     typer.echo(f"written to {summary['directory']}: summary.json, table.md, final/")
-
-
-def _mount_benchmarks() -> None:
-    """`fastgrpo bench …`, in a checkout that has it."""
-    import importlib.util
-
-    if importlib.util.find_spec("fastgrpo.commands.bench") is None:
-        return
-
-    @app.command(
-        "bench",
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-        add_help_option=False,
-    )
-    def bench(context: typer.Context) -> None:
-        """Time the kernels, and read what the compiler made of them."""
-        from fastgrpo.commands.bench import app as benchmarks  # pyright: ignore[reportMissingImports]
-
-        benchmarks(args=context.args, prog_name="fastgrpo bench")
-
-
-_mount_benchmarks()

@@ -251,7 +251,7 @@ class Rollout(Section):
     )
     gather: Literal["auto", "once", "per_block"] = Field(
         default="auto",
-        description="Sharded weights: once: gathered for the whole rollout; per_block: for each block's forward, and "
+        description="Sharded weights: once: unsharded for the whole rollout; per_block: for each block's forward, and "
         "freed after it; auto: once where memory allows.",
     )
     old_values: Literal["velocity", "log_prob"] = Field(
@@ -546,8 +546,8 @@ class Update(Section):
     )
     gather: Literal["auto", "once", "per_block"] = Field(
         default="auto",
-        description="Sharded weights: once: kept gathered over the micro-batches of an optimizer step; per_block: "
-        "gathered for each block's forward, and again for its backward; auto: once where memory allows.",
+        description="Sharded weights: once: kept unsharded over the micro-batches of an optimizer step; per_block: "
+        "unsharded for each block's forward, and again for its backward; auto: once where memory allows.",
     )
     grad_sync: Literal["auto", "once", "per_micro_batch"] = Field(
         default="auto",
@@ -644,8 +644,8 @@ class Parallel(Section):
     )
     frozen: Literal["shard", "replicate"] = Field(
         default="shard",
-        description="The weights that a LoRA run, or model.trainable, does not train: sharded and gathered like the "
-        "others, or whole on every rank and never gathered.",
+        description="The weights that a LoRA run, or model.trainable, does not train: sharded like the others, "
+        "or whole on every rank.",
     )
 
 

@@ -44,7 +44,7 @@ class AdamW8bit:
         self.steps = np.zeros(len(self.named), dtype=np.int64)
         self.moments = {name: _moments(local(p)) for name, p in self.named.items()}
         self.first = next(iter(self.named.values()))
-        self.maps = self._maps(self.first.device)
+        self.maps = self.byte_values(self.first.device)
 
     @torch.no_grad()
     def step(self, lr: float, skipped: Tensor) -> None:
@@ -62,7 +62,7 @@ class AdamW8bit:
             moments = self.moments[name]
             changed = [weight, *moments.values()]
             before = [tensor.clone() for tensor in changed]
-            self._update(weight, grad.contiguous().masked_fill_(skip, 0.0), moments, int(self.steps[i]), lr)
+            self.update_shard(weight, grad.contiguous().masked_fill_(skip, 0.0), moments, int(self.steps[i]), lr)
             for tensor, old in zip(changed, before, strict=True):
                 torch.where(skip, old, tensor, out=tensor)
 
@@ -71,13 +71,13 @@ class AdamW8bit:
         held = {name: dict(moments) for name, moments in self.moments.items() if moments["exp_avg"].numel()}
         return {f"shard {_place(self.first)}": {"steps": torch.from_numpy(self.steps), **held}}
 
-    def _maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def byte_values(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The values [256] float32 that the bytes of the first and of the second moment stand for."""
         from bitsandbytes.functional import create_dynamic_map
 
         return create_dynamic_map(signed=True).to(device), create_dynamic_map(signed=False).to(device)
 
-    def _update(self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], step: int, lr: float) -> None:
+    def update_shard(self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], step: int, lr: float) -> None:
         """Changes a shard and its moments in place."""
         from bitsandbytes.functional import optimizer_update_8bit_blockwise
 

@@ -1,4 +1,8 @@
-"""FSDP2: sharding, what stays unsharded between uses, and when gradients are reduced."""
+"""FSDP2: sharding, what stays unsharded between uses, and when gradients are reduced.
+
+One precision mechanism at every world size: its mixed-precision policy (float32 masters and reductions, compute in
+model.dtype), at one rank too; a float32 run on one rank needs no wrapping and gets none.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ def hold_weights(module: nn.Module, last: bool) -> None:
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Weights are gathered again before the next forward: FSDP2 leaves a root's gathered after one, and the next would
+    """Weights are unsharded anew before the next forward: FSDP2 leaves a root's unsharded after one, and the next would
     use them, whatever changed. A root may stand within a module that is not sharded itself."""
     for module in modules:
         for part in module.modules():

@@ -18,8 +18,8 @@ from fastgrpo.distributed.world import World
 
 @dataclass(frozen=True)
 class Residency:
-    """What stays on every rank between uses: weights gathered for a whole rollout, for a whole optimizer step, and
-    gradients unreduced until its last micro-batch."""
+    """What stays on every rank between uses: weights for a whole rollout or a whole optimizer step, unsharded,
+    and gradients unreduced until its last micro-batch."""
 
     rollout_unsharded: bool
     update_unsharded: bool
@@ -35,12 +35,12 @@ ROLLOUT_SHARE, UPDATE_SHARE, GRADIENT_SHARE = 0.75, 0.5, 0.1
 
 def residency(config: Config, policy: nn.Module, world: World, copies: Iterable[nn.Module] = ()) -> Residency:
     """The settings rollout.gather, update.gather and update.grad_sync, with `auto` decided by bytes: the training
-    state of a rank beside the gathered weights, against its device's memory (where that is unknown, all is kept)."""
+    state of a rank beside the unsharded weights, against its device's memory (where that is unknown, all is kept)."""
     return decide_residency(config, *kept_bytes(config, policy, copies), world.memory)
 
 
 def kept_bytes(config: Config, policy: nn.Module, copies: Iterable[nn.Module] = ()) -> tuple[int, int]:
-    """Bytes of a rank: its training state, and copies of components, beside the gathered weights; unreduced
+    """Bytes of a rank: its training state, and copies of components, beside the unsharded weights; unreduced
     gradients."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = [t for module in (policy, *copies) for t in (*module.parameters(), *module.buffers())]
@@ -49,8 +49,8 @@ def kept_bytes(config: Config, policy: nn.Module, copies: Iterable[nn.Module] = 
     moments = STATE_BYTES if config.update.optimizer.kind == "adamw_8bit" else 8
     state = sum(map(torch.Tensor.numel, map(local, trained))) * (moments + (4 if config.update.ema_decay else 0))
     compute = DTYPES[config.model.dtype].itemsize
-    gathered = sum(p.numel() * compute for p in policy.parameters() if isinstance(p, DTensor))
-    return int(held + state + gathered), 4 * sum(p.numel() for p in trained)
+    whole = sum(p.numel() * compute for p in policy.parameters() if isinstance(p, DTensor))
+    return int(held + state + whole), 4 * sum(p.numel() for p in trained)
 
 
 def decide_residency(config: Config, resident: int, gradients: int, memory: int) -> Residency:

@@ -1,8 +1,4 @@
-"""Ranks, devices, FSDP2 sharding and activation checkpointing.
-
-One precision mechanism at every world size: FSDP2's mixed-precision policy (float32 masters and reductions, compute
-in model.dtype), at one rank too; a float32 run on one rank needs no wrapping and gets none.
-"""
+"""This process among its peers: ranks, devices, and the mesh that weights are sharded over."""
 
 from __future__ import annotations
 
@@ -80,7 +76,7 @@ def start_world(config: Config) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if (sharded(config, ranks)) and not dist.is_initialized():
+    if sharded(config, ranks) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout), **alone)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastgrpo.evaluation.heldout import Evaluation, known_mean
-from fastgrpo.evaluation.statistics import _jackknife, by_unit, distance_by_unit, mean_interval, overall_distance
+from fastgrpo.evaluation.statistics import by_unit, distance_by_unit, jackknife, mean_interval, overall_distance
 
 # A column of a reward that is 1 for a picture that is right and 0 for one that is not.
 STRICT = ".strict"
@@ -117,7 +117,7 @@ def diversity(features: dict[str, np.ndarray], unit: np.ndarray) -> dict[str, An
     if several:
         result["within_prompt"] = {name: known_mean(units) for name, units in within.items()}
     if {"base", "tuned"} <= features.keys():
-        result["difference"] = {"overall": _jackknife(features["base"], features["tuned"], unit)}
+        result["difference"] = {"overall": jackknife(features["base"], features["tuned"], unit)}
         if several:
             result["difference"]["within_prompt"] = _mean_of(within["tuned"] - within["base"])
     return result

@@ -49,7 +49,7 @@ def _sums(features: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.bincount(unit).astype(np.float64), sums
 
 
-def _jackknife(base: np.ndarray, tuned: np.ndarray, unit: np.ndarray) -> dict[str, Any]:
+def jackknife(base: np.ndarray, tuned: np.ndarray, unit: np.ndarray) -> dict[str, Any]:
     """tuned − base of the overall distance, and its 95% interval from leaving out one unit at a time."""
     mean = overall_distance(tuned) - overall_distance(base)
     left_out = []

@@ -116,5 +116,9 @@ def load_family(config: Model, device: torch.device | str, sharded: bool = False
         ConfigError: For a path that holds no such pipeline, before any weight is loaded where it can be told by then.
     """
     cls = family_class(config.family)
+    # Loading needs both, and both are quiet once they are there.
+    import diffusers  # noqa: F401
+    import transformers  # noqa: F401
+
     quiet_libraries()
     return from_config(cls, config, torch.device(device), sharded)

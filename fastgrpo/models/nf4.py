@@ -28,7 +28,7 @@ def check_quantization(config: Model) -> None:
 class NF4Linear(nn.Linear):
     """A linear layer whose frozen weight is `weight` (uint8, two to a byte) and `scale` (float32, one a block).
 
-    Both are buffers: whole on every rank, never sharded or gathered. Its output is differentiable in its input alone.
+    Both are buffers: whole on every rank, never sharded. Its output is differentiable in its input alone.
     """
 
     weight: Any

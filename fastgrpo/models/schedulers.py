@@ -85,11 +85,11 @@ def flow_steps(
     exact = shifted(linear_levels(steps), shift) if shift else sigmas
     if max(abs(level - other) for level, other in zip(exact, sigmas, strict=True)) <= SAME_LEVEL:
         sigmas = exact
-    told = tuple(sigmas[:-1])
+    given = tuple(sigmas[:-1])
     if not times.is_floating_point():
         # Multistep schedulers round their timesteps down.
-        told = tuple(time / scheduler.config.num_train_timesteps for time in times.tolist())
-    return NoiseLevels(tuple(sigmas[:-1]), tuple(sigmas[1:]), told, ("",) * steps)
+        given = tuple(time / scheduler.config.num_train_timesteps for time in times.tolist())
+    return NoiseLevels(tuple(sigmas[:-1]), tuple(sigmas[1:]), given, ("",) * steps)
 
 
 def check_diffusion_scheduler(config: Model, settings: Mapping[str, Any]) -> None:

@@ -87,8 +87,8 @@ def load_lora(family: ModelFamily) -> None:
             given["weight_name"] = lora_file(family.modules, name)
             if not (path / given["weight_name"]).is_file() and len(family.modules) == 1:
                 del given["weight_name"]
-        if name == "transformer_2":
-            given["load_into_transformer_2"] = True
+        if name != family.trained[0]:
+            given[f"load_into_{name}"] = True
         try:
             family.pipeline.load_lora_weights(str(path) if path.exists() else lora.path, **given)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:

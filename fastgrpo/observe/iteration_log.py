@@ -31,7 +31,7 @@ class IterationLog:
         world: The ranks whose statistics are put together.
         timer: Times the phases.
         samples: Samples of an iteration.
-        told: Is called with the iteration and its metrics once they are known.
+        on_metrics: Is called with the iteration and its metrics once they are known.
 
     Attributes:
         metrics: Those of the last iteration that was read.
@@ -39,9 +39,10 @@ class IterationLog:
 
     def __init__(
         self, log: RunLog, world: World, timer: PhaseTimer, samples: int,
-        told: Callable[[int, dict[str, float]], None],
+        on_metrics: Callable[[int, dict[str, float]], None],
     ) -> None:  # fmt: skip
-        self.log, self.world, self.timer, self.samples, self.told = log, world, timer, samples, told
+        self.log, self.world, self.timer, self.samples = log, world, timer, samples
+        self.on_metrics = on_metrics
         self.monitor = RankMonitor(world.device)
         self.metrics: dict[str, float] = {}
         self._pending: _Pending | None = None
@@ -65,7 +66,7 @@ class IterationLog:
         metrics["samples_per_second"] = self.samples / seconds["total"]
         self._outside, self.metrics = {}, metrics
         self.log.log(iteration, metrics)
-        self.told(iteration, metrics)
+        self.on_metrics(iteration, metrics)
         return metrics
 
     @contextmanager

@@ -29,14 +29,14 @@ class RewardBill:
     unknown: tuple[str, ...]
 
 
-def reward_bill(specs: Sequence[RewardSpec], elsewhere: bool = True) -> RewardBill:
-    """The rewards' bytes in bfloat16, and FLOPs. elsewhere: whether those of a server are named among the unknown."""
+def reward_bill(specs: Sequence[RewardSpec]) -> RewardBill:
+    """The rewards' bytes in bfloat16, and FLOPs; those of a server are among the unknown."""
     kept, visiting, flops, unknown = 0, 0, 0.0, []
     # One backbone serves VideoAlign's three rewards.
     counted: set[tuple] = set()
     for spec in specs:
         found = cost(spec)
-        if found is None or (elsewhere and spec.name in SERVED):
+        if found is None or spec.name in SERVED:
             unknown.append(spec.key)
             continue
         key = ("videoalign", spec.path) if spec.name.startswith("videoalign") else (spec.key,)

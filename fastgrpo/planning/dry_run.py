@@ -311,10 +311,10 @@ class _PlannedMemory(Memory):
 class _PlannedAdamW8bit(AdamW8bit):
     """Its moments are made as a run makes them; bitsandbytes' kernel, which takes no memory, is left out."""
 
-    def _maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def byte_values(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.empty(256, device=device), torch.empty(256, device=device)
 
-    def _update(self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], step: int, lr: float) -> None:
+    def update_shard(self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], step: int, lr: float) -> None:
         pass
 
 

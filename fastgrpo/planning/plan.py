@@ -16,7 +16,7 @@ from fastgrpo.config import Config, load_config, validate
 from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.planning.bill import Bill, as_lines, bill, reward_bill
 from fastgrpo.planning.dry_run import DryRun, Phase, dry_run
-from fastgrpo.planning.gpus import COMPUTE_EFFICIENCY, GPUS, LINK_EFFICIENCY, RESERVED, SPARE, Gpu, gpu_named
+from fastgrpo.planning.gpus import COMPUTE_EFFICIENCY, GIB, GPUS, LINK_EFFICIENCY, RESERVED, SPARE, Gpu, gpu_named
 from fastgrpo.planning.links import seconds
 
 
@@ -233,7 +233,7 @@ def table_row(path: Path) -> str:
     found = plan(load_config(path), gpu, world)
     flops = sum(phase.cost.flops for phase in found.run.phases)
     cells = (
-        path.stem, "yes" if found.fits else "no", f"{found.need / 2**30:.1f}", found.worst.name,
+        path.stem, "yes" if found.fits else "no", f"{found.need / GIB:.1f}", found.worst.name,
         f"{forward_equivalents(found):,.0f}", f"{flops / 1e15:,.1f}", f"{found.collective_bytes / 1e12:.2f}",
         f"{total_seconds(found, gpu):,.0f}",
     )  # fmt: skip
@@ -257,7 +257,6 @@ def _phase(phase: Phase, found: Plan) -> dict[str, Any]:
 
 def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
     """The plan for people."""
-    gib = 2**30
     run = found.run
     trained = "all trained" if run.trainable == run.parameters else f"{run.trainable / 1e6:,.1f} M trained"
     size = f"{run.parameters / 1e9:.2f} B parameters, {trained}"
@@ -270,15 +269,15 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
         compute, links = seconds(phase, found.config, found.gpu, found.local)
         count, size = sum(phase.cost.count.values()), sum(phase.cost.bytes.values())
         lines.append(
-            f"{phase.name:<10} {found.peak(phase) / gib:9.2f} {phase.cost.flops / 1e12:10,.1f} {count:12,} "
+            f"{phase.name:<10} {found.peak(phase) / GIB:9.2f} {phase.cost.flops / 1e12:10,.1f} {count:12,} "
             f"{size / 1e9:9,.1f} {compute:10.1f} {links:8.1f}"
         )
     lines += ["", f"at the peak, in {found.worst.name}:"]
     for name, size in sorted(found.worst.at_peak.items(), key=lambda item: -item[1]):
-        if size >= 0.005 * gib or found.need < gib:
-            lines.append(f"  {name:<13} {size / gib:8.2f} GiB")
+        if size >= 0.005 * GIB or found.need < GIB:
+            lines.append(f"  {name:<13} {size / GIB:8.2f} GiB")
     if (size := found.peak(found.worst) - found.worst.peak) > 0:
-        lines.append(f"  {'rewards':<13} {size / gib:8.2f} GiB")
+        lines.append(f"  {'rewards':<13} {size / GIB:8.2f} GiB")
     for key, size in sum((phase.cost.bytes for phase in run.phases[1:]), run.phases[0].cost.bytes.copy()).items():
         count = sum(phase.cost.count[key] for phase in run.phases)
         apart = f", {key.apart} apart" if key.apart > 1 else ""
@@ -288,8 +287,8 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
         f"rows trained{f', {run.compared:,} evaluated by other policies' * bool(run.compared)})"
     )
     lines.append(
-        f"host memory: {run.host / gib * found.local:.1f} GiB a node, and "
-        f"{checkpointed(found) / gib * found.local:.1f} more while a checkpoint is written"
+        f"host memory: {run.host / GIB * found.local:.1f} GiB a node, and "
+        f"{checkpointed(found) / GIB * found.local:.1f} more while a checkpoint is written"
     )
     times = ", ".join(f"{name} {total_seconds(found, gpu):,.1f}" for name, gpu in GPUS.items())
     lines.append(
@@ -299,17 +298,17 @@ def as_text(found: Plan, fit: tuple[dict[str, Any], Plan] | None = None) -> str:
     room = found.gpu.memory
     verdict = "fits" if found.fits else "does not fit"
     lines.append(
-        f"{verdict}: needs {found.need / gib:.1f} GiB (2 GiB of it reserved) of {room / gib:.1f}, with {SPARE:.0%} to "
+        f"{verdict}: needs {found.need / GIB:.1f} GiB (2 GiB of it reserved) of {room / GIB:.1f}, with {SPARE:.0%} to "
         "spare"
     )
     if not found.fits:
-        lines.append("no setting makes it fit" if fit is None else _remedy(fit, gib))
+        lines.append("no setting makes it fit" if fit is None else _remedy(fit))
     return "\n".join(lines)
 
 
-def _remedy(fit: tuple[dict[str, Any], Plan], gib: int) -> str:
+def _remedy(fit: tuple[dict[str, Any], Plan]) -> str:
     settings = " ".join(f"{k} {v}" if k.startswith("--") else f"{k}={_yaml(v)}" for k, v in fit[0].items())
-    return f"nearest that fits: {settings} (needs {fit[1].need / gib:.1f} GiB)"
+    return f"nearest that fits: {settings} (needs {fit[1].need / GIB:.1f} GiB)"
 
 
 def _yaml(value: Any) -> str:

@@ -129,5 +129,5 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(f"processor: {path} has no tokenizer: {reason}") from None
 
 
-def _few(keys: list[str], count: int = 4) -> str:
-    return ", ".join(keys[:count]) + (", …" if len(keys) > count else "")
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "")

@@ -31,7 +31,7 @@ from fastgrpo.rewards.failures import FailureLog
 from fastgrpo.rewards.scoring import AllScores, joined, release_rewards, score_samples
 from fastgrpo.rollout.decode import decode, synchronize
 from fastgrpo.rollout.sampler import rollout, sde_key
-from fastgrpo.rollout.trajectory import Trajectory, _nothing, kept_empty, select
+from fastgrpo.rollout.trajectory import Trajectory, empty_trajectory, kept_empty, select
 from fastgrpo_kernels import noise
 
 
@@ -106,7 +106,7 @@ class Generator:
         whole = lay_out(schedule, roll, self.mine)
         with timer.phase("conditioning"):
             conditioning = self.family.encode([prompts[i] for i in whole.prompts])
-        batch = Batch(iteration, drawn, schedule, _nothing(self.family, whole), conditioning)
+        batch = Batch(iteration, drawn, schedule, empty_trajectory(self.family, whole), conditioning)
         chunks = self._chunks(self.mine)
         for samples in chunks:
             layout = whole if len(chunks) == 1 else lay_out(schedule, roll, samples)
@@ -192,9 +192,9 @@ class Generator:
         if not done:
             return
         with timer.phase("reward") if self.beside else nullcontext():
-            judged = [job.result() for _, job in done]
+            chunks = [job.result() for _, job in done]
         first = not batch.scores
-        for part in judged:
+        for part in chunks:
             batch.scores = part.scores if not batch.scores else joined([batch.scores, part.scores])
             for name, seconds in part.seconds.items():
                 batch.spent[name] = batch.spent.get(name, 0.0) + seconds
@@ -224,7 +224,7 @@ class Generator:
         roll, schedule, family = self.config.rollout, self.schedule(iteration), self.family
         layout = lay_out(schedule, roll, samples)
         conditioning = family.encode([prompts[i] for i in layout.prompts])
-        trajectory = _nothing(family, layout)
+        trajectory = empty_trajectory(family, layout)
         rows, pairs, shape = len(layout.row_step), len(layout.pair_row), family.latent_shape
         trained_shape = family.policy_shape
         if self.config.objective.forward:

@@ -115,14 +115,8 @@ def rollout(
         y = gaussian_step(trained(x), trained(v), a, b, s, drawn)
         if y_kept is not None and log_prob_kept is not None and chosen is not None:
             keep_rows(y_kept[pairs], y, chosen)
-            log_prob_kept[pairs] = log_prob(
-                trained(x).index_select(0, chosen),
-                trained(v).index_select(0, chosen),
-                y.index_select(0, chosen),
-                a,
-                b,
-                s,
-            )
+            before, output, after = (part.index_select(0, chosen) for part in (trained(x), trained(v), y))
+            log_prob_kept[pairs] = log_prob(before, output, after, a, b, s)
         x = y if not family.beside else torch.cat([y, step_beside(family, schedule, step, x, v)], dim=1)
     return Trajectory(layout, x, x_kept, v_kept, noise_kept, y_kept, log_prob_kept)
 

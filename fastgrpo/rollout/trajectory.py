@@ -1,4 +1,4 @@
-"""What an update needs of a rollout, and how its rows are kept and taken."""
+"""The tensors that an update needs from a rollout, and how its rows are kept and taken."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from fastgrpo.models.protocol import ModelFamily
 
 @dataclass
 class Trajectory:
-    """What an update needs of a rollout, and its final latents.
+    """The tensors that an update needs from a rollout, and the final latents.
 
-    All but the latents and log_prob on the host with rollout.trajectory host. latents: [n, *shape] float32 final
-    latents. x: [R, *shape] float32 latents of each row. v_old: [R, *shape] model
-    output of each row, compute dtype. noise: [M, *shape] of each pair, or None where it is drawn again from its key.
-    y, log_prob: with old_values log_prob, the latents after each pair's step [M, *shape] and their log-probability [M],
-    float32; the noise is not kept then.
+    With `rollout.trajectory: host`, everything except `latents` and `log_prob` is kept in host memory.
+
+    Attributes:
+        layout: The rows and pairs of the tensors.
+        latents: Final latents, float32 [n, *shape].
+        x: Latents of each row, float32 [R, *shape].
+        v_old: Model output of each row, compute dtype [R, *shape].
+        noise: Noise of each pair, float32 [M, *shape]; None where it is drawn again from its key.
+        y: Latents after each pair's step, float32 [M, *shape]; only with `rollout.old_values: log_prob`.
+        log_prob: Log-probability of `y`, float32 [M]; only with `rollout.old_values: log_prob`.
     """
 
     layout: Layout
@@ -129,7 +134,7 @@ def _collected(parts: Sequence[Tensor], places: tuple[np.ndarray, np.ndarray]) -
     return out
 
 
-def _nothing(family: ModelFamily, layout: Layout) -> Trajectory:
+def empty_trajectory(family: ModelFamily, layout: Layout) -> Trajectory:
     """A trajectory without rows yet."""
     empty = torch.empty((0, *family.latent_shape), device=family.device)
     return Trajectory(layout, empty, empty, empty.to(family.dtype), None)

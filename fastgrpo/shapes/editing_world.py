@@ -5,7 +5,6 @@ divides it by meaning. Colours and shapes are those of the still world (`world.p
 """
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastgrpo.shapes.world import COLORS, SHAPES, ObjectSpec
+from fastgrpo.shapes.world import COLORS, SHAPES, ObjectSpec, split_by_meaning
 from fastgrpo.shapes.world import vocabulary as still_vocabulary
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -145,10 +144,4 @@ def vocabulary() -> tuple[str, ...]:
 def split() -> tuple[tuple[EditPrompt, ...], tuple[EditPrompt, ...]]:
     """(train, held-out): a fixed split, about 80/20 in every category, by meaning: no held-out edit of the same objects
     is trained on."""
-    held_out: set[tuple] = set()
-    for category in CATEGORIES:
-        meanings = {p.meaning for p in all_prompts() if p.category == category}
-        ranked = sorted(meanings, key=lambda m: hashlib.sha256(repr(m).encode()).digest())
-        held_out.update(ranked[: max(1, round(len(ranked) / 5))])
-    train = tuple(p for p in all_prompts() if p.meaning not in held_out)
-    return train, tuple(p for p in all_prompts() if p.meaning in held_out)
+    return split_by_meaning(all_prompts(), CATEGORIES)

@@ -42,14 +42,14 @@ class VideoResult:
     motion: np.ndarray  # [B]: direction, speed and smoothness of every object asked for, where it is there
     aesthetics: np.ndarray  # [B]: clean shapes of pure colours in stable frames, whatever the prompt
     shape: np.ndarray  # [B]: corners and fill of every object asked for, frame by frame, and a constant size
-    firm: np.ndarray  # [B] bool: in no frame does the outline of an object asked for lose its shape, fill or size
     way: np.ndarray  # [B, MAX_MOVERS, 2]: (x, y) from the first frame to the last; 0 where no motion could be read
 
 
 def verify(videos: np.ndarray | torch.Tensor, prompts: Sequence[MovingPrompt], outlines: bool = False) -> VideoResult:
     """Grades `videos` [B, 3, F, S, S], F > 2, values in [0, 1] (others are clipped), against one prompt each.
 
-    outlines: `strict` asks for `firm` too, and in `score` the credit of objects is multiplied by `shape`.
+    outlines: `strict` asks that no outline ever loses its shape, fill or size too, and in `score` the credit of objects
+    is multiplied by `shape`.
     Raises ValueError on another layout or number.
     """
     if isinstance(videos, torch.Tensor):
@@ -91,7 +91,7 @@ def _verify_chunk(videos: np.ndarray, wanted: MovingSlots, outlines: bool) -> tu
     strict = strict & firm if outlines else strict
     score = 0.25 * (objects * shape if outlines else objects) + 0.25 * motion + 0.5 * strict
     known = [np.where(finite, a, np.nan) for a in (score, objects, motion, aesthetics, shape)]
-    return known[0], strict, *known[1:], firm & finite, way
+    return known[0], strict, *known[1:], way
 
 
 def _still(wanted: MovingSlots, frames: int) -> Slots:

@@ -6,7 +6,6 @@ shapes are those of the still world (`world.py`).
 
 import difflib
 import functools
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastgrpo.shapes.world import COLORS, SHAPES, ObjectSpec
+from fastgrpo.shapes.world import COLORS, SHAPES, ObjectSpec, split_by_meaning
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS: tuple[str, ...] = ("slowly", "fast")
@@ -141,10 +140,4 @@ def split() -> tuple[tuple[MovingPrompt, ...], tuple[MovingPrompt, ...]]:
 
     It divides meanings, not only texts: no held-out prompt is a reordering of a training prompt.
     """
-    held_out: set[tuple[Mover, ...]] = set()
-    for category in CATEGORIES:
-        meanings = {p.meaning for p in all_prompts() if p.category == category}
-        ranked = sorted(meanings, key=lambda m: hashlib.sha256(repr(m).encode()).digest())
-        held_out.update(ranked[: max(1, round(len(ranked) / 5))])
-    train = tuple(p for p in all_prompts() if p.meaning not in held_out)
-    return train, tuple(p for p in all_prompts() if p.meaning in held_out)
+    return split_by_meaning(all_prompts(), CATEGORIES)

@@ -10,7 +10,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -150,13 +150,18 @@ def split() -> tuple[tuple[ShapesPrompt, ...], tuple[ShapesPrompt, ...]]:
 
     It divides meanings, not only texts: no held-out prompt is a reordering of a training prompt.
     """
+    return split_by_meaning(all_prompts(), CATEGORIES)
+
+
+def split_by_meaning(prompts: Sequence[Any], categories: Sequence[str]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(train, held-out) prompts of any world: of each category a fifth of the meanings is held out, by their hash."""
     held_out: set[tuple] = set()
-    for category in CATEGORIES:
-        meanings = {p.meaning for p in all_prompts() if p.category == category}
+    for category in categories:
+        meanings = {p.meaning for p in prompts if p.category == category}
         ranked = sorted(meanings, key=lambda m: hashlib.sha256(repr(m).encode()).digest())
         held_out.update((category, m) for m in ranked[: max(1, round(len(ranked) / 5))])
-    train = tuple(p for p in all_prompts() if (p.category, p.meaning) not in held_out)
-    return train, tuple(p for p in all_prompts() if (p.category, p.meaning) in held_out)
+    train = tuple(p for p in prompts if (p.category, p.meaning) not in held_out)
+    return train, tuple(p for p in prompts if (p.category, p.meaning) in held_out)
 
 
 class Captioned(Protocol):

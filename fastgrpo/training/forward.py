@@ -38,8 +38,8 @@ from fastgrpo_kernels import MatchingTarget, gaussian_step, noise, shift_moments
 # (x, time, conditioning, module) to the module's output, as `ModelFamily.predict`.
 Predict = Callable[..., Tensor]
 
-# Columns of a step's table.
-COLUMNS = ("time", "signal", "noise", "target_noise", "target_x0", "clean", "t", "advantage", "weight")
+# Columns of a step's table; those of `ForwardLevels` first.
+COLUMNS = ("times", "signal", "noise", "target_noise", "target_x0", "clean", "t", "advantage", "weight")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ForwardTraining:
         self.samples = prompts * config.rollout.candidates
         # Rows of an epoch of an iteration, where every group has a spread.
         chosen = 2 * prompts * config.objective.pairs if objective.paired else trained_samples(config)
-        self.planned = chosen * config.objective.times.count
+        self.expected = chosen * config.objective.times.count
         if objective.paired and prompts % (world.size * steps):
             raise ConfigError(
                 f"rollout.prompts_per_iteration: the pairs of objective.kind {config.objective.kind} keep groups "
@@ -134,7 +134,7 @@ class ForwardTraining:
         """
         config, count = self.config, self.config.update.optimizer_steps
         units = self._units(advantages, kl_weight)
-        scale = self.world.ranks * count / self.planned
+        scale = self.world.ranks * count / self.expected
         for epoch in epochs:
             seed = [config.run.seed, noise.STREAM_FORWARD, batch.iteration, epoch]
             levels = self.source.draw(self.samples, seed)
@@ -183,8 +183,8 @@ class ForwardTraining:
         ahead = cache(partial(outputs_of, tuple(chosen)))
 
         def compared(micro: MicroBatch) -> list[dict[int, Tensor]]:
-            # All rows with the first micro-batch, before the weights that it trains are gathered. With a LoRA the other
-            # policies are the trained components themselves, and nothing is gathered for them.
+            # All rows with the first micro-batch, before the weights that it trains are unsharded. With a LoRA the
+            # other policies are the trained components themselves, and nothing is unsharded for them.
             return outputs_of([micro]) if config.model.lora else ahead()
 
         return OptimizerStep(chosen, partial(self._loss, batch, inputs, kl_weight, compared), scale)
@@ -214,7 +214,7 @@ class ForwardTraining:
             with policy() as copies, unsharded((copies or {}).values(), self.held):
                 for micro in chosen:
                     _, x, _, condition = self._noised(batch, inputs, micro)
-                    v = predict(x, inputs.columns(micro)["time"], condition, (copies or family.modules)[micro.module])
+                    v = predict(x, inputs.columns(micro)["times"], condition, (copies or family.modules)[micro.module])
                     outputs[id(micro)] = family.of_policy(v)
         return found
 
@@ -228,7 +228,7 @@ class ForwardTraining:
         if self.objective.against == "reference":
             v_old = v_reference
         x0, x, eps, condition = self._noised(batch, inputs, micro)
-        v = family.of_policy(family.predict(x, column["time"], condition, family.modules[micro.module]))
+        v = family.of_policy(family.predict(x, column["times"], condition, family.modules[micro.module]))
         if isinstance(eps, Tensor):
             eps = family.of_policy(eps)
         old = v.detach() if v_old is None else v_old
@@ -319,11 +319,7 @@ class _RowInputs:
         index = np.concatenate([none, *(micro.rows for micro in chosen)])
         weight = np.concatenate([none, *(micro.weight[:, 0] for micro in chosen)])
         sample, key, draw = rows.sample[index], rows.key[index], rows.draw[index]
-        named = {
-            "time": levels.times, "signal": levels.signal, "noise": levels.noise, "target_noise": levels.target_noise,
-            "target_x0": levels.target_x0, "clean": levels.clean, "t": levels.t,
-        }  # fmt: skip
-        columns = [*(named[name][key, draw] for name in COLUMNS[:-2]), advantages.values[sample], weight]
+        columns = [*(getattr(levels, name)[key, draw] for name in COLUMNS[:-2]), advantages.values[sample], weight]
         step = draw + epoch * config.objective.times.count
         drawn = noise.noise_key(
             config.run.seed, to_device(key, device), to_device(step, device), batch.iteration, noise.STREAM_FORWARD,
@@ -350,6 +346,6 @@ def matching_sums(
 
 def _acting(family: ModelFamily, prediction: Any, names: Sequence[str], times: np.ndarray) -> np.ndarray:
     """Which of the trained components acts at each of some times, as indices of `names`."""
-    told = tuple(times.reshape(-1).tolist())
-    acting = family.acting_modules(NoiseLevels(told, told, told, (names[0],) * len(told), prediction))
+    levels = tuple(times.reshape(-1).tolist())
+    acting = family.acting_modules(NoiseLevels(levels, levels, levels, (names[0],) * len(levels), prediction))
     return np.array([names.index(name) for name in acting], dtype=np.int64).reshape(times.shape)

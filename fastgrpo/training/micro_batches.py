@@ -42,7 +42,7 @@ class OptimizerStep:
     Attributes:
         micro_batches: In their order; none where no sample of any rank is trained.
         loss: Gives the summed loss of a micro-batch and its `LossStatistics.values`, on the device.
-        scale: What makes a mean over the planned rows of that sum.
+        scale: What makes a mean of that sum: over the rows of a step where every group has a spread.
         movement: Gives the same as `loss` without the reference model, so that its `kl` is Q/2; None where that is not
             measured.
     """

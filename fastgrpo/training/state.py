@@ -37,13 +37,13 @@ def save(trainer: Trainer, store: CheckpointStore, best: int | None, identity: M
         "rollouts": rollouts,
         "callbacks": {callback.name: state for callback in trainer.callbacks if (state := callback.state())},
     }
-    policy = trainer.config.checkpoint
+    settings = trainer.config.checkpoint
     extra = {f"in_flight_{trainer.world.rank}": flying} if flying else {}
     state["replay"], replayed = trainer.replay.state(trainer.world.ranks)
     if replayed:
         extra[f"replay_{trainer.world.process}"] = replayed
     store.save(
-        trainer.iteration, training_tensors(trainer.optimizer), state, policy.keep, best, policy.background, extra
+        trainer.iteration, training_tensors(trainer.optimizer), state, settings.keep, best, settings.background, extra
     )
 
 

@@ -123,7 +123,7 @@ class Updater:
                 if self.residency.update_unsharded:
                     hold_weights(module, last=micro.syncs)
                 loss, values = step.loss(micro)
-                # The constant that divides by the number of planned pairs, without a launch of its own.
+                # The constant that divides by the number of pairs, without a launch of its own.
                 loss.backward(seed)
                 result.values.append(values)
             if len(result.values) == before:
@@ -162,9 +162,9 @@ class Updater:
         config, schedule, layout = self.config, batch.schedule, batch.trajectory.layout
         steps = config.update.optimizer_steps
         worth = advantages.valid & ((advantages.terms != 0).any(axis=1) | (kl_weight > 0))
-        # Of the planned pairs: with the best of N, those of the samples that are kept.
-        planned = trained_samples(config) * schedule.pairs_per_sample
-        scale = loss_scale(config.objective, schedule) * self.world.ranks * steps / planned
+        # With the best of N, those of the samples that are kept.
+        pairs = trained_samples(config) * schedule.pairs_per_sample
+        scale = loss_scale(config.objective, schedule) * self.world.ranks * steps / pairs
         for epoch in epochs:
             draw = epoch_draw(config, batch.iteration, epoch)
             for k in range(steps):
@@ -309,8 +309,8 @@ def packed(result: UpdateResult) -> Tensor:
     none = [torch.zeros((), device=result.device)]
     norm = torch.stack(result.grad_norms or none).double().mean()
     skipped = torch.stack(result.skipped_steps or none).double().sum()
-    told = [result.statistics.values, torch.stack([result.first.max_deviation, norm, skipped])]
+    parts = [result.statistics.values, torch.stack([result.first.max_deviation, norm, skipped])]
     if result.moved:
         moved = LossStatistics.total(result.moved)
-        told.append(torch.stack([moved.kl, moved.weight]))
-    return torch.cat(told)
+        parts.append(torch.stack([moved.kl, moved.weight]))
+    return torch.cat(parts)

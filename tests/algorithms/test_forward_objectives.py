@@ -134,7 +134,7 @@ def test_targets_and_clean_samples_of_every_prediction(prediction):
 
 def source(table=None, **times) -> LevelSource:
     levels = flow_levels(shifted([1 - i / 10 for i in range(11)], 3.0), "transformer")
-    return LevelSource(levels, TrainingTimes(**times), table, lambda told: np.zeros(told.shape, dtype=np.int64))
+    return LevelSource(levels, TrainingTimes(**times), table, lambda times: np.zeros(times.shape, dtype=np.int64))
 
 
 def test_levels_of_the_rollout_are_drawn_without_repetition():

@@ -16,26 +16,26 @@ from fastgrpo.training.trainer import Trainer
 
 def watched(trained, held, **settings):
     guard = RewardGuard(Guard(**settings))
-    told = [guard.observe(i, t, {"held": h}) for i, (t, h) in enumerate(zip(trained, held, strict=True))]
-    return guard, told
+    falling = [guard.observe(i, t, {"held": h}) for i, (t, h) in enumerate(zip(trained, held, strict=True))]
+    return guard, falling
 
 
 def test_it_tells_when_one_falls_while_the_other_rises_and_only_then():
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.02, (2, 60))
     up, down, flat = np.linspace(0.4, 0.8, 60), np.linspace(0.6, 0.4, 60), np.full(60, 0.5)
-    _, told = watched(up + noise[0], down + noise[1])
-    first = next(i for i, names in enumerate(told) if names)
+    _, falling = watched(up + noise[0], down + noise[1])
+    first = next(i for i, names in enumerate(falling) if names)
     assert 19 <= first <= 35
-    assert all(names == ["held"] for names in told[first + 5 :])
+    assert all(names == ["held"] for names in falling[first + 5 :])
     for trained, held in ((up, up), (flat, down), (down, down), (up, flat)):
         assert not any(watched(trained + noise[0], held + noise[1])[1])
 
 
 def test_after_the_kl_was_raised_it_measures_anew_and_its_state_returns():
     up, down = np.linspace(0.0, 1.0, 20), np.linspace(1.0, 0.0, 20)
-    guard, told = watched(up, down, window=3, kl_factor=4.0)
-    assert told[-1] == ["held"]
+    guard, falling = watched(up, down, window=3, kl_factor=4.0)
+    assert falling[-1] == ["held"]
     guard.raise_kl(["held"])
     assert guard.kl_scale == 4.0
     assert guard.observe(20, 2.0, {"held": -1.0}) == []

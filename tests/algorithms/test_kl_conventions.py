@@ -47,12 +47,12 @@ def kl_of_project(kind, sampler, eta, levels, t, x, v, v_ref):
 def test_it_is_each_projects_own_value(kind, sampler, eta):
     levels = shifted(linear_levels(STEPS), 3.0)
     roll = Rollout(steps=STEPS, sampler=sampler, eta=eta, trained=SubsetSteps(fraction=1.0))
-    plan = schedule_steps(roll, flow_levels(levels, "transformer"), 2, 0, 0)
-    factors = kl_factors(kind, sampler, plan)
+    schedule = schedule_steps(roll, flow_levels(levels, "transformer"), 2, 0, 0)
+    factors = kl_factors(kind, sampler, schedule)
     generator = torch.Generator().manual_seed(0)
     x, v, v_ref = torch.randn(3, 64, generator=generator, dtype=torch.float64)
     for t in range(STEPS - 1):
-        _, b, s = plan.transitions[t]
+        _, b, s = schedule.transitions[t]
         Q = (b * (v - v_ref) / s).square().mean()
         theirs = kl_of_project(kind, sampler, eta, levels, t, x, v, v_ref)
         assert (factors[t] * Q / 2).item() == pytest.approx(theirs.item(), rel=1e-6)
@@ -63,18 +63,18 @@ def test_it_is_each_projects_own_value(kind, sampler, eta):
 def test_an_update_reports_it_and_adds_it_to_the_loss(tiny_flux, kind):
     weight = 0.5
     config = tiny_config(tiny_flux, objective={"kl_weight": weight, "kl": kind})
-    family, plan, trajectory, conditioning, updater = prepare(config)
+    family, schedule, trajectory, conditioning, updater = prepare(config)
     frozen = copy.deepcopy(family.denoiser)
     with torch.no_grad():
         for p in frozen.parameters():
             p.mul_(1.05)
     updater.reference = lambda: nullcontext({"transformer": frozen})
-    result = run_update(updater, plan, trajectory, conditioning, np.zeros(6))
+    result = run_update(updater, schedule, trajectory, conditioning, np.zeros(6))
     layout, expected = trajectory.layout, []
-    levels = [*plan.times, 0.0]
+    levels = [*schedule.times, 0.0]
     for row in layout.pair_row:
         step = int(layout.row_step[row])
-        x, time = trajectory.x[row][None], torch.tensor([plan.times[step]])
+        x, time = trajectory.x[row][None], torch.tensor([schedule.times[step]])
         condition = conditioning.rows(layout.row_prompt[row : row + 1])
         with torch.no_grad():
             v, v_ref = (family.predict(x, time, condition, m)[0].double() for m in (family.denoiser, frozen))

@@ -1,4 +1,4 @@
-"""Noise levels, windows, subsets and the plan of an iteration."""
+"""Noise levels, windows, subsets and the steps of an iteration."""
 
 import itertools
 
@@ -84,15 +84,15 @@ def test_levels_of_another_schedule_are_truncated_as_they_are():
 def test_the_last_step_is_stochastic_where_parity_asks_for_it(last, stochastic, trained):
     levels = flow_levels(shifted(linear_levels(8), 3.0), "transformer")
     roll = Rollout(steps=8, sampler="flow_sde", eta=0.7, last_step=last, trained=SubsetSteps(fraction=1.0))
-    plan = schedule_steps(roll, levels, 4, 0, 0)
-    assert sum(t.s > 0 for t in plan.transitions) == stochastic
-    assert plan.pairs_per_sample == trained
+    schedule = schedule_steps(roll, levels, 4, 0, 0)
+    assert sum(t.s > 0 for t in schedule.transitions) == stochastic
+    assert schedule.pairs_per_sample == trained
     still = schedule_steps(roll, levels, 4, 0, 0, deterministic=True)
     assert not any(t.s for t in still.transitions)
     # Flow-GRPO's last step: σ' = 0, noise of std·√σ.
     sigma = levels.start[-1]
     if stochastic == 8:
-        assert plan.transitions[-1].s == pytest.approx(0.7 * (sigma / (1 - sigma)) ** 0.5 * sigma**0.5)
+        assert schedule.transitions[-1].s == pytest.approx(0.7 * (sigma / (1 - sigma)) ** 0.5 * sigma**0.5)
 
 
 @pytest.mark.parametrize("sampler, prediction", [("cps", "flow"), ("ddim", "epsilon")])
@@ -140,9 +140,9 @@ def test_outside_a_window_steps_are_deterministic_and_in_a_subset_only_the_last_
 @pytest.mark.parametrize("sampler", ["dance_sde", "flow_sde", "cps"])
 def test_every_sampler_has_a_finite_plan(sampler):
     levels = flow_levels(shifted(linear_levels(10), 3.0), "transformer")
-    plan = schedule_steps(Rollout(steps=10, sampler=sampler, eta=0.7, trained=WindowSteps(size=9)), levels, 2, 0, 0)
-    assert np.isfinite(np.array(plan.transitions)).all()
-    assert all(t.s > 0 for t in plan.transitions[:-1])
+    schedule = schedule_steps(Rollout(steps=10, sampler=sampler, eta=0.7, trained=WindowSteps(size=9)), levels, 2, 0, 0)
+    assert np.isfinite(np.array(schedule.transitions)).all()
+    assert all(t.s > 0 for t in schedule.transitions[:-1])
 
 
 def test_a_thinned_suffix_ends_at_zero_and_leaves_the_window_alone():
@@ -163,6 +163,6 @@ def test_a_thinned_suffix_ends_at_zero_and_leaves_the_window_alone():
 
 def test_guard_divides_by_the_mean_step_and_the_others_do_not():
     levels = flow_levels(linear_levels(10), "transformer")
-    plan = schedule_steps(Rollout(steps=10, trained=WindowSteps(size=3)), levels, 2, 0, 0)
-    assert loss_scale(ObjectiveConfig(), plan) == 1
-    assert loss_scale(ObjectiveConfig(ratio="ratio_norm"), plan) == pytest.approx(1 / 0.1)
+    schedule = schedule_steps(Rollout(steps=10, trained=WindowSteps(size=3)), levels, 2, 0, 0)
+    assert loss_scale(ObjectiveConfig(), schedule) == 1
+    assert loss_scale(ObjectiveConfig(ratio="ratio_norm"), schedule) == pytest.approx(1 / 0.1)

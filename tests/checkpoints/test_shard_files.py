@@ -96,11 +96,11 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
     assert capsys.readouterr().err.count("000001: cannot remove this old checkpoint: Operation not permitted") == 1
 
 
-def write_and_read(folder: Path, how: str) -> None:
+def write_and_read(folder: Path, placement: str) -> None:
     """What two ranks do: write a checkpoint, read it, and read that of one rank."""
     dist.init_process_group("gloo")
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
-    places = [Replicate()] if how == "replicate" else [Shard(0)]
+    places = [Replicate()] if placement == "replicate" else [Shard(0)]
     whole = {"rows": (7, 3), "one": (1, 5), "wide": (2, 64)}
 
     def made(fill: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def write_and_read(folder: Path, how: str) -> None:
     tensors: dict[str, Any] = {
         "model": made(1), "step": {"rows": torch.tensor(float(rank))}, own: {"x": torch.arange(3) + rank},
     }  # fmt: skip
-    store.save(1, tensors, {}, 2, background=how == "shard")
+    store.save(1, tensors, {}, 2, background=placement == "shard")
     store.wait()
     again: dict[str, Any] = {
         "model": made(0), "step": {"rows": torch.zeros(())}, own: {"x": torch.zeros(3, dtype=torch.int64)},
@@ -130,8 +130,8 @@ def write_and_read(folder: Path, how: str) -> None:
         (folder / "sums.json").write_text(json.dumps({n: t.double().sum().item() for n, t in full.items()}))
 
 
-@pytest.mark.parametrize("how", ["shard", "replicate"])
-def test_ranks_read_what_other_numbers_of_ranks_wrote(tmp_path, how):
+@pytest.mark.parametrize("placement", ["shard", "replicate"])
+def test_ranks_read_what_other_numbers_of_ranks_wrote(tmp_path, placement):
     """One rank writes, two read; two write, one reads: the same bits. What both have is written once."""
     generator = torch.Generator().manual_seed(5)
     alone = {
@@ -140,9 +140,9 @@ def test_ranks_read_what_other_numbers_of_ranks_wrote(tmp_path, how):
     }
     store = CheckpointStore(tmp_path / "checkpoints")
     store.save(0, {"model": alone}, {}, 2)
-    run_ranks(tmp_path, write_and_read, tmp_path / "checkpoints", how)
-    told = json.loads((tmp_path / "checkpoints" / "sums.json").read_text())
-    assert told == {name: tensor.double().sum().item() for name, tensor in alone.items()}
+    run_ranks(tmp_path, write_and_read, tmp_path / "checkpoints", placement)
+    sums = json.loads((tmp_path / "checkpoints" / "sums.json").read_text())
+    assert sums == {name: tensor.double().sum().item() for name, tensor in alone.items()}
     # And on one rank, what two wrote.
     generator = torch.Generator().manual_seed(3)
     written = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in alone.items()}
@@ -151,5 +151,5 @@ def test_ranks_read_what_other_numbers_of_ranks_wrote(tmp_path, how):
     assert all(torch.equal(read[name], tensor) for name, tensor in written.items())
     index = json.loads((store.path(1) / "index.json").read_text())
     assert index["step/rows"]["parts"] == [{"file": "shard-00000.safetensors", "offset": [], "size": []}]
-    assert len(index["model/rows"]["parts"]) == (2 if how == "shard" else 1)
+    assert len(index["model/rows"]["parts"]) == (2 if placement == "shard" else 1)
     assert len(index["model/one"]["parts"]) == 1

@@ -37,7 +37,7 @@ def test_a_run_that_can_start_is_its_arithmetic(check):
     code, errors, out = check()
     assert (code, errors) == (0, [])
     assert "shapes:train: 960 prompts" in out
-    assert "1 rank (all of it)" in out
+    assert "One iteration on 1 rank:" in out
 
 
 def test_every_problem_is_there_at_once(check, tmp_path):

@@ -74,9 +74,9 @@ def test_a_threshold_in_the_rounding_noise_is_named(tiny_flux):
 def test_the_floor_is_what_rounding_adds_to_a_measured_q(tiny_flux, dtype):
     config = tiny_config(tiny_flux)
     levels = flow_levels([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], "transformer")
-    plan = schedule_steps(config.rollout, levels, 4, 0, 0)
-    step = int(np.flatnonzero(plan.trained[:, 0])[0])
-    _, b, s = plan.transitions[step]
+    schedule = schedule_steps(config.rollout, levels, 4, 0, 0)
+    step = int(np.flatnonzero(schedule.trained[:, 0])[0])
+    _, b, s = schedule.transitions[step]
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(4, 32, 8192, generator=generator)
     # Some roundings wide, so that the two are independent; no wider, for the cross term is this test's own noise.
@@ -85,5 +85,5 @@ def test_the_floor_is_what_rounding_adds_to_a_measured_q(tiny_flux, dtype):
     eps = torch.zeros_like(old)
     _, exact = shift_moments(new, old, *coefficients, eps)
     _, rounded = shift_moments(new.to(dtype).float(), old.to(dtype).float(), *coefficients, eps)
-    floor = q_floor(old, np.full(4, step), plan, dtype)
+    floor = q_floor(old, np.full(4, step), schedule, dtype)
     assert (rounded - exact).mean().item() == pytest.approx(floor, rel=0.1)

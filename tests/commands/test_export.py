@@ -59,9 +59,9 @@ def outputs(family: ModelFamily, module: str) -> torch.Tensor:
     "kind", [*CASES, *(pytest.param(kind, marks=pytest.mark.full) for kind in FULL)]
 )  # fmt: skip
 def test_the_cards_snippet_runs_and_has_what_was_trained(tmp_path, monkeypatch, kind):
-    dtype, how = {**CASES, **FULL}[kind]
-    config, trained = written_run(tmp_path, kind, dtype, how)
-    out = export_run(tmp_path / "run", tmp_path / "out", merge=how == "merge")
+    dtype, weights = {**CASES, **FULL}[kind]
+    config, trained = written_run(tmp_path, kind, dtype, weights)
+    out = export_run(tmp_path / "run", tmp_path / "out", merge=weights == "merge")
     monkeypatch.chdir(out)
     for name in ("first_frame.png", "source.png"):
         Image.new("RGB", (32, 32), "red").save(name)
@@ -179,7 +179,7 @@ def test_comfyui_reads_the_same_update(kind):
 
 
 def test_comfyui_is_for_a_lora(tmp_path):
-    written_run(tmp_path, "flux", how="full")
+    written_run(tmp_path, "flux", weights="full")
     with pytest.raises(UserError, match=r"--comfyui: writes a LoRA, and .* trained full weights"):
         export_run(tmp_path / "run", tmp_path / "out", comfyui=True)
 

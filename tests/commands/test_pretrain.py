@@ -81,7 +81,7 @@ def test_a_diffusion_target_and_its_latents_give_the_clean_ones_back(prediction)
     config = recipe_of("stable_diffusion").model_copy(update={"sizes": {"prediction": prediction}})
     family: Any = denoiser.open_family(TINY["stable_diffusion"].build(config), config)
     x0 = torch.randn(64, *family.latent_shape, generator=torch.Generator().manual_seed(0))
-    x, time, target = denoiser.noised(family, config, x0, torch.Generator().manual_seed(1))
+    x, time, target = denoiser.noised(family, x0, torch.Generator().manual_seed(1))
     alpha = family.pipeline.scheduler.alphas_cumprod[time.long()].view(-1, 1, 1, 1)
     clean = {
         "epsilon": (x - (1 - alpha).sqrt() * target) / alpha.sqrt(),
@@ -95,7 +95,7 @@ def test_a_flow_is_trained_on_what_it_is_told():
     config = recipe_of("flux")
     family = denoiser.open_family(TINY["flux"].build(config), config)
     x0 = torch.randn(64, *family.latent_shape, generator=torch.Generator().manual_seed(0))
-    x, sigma, velocity = denoiser.noised(family, config, x0, torch.Generator().manual_seed(1))
+    x, sigma, velocity = denoiser.noised(family, x0, torch.Generator().manual_seed(1))
     torch.testing.assert_close(x - sigma.view(-1, 1, 1) * velocity, x0, rtol=1e-5, atol=1e-5)
     # Shifted towards noise, and spread over all levels.
     assert sigma.median() == pytest.approx(0.75, abs=0.1)

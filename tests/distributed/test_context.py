@@ -89,9 +89,11 @@ def sampled(kind: str, split: bool) -> list[torch.Tensor]:
         # Blocks that are run again in backward exchange again.
         for module in family.modules.values():
             checkpoint_activations(family.blocks(module), "all")
-    plan = schedule_steps(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), 4, 0, 0)
-    layout = lay_out(plan, config.rollout.model_copy(update={"group_size": 2}), rank_samples(4, 1, 1, 0).reshape(-1))
-    latents = rollout(family, plan, layout, conditioning, config.rollout, 0, 0).latents
+    schedule = schedule_steps(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), 4, 0, 0)
+    layout = lay_out(
+        schedule, config.rollout.model_copy(update={"group_size": 2}), rank_samples(4, 1, 1, 0).reshape(-1)
+    )
+    latents = rollout(family, schedule, layout, conditioning, config.rollout, 0, 0).latents
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, *family.latent_shape, generator=generator)
     v = family.predict(x, torch.tensor([0.9, 0.4]), conditioning)

@@ -84,12 +84,12 @@ def test_two_ranks_find_the_rate_of_one(tiny_flux, runs):
 
 
 def test_several_ranks_tell_who_came_last(runs):
-    def told(folder):
+    def reported(folder):
         lines = [json.loads(line) for line in (runs / folder / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if k.startswith("ranks/")} for line in lines]
 
-    assert told("alone") == [{}, {}]
-    for line in told("once"):
+    assert reported("alone") == [{}, {}]
+    for line in reported("once"):
         assert line["ranks/last"] in (0, 1)
         assert line["ranks/behind_seconds"] >= 0
 

@@ -169,9 +169,9 @@ def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind
     """Autograd through rollout rows and kernels, against differences of the textbook loss in float64."""
     wide = {"clip_low": 0.05, "clip_high": 0.05}
     config = image_config(saved(kind)[0], kind, rollout={"group_size": 2}, objective=wide)
-    family, plan, trajectory, conditioning, updater = prepare(config)
+    family, schedule, trajectory, conditioning, updater = prepare(config)
     A = advantages(config)
-    result = run_update(updater, plan, trajectory, conditioning, A)
+    result = run_update(updater, schedule, trajectory, conditioning, A)
     assert result.statistics.max_deviation.item() == 0
 
     exact = copy.deepcopy(family.denoiser).double().requires_grad_(False)
@@ -191,7 +191,7 @@ def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind
         values = []
         for sign in (1, -1):
             weight[place] += sign * step
-            values.append(float(textbook_loss(exact, family, plan, trajectory, conditioning, A, config)))
+            values.append(float(textbook_loss(exact, family, schedule, trajectory, conditioning, A, config)))
             weight[place] -= sign * step
         slope = (values[0] - values[1]) / (2 * step)
         assert slope == pytest.approx(float(ours[i][place]), rel=2e-3, abs=1e-5 * largest)
@@ -200,8 +200,8 @@ def test_the_first_ratio_is_one_and_the_gradient_a_finite_difference(saved, kind
 @pytest.mark.parametrize("kind", [kind for kind in WORDED if kind != "sd3_without_t5"])
 def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     config = image_config(saved(kind)[0], kind, model={"dtype": "bfloat16"}, rollout={"group_size": 2})
-    _, plan, trajectory, conditioning, updater = prepare(config)
-    result = run_update(updater, plan, trajectory, conditioning, advantages(config))
+    _, schedule, trajectory, conditioning, updater = prepare(config)
+    result = run_update(updater, schedule, trajectory, conditioning, advantages(config))
     assert trajectory.v_old.dtype == torch.bfloat16
     assert result.statistics.max_deviation.item() == 0
     assert any(g is not None and g.abs().max() > 0 for g in updater.optimizer.seen[0])
@@ -210,11 +210,11 @@ def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
 @pytest.mark.parametrize("kind", ["sd_v", "qwen_image", "z_image", "flux2", "flux_kontext", "qwen_2_1", *EDITS])
 def test_an_update_moves_the_weights(saved, kind):
     config = image_config(saved(kind)[0], kind)
-    family, plan, trajectory, conditioning, _ = prepare(config)
+    family, schedule, trajectory, conditioning, _ = prepare(config)
     before = [p.detach().clone() for p in family.policy.parameters()]
     updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
     A = advantages(config)
-    run_update(updater, plan, trajectory, conditioning, A)
+    run_update(updater, schedule, trajectory, conditioning, A)
     moved = [not torch.equal(a, b) for a, b in zip(before, family.policy.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 3
 

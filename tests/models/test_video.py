@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from support.tiny_images import drawn, initial
 from support.tiny_video import MODELS, build, video_config
 from support.updates import run_update
 
@@ -29,7 +30,6 @@ from fastgrpo.rollout.sampler import initial_noise, rollout
 from fastgrpo.training.optimizer import OptimizerState
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import Updater
-from fastgrpo_kernels import noise
 
 CPU = torch.device("cpu")
 KINDS = list(MODELS)
@@ -76,20 +76,6 @@ PROMPTS = prompts_of("a red circle stands", "a blue square moves up, a green cro
 NEGATIVE = Prompt(
     'a red circle says "left" and "up"', negative="a blue square moves", image="moving:3:a red circle stands"
 )
-
-
-def initial(family: ModelFamily, seeds: range) -> torch.Tensor:
-    key = noise.noise_key(7, torch.tensor(list(seeds)), 0, 0, noise.STREAM_INITIAL, CPU)
-    return noise.normal(key, family.latent_shape)
-
-
-def drawn(family: ModelFamily, config: Config, prompts: list[Prompt], steps: int = 3) -> torch.Tensor:
-    """Videos of `prompts` by deterministic rollout."""
-    single = config.rollout.model_copy(update={"group_size": 1, "shared_noise": False, "steps": steps})
-    plan = schedule_steps(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
-    layout = lay_out(plan, single, np.arange(len(prompts)))
-    final = rollout(family, plan, layout, family.encode(prompts), single, 7, 0).latents
-    return decode(family, final, config.rollout.decode_batch)
 
 
 def by_pipeline(pipeline: Any, family: ModelFamily, prompts: list[Prompt], steps: int = 3) -> torch.Tensor:
@@ -232,13 +218,13 @@ def test_sound_takes_euler_steps_beside_a_video_that_does_not(saved):
     config = video_config(saved("ltx2")[0], "ltx2", update={"optimizer": {"lr": 1e-4, "weight_decay": 0.0}})
     family = load_family(config.model, CPU)
     family.policy.requires_grad_(True)
-    plan, trajectory, conditioning = updated(family, config, PROMPTS)
+    schedule, trajectory, conditioning = updated(family, config, PROMPTS)
     layout, sound = trajectory.layout, family.beside
     assert 0 < sound < family.latent_shape[0]
     before, after = (trajectory.layout.rows_of(step) for step in (1, 2))
     row = torch.from_numpy(layout.sample_prompt)
     x, v, y = trajectory.x[before][row], trajectory.v_old[before][row], trajectory.x[after]
-    euler = x + (plan.times[2] - plan.times[1]) * v
+    euler = x + (schedule.times[2] - schedule.times[1]) * v
     torch.testing.assert_close(y[:, -sound:], euler[:, -sound:], rtol=1e-5, atol=1e-6)
     assert (family.of_policy(y) - family.of_policy(euler)).abs().mean() > 0.1
     # A group's samples part in the video at the first trained step, and in what is heard of it after the second.
@@ -247,7 +233,7 @@ def test_sound_takes_euler_steps_beside_a_video_that_does_not(saved):
     model: Any = family.denoiser
     heads = {name: getattr(model, name).weight.detach().clone() for name in ("proj_out", "audio_proj_out")}
     updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
-    run_update(updater, plan, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
+    run_update(updater, schedule, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
     assert not torch.equal(model.proj_out.weight, heads["proj_out"])
     assert torch.equal(model.audio_proj_out.weight, heads["audio_proj_out"])
 
@@ -263,10 +249,10 @@ def test_texts_are_as_long_as_the_connectors_registers_allow(saved):
 def test_a_given_first_frame_of_the_5b_comes_out_as_it_went_in(families):
     family = families("wan_5b_i2v")
     config = video_config("unused", "wan_5b_i2v")
-    plan = schedule_steps(config.rollout, family.noise_levels(4, "pipeline"), 4, 0, 7)
-    layout = lay_out(plan, config.rollout, np.arange(4))
+    schedule = schedule_steps(config.rollout, family.noise_levels(4, "pipeline"), 4, 0, 7)
+    layout = lay_out(schedule, config.rollout, np.arange(4))
     conditioning = family.encode(PROMPTS)
-    latents = rollout(family, plan, layout, conditioning, config.rollout, 7, 0).latents
+    latents = rollout(family, schedule, layout, conditioning, config.rollout, 7, 0).latents
     wanted = conditioning["condition"][torch.from_numpy(layout.sample_prompt)]
     torch.testing.assert_close(latents[:, :, :1], wanted, rtol=1e-4, atol=1e-4)
 
@@ -274,11 +260,11 @@ def test_a_given_first_frame_of_the_5b_comes_out_as_it_went_in(families):
 def updated(family: ModelFamily, config: Config, prompts: list[Prompt]):
     samples = config.rollout.prompts_per_iteration * config.rollout.group_size
     levels = family.noise_levels(config.rollout.steps, config.rollout.shift)
-    plan = schedule_steps(config.rollout, levels, samples, 0, 7)
-    layout = lay_out(plan, config.rollout, np.arange(samples))
+    schedule = schedule_steps(config.rollout, levels, samples, 0, 7)
+    layout = lay_out(schedule, config.rollout, np.arange(samples))
     conditioning = family.encode(prompts)
-    trajectory = rollout(family, plan, layout, conditioning, config.rollout, 7, 0)
-    return plan, trajectory, conditioning
+    trajectory = rollout(family, schedule, layout, conditioning, config.rollout, 7, 0)
+    return schedule, trajectory, conditioning
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -286,13 +272,13 @@ def test_the_first_ratio_is_one_and_the_update_moves_the_weights(saved, kind):
     config = video_config(saved(kind)[0], kind)
     family = load_family(config.model, CPU)
     family.policy.requires_grad_(True)
-    plan, trajectory, conditioning = updated(family, config, PROMPTS)
+    schedule, trajectory, conditioning = updated(family, config, PROMPTS)
     # A group shares its video noise from the first frame to the last.
-    first = trajectory.layout.rows_of(plan.first_stochastic)
+    first = trajectory.layout.rows_of(schedule.first_stochastic)
     assert len(trajectory.x[first]) == 2
     before = [p.detach().clone() for p in family.policy.parameters()]
     updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
-    result = run_update(updater, plan, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
+    result = run_update(updater, schedule, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
     assert float(result.first.max_deviation) == 0
     moved = [not torch.equal(a, b) for a, b in zip(before, family.policy.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 3
@@ -303,9 +289,9 @@ def test_the_first_ratio_is_one_in_bfloat16(saved, kind):
     config = video_config(saved(kind)[0], kind, model={**MODELS[kind], "dtype": "bfloat16"})
     family = load_family(config.model, CPU)
     family.policy.to(torch.bfloat16).requires_grad_(True)
-    plan, trajectory, conditioning = updated(family, config, PROMPTS)
+    schedule, trajectory, conditioning = updated(family, config, PROMPTS)
     updater = Updater(family, config, World(0, 1, CPU), OptimizerState(family.policy, config.update, 1))
-    result = run_update(updater, plan, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
+    result = run_update(updater, schedule, trajectory, conditioning, np.array([1.0, -1.0, 0.5, -0.5]))
     assert trajectory.v_old.dtype == torch.bfloat16
     assert float(result.first.max_deviation) == 0
 
@@ -573,8 +559,8 @@ def test_a_frozen_copy_attends_to_its_own_text(families):
 def test_a_groups_shared_noise_is_one_video_noise(families):
     family = families("hunyuan_video")
     roll = video_config("unused", "hunyuan_video").rollout
-    plan = schedule_steps(roll, family.noise_levels(4, "pipeline"), 4, 0, 7)
-    layout = lay_out(plan, roll, np.arange(4))
+    schedule = schedule_steps(roll, family.noise_levels(4, "pipeline"), 4, 0, 7)
+    layout = lay_out(schedule, roll, np.arange(4))
     x = initial_noise(layout, roll, family.latent_shape, 7, 0, CPU, True)
     assert x.shape == (4, 8, 3, 4, 4)
     assert torch.equal(x[0], x[1])
@@ -583,7 +569,7 @@ def test_a_groups_shared_noise_is_one_video_noise(families):
     # Every frame has noise of its own.
     assert (x[:, :, 1:] - x[:, :, :-1]).abs().amax(dim=(1, 3, 4)).min() > 0.1
     single = roll.model_copy(update={"shared_noise": False})
-    apart = initial_noise(lay_out(plan, single, np.arange(4)), single, family.latent_shape, 7, 0, CPU, True)
+    apart = initial_noise(lay_out(schedule, single, np.arange(4)), single, family.latent_shape, 7, 0, CPU, True)
     assert not torch.equal(apart[0], apart[1])
 
 

@@ -84,13 +84,13 @@ def test_energy_is_of_one_iteration_and_not_of_what_lies_between(driver, monkeyp
     assert monitor.report({}, {}, 0).joules == pytest.approx(4.0)
 
 
-def told(rollout: float, joules: float = math.nan, reading: Reading | None = None) -> np.ndarray:
+def vector(rollout: float, joules: float = math.nan, reading: Reading | None = None) -> np.ndarray:
     seconds = {"rollout": rollout, "update": 1.0, "other": 0.0, "total": 4.0}
     return RankReport(seconds, {"rollout": int(100 * rollout), "update": 400}, 500, joules, reading).vector()
 
 
 def test_the_last_rank_is_named_with_what_it_costs_the_others():
-    metrics = rank_metrics(np.stack([told(2.0), told(2.1), told(2.9), told(2.1)]), 8)
+    metrics = rank_metrics(np.stack([vector(2.0), vector(2.1), vector(2.9), vector(2.1)]), 8)
     assert metrics["ranks/last"] == 2
     assert metrics["ranks/behind_seconds"] == pytest.approx(0.8)
     assert (metrics["time/rollout"], metrics["time/total"]) == (2.0, 4.0)
@@ -100,12 +100,12 @@ def test_the_last_rank_is_named_with_what_it_costs_the_others():
 
 
 def test_one_rank_is_behind_nobody():
-    assert not {name for name in rank_metrics(told(2.0)[None], 8) if name.startswith("ranks/")}
+    assert not {name for name in rank_metrics(vector(2.0)[None], 8) if name.startswith("ranks/")}
 
 
 def test_power_is_of_all_gpus_and_the_clock_of_the_slowest():
     fast, slow = Reading(0.0, 600.0, 1980.0, 0x01), Reading(0.0, 700.0, 1410.0, 0x40)
-    metrics = rank_metrics(np.stack([told(2.0, 2000.0, fast), told(2.0, 2800.0, slow)]), 8)
+    metrics = rank_metrics(np.stack([vector(2.0, 2000.0, fast), vector(2.0, 2800.0, slow)]), 8)
     assert metrics["gpu/power_w"] == 1200
     assert metrics["gpu/joules_per_sample"] == 600
     assert metrics["gpu/clock_mhz"] == 1410

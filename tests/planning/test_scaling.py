@@ -70,8 +70,8 @@ def test_what_limits_is_what_phases_wait_for(tiny_flux):
 
 def test_the_same_samples_are_planned_on_more_gpus_and_copies_save_traffic(tiny_flux, tmp_path):
     config = tiny_config(tiny_flux, rollout={"prompts_per_iteration": 4, "group_size": 2, "forward_batch": 4})
-    told = []
-    found = scaling(config, H100, [1, 2, 4, 16], 2, told.append)
+    notes = []
+    found = scaling(config, H100, [1, 2, 4, 16], 2, notes.append)
     one, two, four, none = found.given
     assert isinstance(one, Point)
     assert isinstance(two, Point)
@@ -89,7 +89,7 @@ def test_the_same_samples_are_planned_on_more_gpus_and_copies_save_traffic(tiny_
     assert (best.mesh, best.batch) == ("2 × 2", 2)
     assert best.network < four.network
     assert best.seconds < four.seconds
-    assert any("parallel.replicate=2 rollout.forward_batch=2" in text for text in told)
+    assert any("parallel.replicate=2 rollout.forward_batch=2" in text for text in notes)
     text = as_markdown(found)
     assert text.startswith("Planned, not measured: 8 samples an iteration on h100")
     assert "| 16 | – | – | – | – | – | – | – | rollout.prompts_per_iteration: 8 samples" in text

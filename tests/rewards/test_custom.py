@@ -340,10 +340,10 @@ def test_a_failure_on_another_rank_is_told_once_with_its_rank(tiny_flux, tmp_pat
     (tmp_path / "config.yaml").write_text(dump(config))
     monkeypatch.chdir(tmp_path)
     said = run_ranks(tmp_path, command_line, "train", "config.yaml")
-    told = [line for text in said for line in text.splitlines() if "CUDA out of memory on this rank" in line]
-    (line,) = told
+    lines = [line for text in said for line in text.splitlines() if "CUDA out of memory on this rank" in line]
+    (line,) = lines
     assert line.startswith("rank 1: reward 'one_rank.py:bright' failed for 4 samples: RuntimeError: ")
     assert "in bright" in Path(line.partition("; traceback: ")[2]).read_text()
     events = [json.loads(text) for text in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [e["text"] for e in events if e["event"] == "note" and "rank 1" in e["text"]] == told
+    assert [e["text"] for e in events if e["event"] == "note" and "rank 1" in e["text"]] == lines
     assert [e["samples/failed"] for e in events if e["event"] == "lost"] == [4, 4]

@@ -20,8 +20,8 @@ SUBSET = {"kind": "subset", "fraction": 0.6}
 
 
 def run(config, iteration=0):
-    family, plan, layout, conditioning, _ = tiny_rollout_inputs(config, iteration)
-    return rollout(family, plan, layout, conditioning, config.rollout, config.run.seed, iteration), plan, family
+    family, schedule, layout, conditioning, _ = tiny_rollout_inputs(config, iteration)
+    return rollout(family, schedule, layout, conditioning, config.rollout, config.run.seed, iteration), schedule, family
 
 
 def test_deterministic_rollout_is_the_pipelines_own_output(tiny_flux):
@@ -29,9 +29,9 @@ def test_deterministic_rollout_is_the_pipelines_own_output(tiny_flux):
     config = tiny_config(tiny_flux, rollout={"steps": 6, "shift": "pipeline", "forward_batch": 3, "group_size": 2})
     family, *_ = tiny_rollout_inputs(config)
     single = config.rollout.model_copy(update={"group_size": 1})
-    plan = schedule_steps(single, family.noise_levels(6, "pipeline"), 3, 0, 7, deterministic=True)
-    layout = lay_out(plan, single, np.arange(3))
-    final = rollout(family, plan, layout, family.encode([Prompt(t) for t in texts]), single, 7, 0).latents
+    schedule = schedule_steps(single, family.noise_levels(6, "pipeline"), 3, 0, 7, deterministic=True)
+    layout = lay_out(schedule, single, np.arange(3))
+    final = rollout(family, schedule, layout, family.encode([Prompt(t) for t in texts]), single, 7, 0).latents
     ours = decode(family, final, 3)
     start = noise.normal(noise.noise_key(7, [0, 1, 2], 0, 0, noise.STREAM_INITIAL, "cpu"), family.latent_shape)
     theirs = family.pipeline(
@@ -46,12 +46,12 @@ def test_deterministic_rollout_is_the_pipelines_own_output(tiny_flux):
 @pytest.mark.parametrize("kept", ["keep", "regenerate"])
 def test_what_is_kept_reproduces_every_trained_step(tiny_flux, trained, kept):
     config = tiny_config(tiny_flux, rollout={"trained": trained, "noise": kept, "share_prefix": False})
-    trajectory, plan, family = run(config)
+    trajectory, schedule, family = run(config)
     layout = trajectory.layout
-    assert len(layout.pair_row) == plan.trained.sum()
+    assert len(layout.pair_row) == schedule.trained.sum()
     for pair, row in enumerate(layout.pair_row):
         step, sample = layout.row_step[row], layout.pair_sample[pair]
-        assert plan.trained[step, layout.samples[sample]]
+        assert schedule.trained[step, layout.samples[sample]]
         following = np.flatnonzero((layout.row_step == step + 1) & (layout.row_source == sample))
         if len(following) == 0:
             continue
@@ -59,7 +59,7 @@ def test_what_is_kept_reproduces_every_trained_step(tiny_flux, trained, kept):
         eps = noise.normal(key, family.latent_shape)
         if trajectory.noise is not None:
             assert torch.equal(trajectory.noise[pair], eps[0])
-        a, b, s = plan.transitions[step]
+        a, b, s = schedule.transitions[step]
         y = gaussian_step(trajectory.x[row][None], trajectory.v_old[row][None], a, b, s, eps)
         assert torch.equal(y[0], trajectory.x[following[0]])
 
@@ -76,13 +76,13 @@ def test_sharing_the_prefix_changes_no_bit(tiny_flux, trained):
 
 def test_ranks_share_the_same_samples(tiny_flux):
     config = tiny_config(tiny_flux)
-    whole, plan, family = run(config)
+    whole, schedule, family = run(config)
     _, _, _, conditioning, _ = tiny_rollout_inputs(config)
     for rank in range(2):
         samples = rank_samples(6, 1, 2, rank).reshape(-1)
-        layout = lay_out(plan, config.rollout, samples)
+        layout = lay_out(schedule, config.rollout, samples)
         rows = conditioning.rows(layout.prompts)
-        part = rollout(family, plan, layout, rows, config.rollout, 7, 0)
+        part = rollout(family, schedule, layout, rows, config.rollout, 7, 0)
         assert torch.equal(part.latents, whole.latents[samples])
 
 

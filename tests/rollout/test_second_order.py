@@ -108,8 +108,8 @@ def test_its_error_falls_with_the_square_of_the_step(prediction):
 def test_only_steps_after_the_window_and_between_its_ends_are_of_second_order():
     levels = flow_levels(shifted(linear_levels(10), 3.0), "transformer")
     window = WindowSteps(size=2, start=2)
-    plan = schedule_steps(Rollout(steps=10, trained=window, suffix_solver="dpmpp_2m"), levels, 4, 0, 0)
-    assert [weight > 0 for weight in plan.second_order] == [False] * 5 + [True] * 4 + [False]
+    schedule = schedule_steps(Rollout(steps=10, trained=window, suffix_solver="dpmpp_2m"), levels, 4, 0, 0)
+    assert [weight > 0 for weight in schedule.second_order] == [False] * 5 + [True] * 4 + [False]
     thin = schedule_steps(Rollout(steps=10, trained=window, suffix_solver="dpmpp_2m", suffix_steps=3), levels, 4, 0, 0)
     assert [weight > 0 for weight in thin.second_order] == [False] * 5 + [True, False]
     plain = Rollout(steps=10, trained=window)
@@ -129,7 +129,7 @@ def test_a_rollout_takes_these_steps(tiny_flux):
     config = tiny_config(
         tiny_flux, rollout={"steps": 7, "suffix_solver": "dpmpp_2m", "trained": {"kind": "window", "size": 1}}
     )
-    family, plan, layout, conditioning, _ = tiny_rollout_inputs(config)
+    family, schedule, layout, conditioning, _ = tiny_rollout_inputs(config)
     seen = []
     predict = family.predict
 
@@ -139,29 +139,29 @@ def test_a_rollout_takes_these_steps(tiny_flux):
         return output
 
     family.predict = watched  # pyright: ignore[reportAttributeAccessIssue]
-    latents = rollout(family, plan, layout, conditioning, config.rollout, 7, 0).latents
+    latents = rollout(family, schedule, layout, conditioning, config.rollout, 7, 0).latents
     # One forward of the group's common row, then two of its six samples at each step.
     x, previous = seen[1][0], torch.zeros(())
     for step in range(1, 7):
         v = seen[2 * step - 1][1]
         assert torch.allclose(seen[2 * step - 1][0], x, atol=1e-5)
-        a, b, _ = plan.transitions[step]
-        p, q = plan.clean[step]
+        a, b, _ = schedule.transitions[step]
+        p, q = schedule.clean[step]
         clean = p * x + q * v
-        x = a * x + b * v + plan.second_order[step] * (clean - previous)
+        x = a * x + b * v + schedule.second_order[step] * (clean - previous)
         previous = clean
     assert torch.allclose(latents[:4].double(), x, atol=1e-5)
-    assert sum(weight > 0 for weight in plan.second_order) == 4
+    assert sum(weight > 0 for weight in schedule.second_order) == 4
 
 
 def test_a_step_keeps_the_clean_sample_only_where_the_next_one_needs_it():
     levels = flow_levels(shifted(linear_levels(6), 3.0), "transformer")
     settings = Rollout(steps=6, trained=WindowSteps(size=1), suffix_solver="dpmpp_2m")
-    plan = schedule_steps(settings, levels, 4, 0, 0)
+    schedule = schedule_steps(settings, levels, 4, 0, 0)
     x, v = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    _, first = deterministic_step(x, v, plan, 1, None)
+    _, first = deterministic_step(x, v, schedule, 1, None)
     assert first is not None
     assert torch.allclose(first, x - levels.start[1] * v, atol=1e-6)
-    y, last = deterministic_step(x, v, plan, 5, first)
+    y, last = deterministic_step(x, v, schedule, 5, first)
     assert last is None
     assert torch.allclose(y, x - levels.start[5] * v, atol=1e-6)

@@ -205,6 +205,7 @@ def test_an_image_of_another_size_is_judged_alike():
         (np.zeros((0, 3, 32, 32)), 0, "expected"),
         (np.zeros((2, 3, 32, 32)), 1, "one an image"),
     ],
+    ids=["channels last", "no images", "another number"],
 )
 def test_another_layout_or_number_is_refused(images, prompts, message):
     chosen = list(all_prompts()[:prompts])

@@ -214,7 +214,7 @@ def test_a_verdict_does_not_depend_on_the_batch_and_nan_is_no_number(truth):
         assert alone.score[0] == pytest.approx(whole.score[row], abs=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 2, 32, 32), (1, 9, 3, 32, 32), (1, 3, 9, 32, 16)])
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 2, 32, 32), (1, 9, 3, 32, 32), (1, 3, 9, 32, 16)], ids=str)
 def test_a_wrong_layout_is_refused(shape):
     with pytest.raises(ValueError, match="videos"):
         verify(np.zeros(shape, dtype=np.float32), [parse("a red circle stands")])

@@ -284,7 +284,7 @@ def test_a_broken_image_is_a_failed_sample_and_not_a_number(red_square):
     assert not result.strict[1:].any()
 
 
-@pytest.mark.parametrize("shape", [(1, 32, 32, 3), (3, 32, 32), (1, 3, 32, 16), (0, 3, 32, 32)])
+@pytest.mark.parametrize("shape", [(1, 32, 32, 3), (3, 32, 32), (1, 3, 32, 16), (0, 3, 32, 32)], ids=str)
 def test_a_wrong_layout_is_refused(shape):
     with pytest.raises(ValueError, match="images"):
         verify(np.zeros(shape, dtype=np.float32), [parse("a circle")] * shape[0])

@@ -18,10 +18,10 @@ from support import tiny_images, tiny_video
 LORA = {"rank": 2, "alpha": 6.0}
 
 
-def config_of(kind: str, base: Path, run: Path, dtype: str, how: str) -> Config:
+def config_of(kind: str, base: Path, run: Path, dtype: str, weights: str) -> Config:
     video = kind in tiny_video.MODELS
     sizes = {**(tiny_video.MODELS if video else tiny_images.MODELS)[kind], "dtype": dtype}
-    model = {**sizes, "lora": None if how == "full" else LORA}
+    model = {**sizes, "lora": None if weights == "full" else LORA}
     shift = "pipeline" if kind.startswith("sd") and kind != "sd3" else 2.0
     roll = {"steps": 3, "shift": shift, "trained": {"kind": "window", "size": 1}}
     if video:
@@ -29,11 +29,11 @@ def config_of(kind: str, base: Path, run: Path, dtype: str, how: str) -> Config:
     return tiny_images.image_config(base, kind, run, model=model, rollout=roll)
 
 
-def written_run(tmp_path: Path, kind: str, dtype: str = "float32", how: str = "lora") -> tuple[Config, ModelFamily]:
+def written_run(tmp_path: Path, kind: str, dtype: str = "float32", weights: str = "lora") -> tuple[Config, ModelFamily]:
     """A run directory with one checkpoint of random trained weights, and the family that has them."""
     base, run = tmp_path / "base", tmp_path / "run"
     (tiny_video if kind in tiny_video.MODELS else tiny_images).build(kind).save_pretrained(base)
-    config = config_of(kind, base, run, dtype, how)
+    config = config_of(kind, base, run, dtype, weights)
     family = load_family(config.model, torch.device("cpu"))
     make_trainable(family)
     generator = torch.Generator().manual_seed(0)

@@ -65,8 +65,8 @@ def run_iteration(
         config.rollout.prompts_per_iteration,
         config.rollout.prompts_per_iteration * config.rollout.group_size,
     )
-    plan = schedule_steps(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), samples, 0, 0)
-    layout = lay_out(plan, config.rollout, np.arange(samples))
+    schedule = schedule_steps(config.rollout, family.noise_levels(config.rollout.steps, "pipeline"), samples, 0, 0)
+    layout = lay_out(schedule, config.rollout, np.arange(samples))
     advantages = np.where(np.arange(samples) % 3 == 2, 0.0, np.linspace(-1, 1, samples))
     with FakeTensorMode():
         fake(family.policy)
@@ -78,10 +78,10 @@ def run_iteration(
             for name, shape in encoded.items()
         }
         conditioning = Conditioning(tensors, host)
-        trajectory = rollout(family, plan, layout, conditioning, config.rollout, 0, 0)
+        trajectory = rollout(family, schedule, layout, conditioning, config.rollout, 0, 0)
         images = decode(family, trajectory.latents, config.rollout.decode_batch)
         updater = Updater(family, config, World(0, 1, device), OptimizerState(family.policy, config.update, 1))
-        result = run_update(updater, plan, trajectory, conditioning, advantages)
+        result = run_update(updater, schedule, trajectory, conditioning, advantages)
     assert len(result.grad_norms) == config.update.optimizer_steps
     assert result.statistics.values.shape == (len(FIELDS),)
     return {"latents": trajectory.latents.shape, "images": images.shape, "x": trajectory.x.shape}

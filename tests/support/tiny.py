@@ -42,6 +42,6 @@ def tiny_rollout_inputs(
     prompts = load_prompts(config.prompts.train)[::40][: config.rollout.prompts_per_iteration]
     count = len(prompts) * config.rollout.group_size
     levels = family.noise_levels(config.rollout.steps, config.rollout.shift)
-    plan = schedule_steps(config.rollout, levels, count, iteration, config.run.seed)
-    layout = lay_out(plan, config.rollout, rank_samples(count, 1, 1, 0).reshape(-1))
-    return family, plan, layout, family.encode(prompts), prompts
+    schedule = schedule_steps(config.rollout, levels, count, iteration, config.run.seed)
+    layout = lay_out(schedule, config.rollout, rank_samples(count, 1, 1, 0).reshape(-1))
+    return family, schedule, layout, family.encode(prompts), prompts

@@ -197,9 +197,9 @@ def initial(family: ModelFamily, seeds: Sequence[int]) -> torch.Tensor:
 def drawn(family: ModelFamily, config: Config, prompts: list[Prompt], steps: int = 3) -> torch.Tensor:
     """What deterministic rollout makes of `prompts`."""
     single = config.rollout.model_copy(update={"group_size": 1, "shared_noise": False, "steps": steps})
-    plan = schedule_steps(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
-    layout = lay_out(plan, single, np.arange(len(prompts)))
-    final = rollout(family, plan, layout, family.encode(prompts), single, 7, 0).latents
+    schedule = schedule_steps(single, family.noise_levels(steps, "pipeline"), len(prompts), 0, 7, deterministic=True)
+    layout = lay_out(schedule, single, np.arange(len(prompts)))
+    final = rollout(family, schedule, layout, family.encode(prompts), single, 7, 0).latents
     return decode(family, final, config.rollout.decode_batch)
 
 

@@ -42,9 +42,9 @@ def prepare(
     config, move=0.0, optimizer: Callable[..., Any] = Recorder
 ) -> tuple[ModelFamily, StepSchedule, Trajectory, Conditioning, Any]:
     """A rollout, then weights moved by `move` standard deviations, and an updater."""
-    family, plan, layout, conditioning, _ = tiny_rollout_inputs(config)
+    family, schedule, layout, conditioning, _ = tiny_rollout_inputs(config)
     family.policy.to(family.dtype)
-    trajectory = rollout(family, plan, layout, conditioning, config.rollout, config.run.seed, 0)
+    trajectory = rollout(family, schedule, layout, conditioning, config.rollout, config.run.seed, 0)
     family.denoiser.requires_grad_(True)
     if move:
         generator = torch.Generator().manual_seed(1)
@@ -52,7 +52,7 @@ def prepare(
             for p in family.denoiser.parameters():
                 p.add_(torch.randn(p.shape, generator=generator) * p.std(correction=0), alpha=move)
     updater = Updater(family, config, ALONE, optimizer(family.denoiser, config.update))
-    return family, plan, trajectory, conditioning, updater
+    return family, schedule, trajectory, conditioning, updater
 
 
 def advantages(config, zeros=0):
@@ -62,7 +62,7 @@ def advantages(config, zeros=0):
     return values
 
 
-def textbook_loss(transformer, family, plan, trajectory, conditioning, A, config):
+def textbook_loss(transformer, family, schedule, trajectory, conditioning, A, config):
     """DanceGRPO's loss in float64, by subtracting two log densities pair by pair."""
     layout, total = trajectory.layout, torch.zeros((), dtype=torch.float64)
     masks = family.mask_names
@@ -73,11 +73,11 @@ def textbook_loss(transformer, family, plan, trajectory, conditioning, A, config
     for pair, row in enumerate(layout.pair_row):
         step, sample = int(layout.row_step[row]), int(layout.pair_sample[pair])
         x, v_old = trajectory.x[row][None].double(), trajectory.v_old[row][None].double()
-        sigma = torch.tensor([plan.times[step]], dtype=torch.float64)
+        sigma = torch.tensor([schedule.times[step]], dtype=torch.float64)
         condition = Conditioning(rows, conditioning.host).rows(np.array([layout.row_prompt[row]]))
         v = family.predict(x, sigma, condition, transformer)
         key = noise.noise_key(7, [int(layout.samples[sample])], step, 0, noise.STREAM_SDE, "cpu")
-        a, b, s = plan.transitions[step]
+        a, b, s = schedule.transitions[step]
         y = a * x + b * v_old + s * noise.normal(key, family.latent_shape).double()
         new, old = (torch.distributions.Normal(a * x + b * w, s).log_prob(y).mean() for w in (v, v_old))
         ratio, advantage = torch.exp(new - old), A[layout.samples[sample]]

@@ -58,10 +58,11 @@ def test_an_update_averages_once_an_iteration(tiny_flux):
     """After both of its optimizer steps, and of an iteration without a step too."""
     update = {"optimizer_steps": 2, "ema_decay": 0.9, "ema_per": "iteration", "ema_warmup": False}
     config = tiny_config(tiny_flux, update=update)
-    family, plan, trajectory, conditioning, updater = prepare(config, optimizer=lambda p, c: OptimizerState(p, c, 10))
+    prepared = prepare(config, optimizer=lambda policy, update: OptimizerState(policy, update, 10))
+    family, schedule, trajectory, conditioning, updater = prepared
     start = [p.detach().clone() for p in family.denoiser.parameters()]
     for A in (advantages(config), advantages(config, zeros=6)):
-        run_update(updater, plan, trajectory, conditioning, A)
+        run_update(updater, schedule, trajectory, conditioning, A)
     assert updater.optimizer.steps == 2
     assert updater.optimizer.ema is not None
     for p, before, average in zip(updater.optimizer.parameters, start, updater.optimizer.ema, strict=True):

@@ -32,11 +32,11 @@ LAST = {"trained": {"kind": "subset", "fraction": 1.0}, "last_step": "trained", 
 @pytest.mark.parametrize("kept", ["keep", "regenerate"])
 def test_on_policy_every_ratio_is_exactly_one(tiny_flux, trained, share, kept):
     config = tiny_config(tiny_flux, rollout={"trained": trained, "share_prefix": share, "noise": kept})
-    _, plan, trajectory, conditioning, updater = prepare(config)
+    _, schedule, trajectory, conditioning, updater = prepare(config)
     A = advantages(config, zeros=2)
-    result = run_update(updater, plan, trajectory, conditioning, A)
+    result = run_update(updater, schedule, trajectory, conditioning, A)
     assert result.statistics.max_deviation.item() == 0
-    assert result.statistics.weight.item() == 4 * plan.pairs_per_sample
+    assert result.statistics.weight.item() == 4 * schedule.pairs_per_sample
 
 
 ANTITHETIC = {"antithetic": True, "group_size": 4, "trained": {"kind": "window", "size": 1, "start": 1}}
@@ -46,8 +46,8 @@ ANTITHETIC = {"antithetic": True, "group_size": 4, "trained": {"kind": "window",
 def test_a_reward_that_is_even_in_antithetic_noise_has_no_gradient(tiny_flux, kept):
     def gradient(values: list[float]) -> torch.Tensor:
         config = tiny_config(tiny_flux, rollout={**ANTITHETIC, "noise": kept})
-        _, plan, trajectory, conditioning, updater = prepare(config)
-        result = run_update(updater, plan, trajectory, conditioning, np.array(values, dtype=np.float64))
+        _, schedule, trajectory, conditioning, updater = prepare(config)
+        result = run_update(updater, schedule, trajectory, conditioning, np.array(values, dtype=np.float64))
         assert result.statistics.max_deviation.item() == 0
         return torch.cat([g.reshape(-1) for g in updater.optimizer.seen[0] if g is not None])
 
@@ -60,14 +60,14 @@ def test_a_reward_that_is_even_in_antithetic_noise_has_no_gradient(tiny_flux, ke
 @pytest.mark.parametrize("move", [0.0, 3e-3], ids=["on policy", "off policy"])
 def test_gradient_is_that_of_the_textbook_loss(tiny_flux, trained, move):
     config = tiny_config(tiny_flux, rollout={"trained": trained}, objective={"clip_low": 0.05, "clip_high": 0.05})
-    family, plan, trajectory, conditioning, updater = prepare(config, move)
+    family, schedule, trajectory, conditioning, updater = prepare(config, move)
     A = advantages(config)
-    result = run_update(updater, plan, trajectory, conditioning, A)
+    result = run_update(updater, schedule, trajectory, conditioning, A)
     assert (result.statistics.max_deviation.item() > 1e-5) is bool(move)
 
     exact = copy.deepcopy(family.denoiser).double()
     family.dtype = torch.float64
-    loss = textbook_loss(exact, family, plan, trajectory, conditioning, A, config)
+    loss = textbook_loss(exact, family, schedule, trajectory, conditioning, A, config)
     expected = torch.autograd.grad(loss, list(exact.parameters()), allow_unused=True)
     [ours] = updater.optimizer.seen
     assert apart(ours, expected) < 2e-5
@@ -79,7 +79,7 @@ def test_gradient_is_that_of_the_textbook_loss(tiny_flux, trained, move):
         for sign in (1, -1):
             with torch.no_grad():
                 parameter.add_(direction, alpha=sign * 1e-4)
-                values.append(textbook_loss(exact, family, plan, trajectory, conditioning, A, config))
+                values.append(textbook_loss(exact, family, schedule, trajectory, conditioning, A, config))
                 parameter.sub_(direction, alpha=sign * 1e-4)
         slope = (values[0] - values[1]) / 2e-4
         assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-3, abs=1e-7)
@@ -87,10 +87,10 @@ def test_gradient_is_that_of_the_textbook_loss(tiny_flux, trained, move):
 
 def test_a_trained_last_step_starts_at_ratio_one_and_has_a_gradient(tiny_flux):
     config = tiny_config(tiny_flux, rollout=LAST)
-    _, plan, trajectory, conditioning, updater = prepare(config)
+    _, schedule, trajectory, conditioning, updater = prepare(config)
     A = advantages(config)
-    result = run_update(updater, plan, trajectory, conditioning, A)
-    assert plan.pairs_per_sample == config.rollout.steps
+    result = run_update(updater, schedule, trajectory, conditioning, A)
+    assert schedule.pairs_per_sample == config.rollout.steps
     assert result.statistics.max_deviation.item() == 0
     assert result.statistics.weight.item() == 6 * config.rollout.steps
     assert max(g.abs().max().item() for g in updater.optimizer.seen[0] if g is not None) > 0
@@ -100,11 +100,11 @@ def test_skipping_zero_advantages_changes_no_gradient(tiny_flux):
     config = tiny_config(tiny_flux)
     seen = []
     for skip in (True, False):
-        _, plan, trajectory, conditioning, updater = prepare(config)
+        _, schedule, trajectory, conditioning, updater = prepare(config)
         A = advantages(config, zeros=3)
         if not skip:
             A[:3] = 1e-300
-        run_update(updater, plan, trajectory, conditioning, A)
+        run_update(updater, schedule, trajectory, conditioning, A)
         seen.append(updater.optimizer.seen[0])
     for a, b in zip(*seen, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-8)
@@ -112,8 +112,8 @@ def test_skipping_zero_advantages_changes_no_gradient(tiny_flux):
 
 def test_nothing_to_train_takes_no_step(tiny_flux):
     config = tiny_config(tiny_flux)
-    _, plan, trajectory, conditioning, updater = prepare(config)
-    result = run_update(updater, plan, trajectory, conditioning, np.zeros(6))
+    _, schedule, trajectory, conditioning, updater = prepare(config)
+    result = run_update(updater, schedule, trajectory, conditioning, np.zeros(6))
     assert updater.optimizer.seen == []
     assert result.statistics.weight.item() == 0
 
@@ -121,12 +121,12 @@ def test_nothing_to_train_takes_no_step(tiny_flux):
 def test_optimizer_steps_take_equal_shares_of_whole_samples(tiny_flux):
     config = tiny_config(tiny_flux, update={"optimizer_steps": 2})
     whole = tiny_config(tiny_flux)
-    _, plan, trajectory, conditioning, updater = prepare(config)
+    _, schedule, trajectory, conditioning, updater = prepare(config)
     A = advantages(config)
-    run_update(updater, plan, trajectory, conditioning, A)
+    run_update(updater, schedule, trajectory, conditioning, A)
     first, second = updater.optimizer.seen
     *_, together = prepare(whole)
-    run_update(together, plan, trajectory, conditioning, A)
+    run_update(together, schedule, trajectory, conditioning, A)
     for a, b, c in zip(first, second, together.optimizer.seen[0], strict=True):
         assert torch.allclose((a + b) / 2, c, rtol=1e-3, atol=1e-7)
 
@@ -206,18 +206,17 @@ class Nothing:
         pass
 
 
-@pytest.mark.parametrize("form", ["key", "stored noise", "kl", "two rewards"])
+@pytest.mark.parametrize("form", ["key", "stored noise", "kl", "kl of v", "two rewards"])
 def test_launches_of_a_micro_batch_beside_the_model(tiny_flux, monkeypatch, form):
-    config = tiny_config(
-        tiny_flux, rollout={"share_prefix": False}, objective={"kl_weight": 0.1 if form == "kl" else 0}
-    )
+    settings = {"kl": {"kl_weight": 0.1}, "kl of v": {"kl_weight": 0.1, "kl": "v"}}.get(form, {})
+    config = tiny_config(tiny_flux, rollout={"share_prefix": False}, objective=settings)
     family, schedule, layout, *_ = tiny_rollout_inputs(config)
     shape, rows, pairs = family.latent_shape, len(layout.row_step), len(layout.pair_row)
     empty = partial(torch.empty, device="meta")
     stored = empty(pairs, *shape) if form == "stored noise" else None
     trajectory = Trajectory(layout, empty(0), empty(rows, *shape), empty(rows, *shape, dtype=torch.bfloat16), stored)
     monkeypatch.setattr(update, "to_device", lambda array, device: torch.from_numpy(array).to("meta"))
-    reference: Any = (lambda: nullcontext({"transformer": None})) if form == "kl" else None
+    reference: Any = (lambda: nullcontext({"transformer": None})) if settings else None
     terms = np.stack([advantages(config)] * (2 if form == "two rewards" else 1), axis=1)
     taken = Advantages(terms.sum(1), terms, np.ones(len(terms), bool), np.zeros(2, bool))
     counts = []
@@ -229,5 +228,6 @@ def test_launches_of_a_micro_batch_beside_the_model(tiny_flux, monkeypatch, form
             updater.run(Batch(0, np.arange(2), schedule, trajectory, nothing), taken, config.objective.kl_weight)
         counts.append(counted)
     each = counts[1] - counts[0]
-    assert triton(each) == 2, each
-    assert sum(each.values()) <= 10, each
+    # Other conventions of the KL than the Gaussian take moments of their own.
+    assert triton(each) == (5 if form == "kl of v" else 2), each
+    assert sum(each.values()) <= (13 if form == "kl of v" else 10), each

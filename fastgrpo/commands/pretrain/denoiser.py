@@ -72,9 +72,7 @@ def batches(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
         yield from torch.randperm(n, generator=generator)[: n - n % batch].split(batch)
 
 
-def noised(
-    family: ModelFamily, config: PretrainConfig, x0: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def noised(family: ModelFamily, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(x, time, target): latents at random noise levels, what the model is told, and what it should answer."""
     noise = torch.randn(x0.shape, generator=generator)
     shape = (-1,) + (1,) * (x0.ndim - 1)
@@ -137,7 +135,7 @@ def train(pipeline: Any, config: PretrainConfig) -> None:
             replace(prompts[i], text="") if gone else prompts[i] for i, gone in zip(rows.tolist(), drop, strict=True)
         ]
         x0 = pool["x0"][rows]
-        x, time, target = noised(family, config, x0, generator)
+        x, time, target = noised(family, x0, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
             encoded = family.encode_texts(asked) | {name: pool[name][rows] for name in pool if name != "x0"}
             predicted = family.predict(x, time, family.condition(encoded))

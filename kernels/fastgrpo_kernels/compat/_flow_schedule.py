@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import transitions
 from .._checks import is_host_readable
 from ..transitions import Transition
-from ._tables import Step, cached, gather, table_of, tensor
+from ._tables import Step, cached, look_up, table_of, tensor
 
 Timestep = float | Tensor | Sequence[float]
 Sampler = Literal["flow_sde", "dance_sde", "cps", "ode"]
@@ -79,7 +79,7 @@ def coefficients(
         index = torch.tensor(found, device="cpu").to(device, non_blocking=True)
     if index.numel() not in (1, batch):
         raise ValueError(f"timestep: expected 1 or {batch} values, one a sample, got {index.numel()}")
-    step = gather(table, index, batch)
+    step = look_up(table, index, batch)
     if is_host_readable(table) and bool(tensor(step.a).isnan().any()):
         if timestep_next is not None and bool(torch.isin(asked, scheduler.timesteps).all()):
             raise ValueError(f"timestep_next: expected the scheduler's next timestep, got {timestep_next}")

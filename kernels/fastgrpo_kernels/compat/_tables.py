@@ -1,4 +1,4 @@
-"""Coefficients of a schedule, computed once: a training step then gathers its columns in one launch."""
+"""Coefficients of a schedule, computed once: a training step then looks its columns up in one launch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def table_of(transition: Transition, *extras: Tensor, device: torch.device) -> T
     return rows.to(device=device, dtype=dtype, non_blocking=True)
 
 
-def gather(table: Tensor, index: Tensor, batch: int) -> Step:
+def look_up(table: Tensor, index: Tensor, batch: int) -> Step:
     """Columns of a table for B samples, in one launch; `index` has one element, or B."""
     columns = table.index_select(1, index.reshape(-1)).expand(-1, batch)
     a, b, s, less_one, density, *extras = columns.unbind(0)

@@ -9,7 +9,7 @@ from .. import transitions
 from .._checks import is_host_readable
 from ..transitions import Transition
 from . import gaussian
-from ._tables import Step, cached, gather, step_of, table_of
+from ._tables import Step, cached, look_up, step_of, table_of
 
 
 def flux_step(
@@ -72,7 +72,7 @@ def _coefficients(sigmas: Tensor, index: int | Tensor, eta: float, sde: bool, la
         index = index.to(device, non_blocking=True)
     else:
         index = torch.full((1,), index, dtype=torch.int64, device=device)
-    return gather(table, index, latents.shape[0])
+    return look_up(table, index, latents.shape[0])
 
 
 def _transition(sigma: float | Tensor, sigma_next: float | Tensor, eta: float, sde: bool) -> Transition:

@@ -14,7 +14,7 @@ from .. import transitions
 from .._checks import is_host_readable
 from ..transitions import Transition
 from . import gaussian
-from ._tables import Step, cached, gather, table_of
+from ._tables import Step, cached, look_up, table_of
 
 
 def ddim_step_with_logprob(
@@ -87,4 +87,4 @@ def _coefficients(scheduler: Any, timestep: int | Tensor, eta: float, sample: Te
         index = timestep.to(device, non_blocking=True)
     else:
         index = torch.full((1,), timestep, dtype=torch.int64, device=device)
-    return gather(table, index, sample.shape[0])
+    return look_up(table, index, sample.shape[0])

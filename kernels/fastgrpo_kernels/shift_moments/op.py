@@ -356,6 +356,8 @@ class _ShiftMoments(torch.autograd.Function):
         P, Q, share, rest = _forward(shift)
         save_arguments(ctx, (share, *shift))
         ctx.mark_non_differentiable(share, rest)
+        # Else autograd would fill zeros for each output that no loss reads.
+        ctx.set_materialize_grads(False)
         return P, Q, share, rest
 
     @staticmethod
@@ -363,7 +365,8 @@ class _ShiftMoments(torch.autograd.Function):
         refuse_double_backward("shift_moments")
         share, *arguments = saved_arguments(ctx)
         shift = Shift(*arguments)
-        grad, grad_uncond = _backward(grads[0], grads[1], share, shift)
+        grad_p, grad_q = (torch.zeros_like(grads[1 - i]) if grads[i] is None else grads[i] for i in (0, 1))
+        grad, grad_uncond = _backward(grad_p, grad_q, share, shift)
         return grad, None if shift.v_uncond is None else grad_uncond, None
 
 

@@ -61,11 +61,11 @@ def test_a_recipe_says_offline_in_one_list_what_is_missing(nowhere, said, path):
     checked, lines, _ = said("train", path, "--check")
     for line in missing:
         source = line.split(": ", 1)[1].split(" is ")[0]
-        assert any(line in told or (told.startswith("error: ") and source in told) for told in lines), line
-    told = [line for line in lines if not line.startswith(("warning: ", "missing: "))]
-    assert checked == (2 if told else 0)
+        assert any(line in shown or (shown.startswith("error: ") and source in shown) for shown in lines), line
+    others = [line for line in lines if not line.startswith(("warning: ", "missing: "))]
+    assert checked == (2 if others else 0)
     # What ends a run before it could ask the hub: a reward's converted weights, a server's token.
-    assert all("rewards" in line or "cannot read the prompts" in line for line in told), told
+    assert all("rewards" in line or "cannot read the prompts" in line for line in others), others
 
 
 def test_gated_weights_and_pickled_ones_are_told_with_their_steps(nowhere, said):
