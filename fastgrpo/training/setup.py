@@ -17,7 +17,7 @@ from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.data.samplers import prompts_to_come
 from fastgrpo.distributed.adamw_8bit import check_optimizer
 from fastgrpo.distributed.signals import StopRequest, stop_request
-from fastgrpo.distributed.world import World, start_world, this_machine
+from fastgrpo.distributed.world import World, launched, start_world
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import heldout_prompts
 from fastgrpo.models import ModelFamily, check_family
@@ -46,7 +46,7 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     check_resolved(config)
     prompts = load_prompts(config.prompts.train)
     heldout = heldout_prompts(config, config.eval.images) if config.eval.every else []
-    rank, ranks = int(os.environ.get("RANK", "0")), this_machine()[1]
+    rank, ranks = launched()[:2]
     for source, of in ((config.prompts.train, prompts), (config.prompts.heldout or "", heldout)):
         check_pictures(source, of, share=slice(rank, None, ranks))
     rewards = load_rewards(config)

@@ -53,7 +53,7 @@ def submit(tiny_flux, tmp_path):
         config.write_text(dump_settings(settings), encoding="utf-8")
         slurm = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "4242", "SLURM_NTASKS": str(ranks)}
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | slurm | more | {"FAKE": str(tmp_path), "PYTHON": sys.executable, "PYTHONPATH": paths}
+        environment = os.environ | slurm | {"FAKE": str(tmp_path), "PYTHON": sys.executable, "PYTHONPATH": paths} | more
         environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
         command = ["bash", str(ROOT / "configs/launch/slurm.sh"), str(config)]
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -74,6 +74,16 @@ def interrupt(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["slurm.sh", "torchrun.sh"])
 def test_the_script_is_a_script(name):
     subprocess.run(["bash", "-n", str(ROOT / "configs/launch" / name)], check=True)
+
+
+@pytest.mark.parametrize("tasks, local", [("2(x4)", "2"), ("2,1", "2"), (None, "2")])
+def test_slurm_tells_ranks_how_many_their_node_has(submit, tmp_path, tasks, local):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\necho "$RANK $LOCAL_WORLD_SIZE" >> {tmp_path}/told\n')
+    python.chmod(0o755)
+    more = {} if tasks is None else {"SLURM_STEP_TASKS_PER_NODE": tasks}
+    assert submit(2, 1, PYTHON=str(python), **more).wait(60) == 0
+    assert sorted((tmp_path / "told").read_text().splitlines()) == [f"0 {local}", f"1 {local}"]
 
 
 @pytest.mark.full
