@@ -1,4 +1,4 @@
-"""Rewards that people write: a class or a function of a module, or of a file; found, made and checked."""
+"""Rewards that people write, a class or a function of a module or of a file: found, made and checked; callbacks too."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from fastgrpo.errors import EXTRAS, ConfigError, missing, nearest
 from fastgrpo.observe.tracebacks import described
 from fastgrpo.rewards.base import FunctionReward, Reward
 
+Made = TypeVar("Made")
+
 TAKES = "(samples, prompts, fps)"
 
 
-def find(target: str) -> Any:
-    """What `module:name` or `file.py:name` names. Modules of the working directory are found, after installed ones.
+def find(target: str, setting: str = "rewards") -> Any:
+    """What `module:name` or `file.py:name` names, in a setting. Modules of the working directory are found, after
+    installed ones.
 
     Raises ConfigError where there is no such thing or its code fails; UserError where it needs an extra of ours.
     """
@@ -31,7 +34,7 @@ def find(target: str) -> Any:
         raise
     except ModuleNotFoundError as error:
         if error.name in EXTRAS:
-            raise missing(error.name, f"rewards: '{target}'") from None
+            raise missing(error.name, f"{setting}: '{target}'") from None
         raise ConfigError(f"'{where}' cannot be imported: {described(error, target)}") from None
     except (Exception, SystemExit) as error:
         raise ConfigError(f"'{where}' cannot be imported: {described(error, target)}") from None
@@ -40,6 +43,26 @@ def find(target: str) -> Any:
         known = f"{nearest(name, own)}(it defines: {', '.join(own) or 'nothing'})"
         raise ConfigError(f"'{name}' is not in {getattr(module, '__file__', None) or where}; {known}")
     return getattr(module, name)
+
+
+def made(base: type[Made], target: str, setting: str) -> Made:
+    """A new object of the class of `base` that `module:Class` names in a setting. Raises ConfigError, naming what is
+    wrong; UserError where it needs an extra of ours."""
+    # Of a file the module's name, by which a checkpoint keeps states, would depend on where it lies.
+    if ":" not in target or ".py:" in target:
+        raise ConfigError(f"{setting}: '{target}' is not module:Class, such as my_{setting}:My{base.__name__}")
+    try:
+        kind = find(target, setting)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: '{target}' cannot be imported: {error}") from None
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise ConfigError(f"{setting}: '{target}' is not a subclass of {base.__module__}.{base.__qualname__}")
+    try:
+        return kind()
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"{setting}: '{target}' cannot be made without arguments: {described(error, target)}"
+        ) from None
 
 
 def _of_name(name: str) -> ModuleType:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from fastgrpo.observe.run_log import RunLog
 from fastgrpo.observe.watch import warned_after
 from fastgrpo.preflight.remarks import check_pictures, remarks
 from fastgrpo.rewards import load_rewards
+from fastgrpo.rewards.custom import made
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
@@ -50,7 +50,7 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     for source, of in ((config.prompts.train, prompts), (config.prompts.heldout or "", heldout)):
         check_pictures(source, of, share=slice(rank, None, ranks))
     rewards = load_rewards(config)
-    users = [load_callback(name) for name in config.callbacks]
+    users = load_callbacks(config.callbacks)
     check_family(config)
     forward_objective(config)
     check_optimizer(config.update.optimizer)
@@ -118,18 +118,16 @@ def run_callbacks(
     return [callback for callback in found if callback is not None]
 
 
-def load_callback(name: str) -> Callback:
-    """Returns a new callback of the class that `module:Class` names. Raises ConfigError, naming what is wrong."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ConfigError(f"callbacks: '{name}' is not module:Class, such as my_callbacks:MyCallback")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"callbacks: '{name}' cannot be imported: {error}") from None
-    if not (isinstance(kind, type) and issubclass(kind, Callback)):
-        raise ConfigError(f"callbacks: '{name}' is not a subclass of fastgrpo.training.callbacks.Callback")
-    try:
-        return kind()
-    except TypeError as error:
-        raise ConfigError(f"callbacks: '{name}' cannot be made without arguments: {error}") from None
+def load_callbacks(names: Sequence[str]) -> list[Callback]:
+    """Returns a new callback of each class. Raises ConfigError where two would keep their state under one name."""
+    found = [made(Callback, name, "callbacks") for name in names]
+    # Those of fastgrpo, which are imported above.
+    taken = [kind.name for kind in Callback.__subclasses__() if kind.__module__.startswith(Callback.__module__)]
+    for name, callback in zip(names, found, strict=True):
+        if callback.name in taken:
+            raise ConfigError(
+                f"callbacks: '{name}' is not the only one whose name is '{callback.name}', under which a checkpoint "
+                "keeps its state; list it once, or give its class another `name`"
+            )
+        taken.append(callback.name)
+    return found

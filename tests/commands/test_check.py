@@ -49,7 +49,8 @@ def test_every_problem_is_there_at_once(check, tmp_path):
     for words in (
         "model.height: 33 is not a multiple of 8; the nearest is 32", "model.width: 30 is not a multiple of 8",
         "6 samples an iteration do not divide over 4 ranks", "unknown reward 'shape'; did you mean 'shapes'",
-        "there is no module 'nothing'", "there is nothing at gone.safetensors", "'image': no such file: gone.png",
+        "nothing:Here: there is no module 'nothing'", "there is nothing at gone.safetensors",
+        "'image': no such file: gone.png",
         "gone.txt: cannot read the prompts", "callbacks: 'nothing:Callback' cannot be imported",
     ):  # fmt: skip
         (line,) = [line for line in errors if words in line]
