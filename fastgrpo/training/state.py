@@ -26,7 +26,7 @@ def save(trainer: Trainer, store: CheckpointStore, best: int | None, identity: M
     Raises:
         UserError: If the checkpoint before this one could not be written (disk full, no permission).
     """
-    rollouts, flying = trainer.rollouts.state()
+    rollouts, flying = trainer.rollouts.state(trainer.stop.wished(trainer.halted))
     state = {
         **identity,
         "iteration": trainer.iteration,

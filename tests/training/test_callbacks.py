@@ -1,12 +1,16 @@
-"""Callbacks of users: what cannot be one is one line, and states are kept."""
+"""Callbacks of users: what cannot be one is one line, states are kept, and any rank may end the run."""
 
+import os
+import signal
 from typing import Any
 
 import numpy as np
 import pytest
+from support.processes import run_ranks
 from support.tiny import tiny_config
 
-from fastgrpo.errors import ConfigError, UserError
+from fastgrpo.checkpoints.store import CheckpointStore
+from fastgrpo.errors import ConfigError, PreemptedError, UserError
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.setup import load_callbacks
 from fastgrpo.training.trainer import Trainer
@@ -34,6 +38,22 @@ class NoToken(Callback):
         raise KeyError("TOKEN")
 
 
+class Halts(Callback):
+    """Ends the run on the last rank alone, whose clock says so."""
+
+    def after_iteration(self, trainer):
+        if trainer.iteration == 1 and trainer.world.process == trainer.world.ranks - 1:
+            trainer.halted = "it is late"
+
+
+class Warned(Callback):
+    """A scheduler's warning after the first iteration."""
+
+    def after_iteration(self, trainer):
+        if trainer.iteration == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
 @pytest.mark.parametrize(
     "names, said",
     [
@@ -41,8 +61,8 @@ class NoToken(Callback):
         (["Counts", "Same"], "'test_callbacks:Same' is not the only one"),
         (["Guard"], "not the only one whose name is 'guard'"),
         (["NoToken"], "'test_callbacks:NoToken' cannot be made without arguments: KeyError: 'TOKEN'"),
-        (["Cuonts"], "did you mean 'Counts'"),
-        (["tiny_config"], "is not a subclass of"),
+        (["Hlats"], "did you mean 'Halts'"),
+        (["CheckpointStore"], "is not a subclass of"),
     ],
     ids=str,
 )
@@ -68,3 +88,23 @@ def test_a_state_that_a_checkpoint_cannot_keep_is_told_before_the_first_iteratio
     with pytest.raises(UserError, match=r"the state of 'test_callbacks:Counts' is not plain data.*float32"):
         trainer.run()
     assert trainer.iteration == 0
+
+
+def run_halted(config) -> None:
+    with pytest.raises(UserError, match=r"it is late|another rank"):
+        Trainer.from_config(config).run()
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_rank_ends_the_run_for_all(tiny_flux, tmp_path, staleness):
+    more = {"scoring": {"staleness": staleness}, "parallel": {"timeout": 60.0}, "callbacks": ["test_callbacks:Halts"]}
+    run_ranks(tmp_path, run_halted, tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 9}, **more))
+    assert CheckpointStore.of_run(tmp_path / "run").iterations() == [1 + staleness]
+
+
+def test_a_signal_is_seen_where_every_iteration_has_a_checkpoint_and_samples_ahead(tiny_flux, tmp_path):
+    more = {"scoring": {"staleness": 1}, "checkpoint": {"every": 1}, "callbacks": ["test_callbacks:Warned"]}
+    trainer = Trainer.from_config(tiny_config(tiny_flux, tmp_path / "run", train={"iterations": 6}, **more))
+    with pytest.raises(PreemptedError):
+        trainer.run()
+    assert trainer.iteration <= 3

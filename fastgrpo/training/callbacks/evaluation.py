@@ -62,7 +62,7 @@ class EvaluationCallback(Callback):
         if trainer.world.main:
             trainer.note(f"iteration {iteration}: held-out reward {score:.3f}{strict}")
         # An evaluation takes a while: signals that came during it stop the run here.
-        trainer.stop.agree(trainer.world)
+        trainer.stop.agree(trainer.world, trainer.halted)
 
     def state(self) -> dict[str, Any]:
         best = self.best
