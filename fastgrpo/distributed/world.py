@@ -76,6 +76,7 @@ def start_world(config: Config) -> World:
     """Joins the process group that torchrun describes; alone, one is made only where sharding needs it.
 
     Raises ConfigError for a mesh that these ranks do not make, and for samples that they cannot share equally.
+    Raises UserError where ranks cannot meet.
     """
     memory, ranks, local = this_machine()
     rank = launched().rank
@@ -87,7 +88,12 @@ def start_world(config: Config) -> World:
     if (sharded(config, ranks)) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout), **alone)
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout), **alone)
+        except dist.DistNetworkError as error:
+            # A port that is taken, or a host that is not reached: no rank is lost yet.
+            place, said = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")), str(error)
+            raise UserError(f"MASTER_PORT: ranks cannot meet at {place}: {said.partition('. ')[0]}") from None
     world = make_world(config, ranks, rank, device)
     return replace(world, memory=int(world.gather(np.array([float(memory)])).min()))
 

@@ -15,6 +15,8 @@ from support.tiny import tiny_config
 
 from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config.sections import dump_settings
+from fastgrpo.distributed.world import start_world
+from fastgrpo.errors import UserError
 from fastgrpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +193,17 @@ def test_torchrun_starts_ranks_again_from_the_last_checkpoint(torchrun, tmp_path
     assert job.wait(400) == 0, (tmp_path / "errors").read_text()
     assert [json.loads(line)["iteration"] for line in lines.read_text().splitlines()] == [0, 1, 2, 3, 4]
     assert CheckpointStore.of_run(tmp_path / "run").iterations()[-1] == 5
+
+
+def test_a_port_that_is_taken_is_told(tiny_flux, tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        for name, value in ({"RANK": "0", "WORLD_SIZE": "2"} | place).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"MASTER_PORT: ranks cannot meet at 127.0.0.1:{place['MASTER_PORT']}: "):
+            start_world(tiny_config(tiny_flux, tmp_path / "run", parallel={"timeout": 5.0}))
 
 
 def test_a_rank_whose_peer_never_starts_says_so_and_gives_up(tiny_flux, tmp_path, monkeypatch, capfd):
