@@ -104,8 +104,8 @@ def run_callbacks(
 
     said: what the run has to say when it starts.
     """
-    evaluation = EvaluationCallback(heldout) if config.eval.every else None
-    found: list[Callback | None] = [
+    evaluation = EvaluationCallback(heldout)
+    return [
         ProfilingCallback(store.directory.parent / "profile", config.telemetry.profile),
         ProgressCallback(config.telemetry.progress and world.main, said),
         StallCallback(store.directory.parent, config.telemetry.stall_seconds),
@@ -115,7 +115,6 @@ def run_callbacks(
         FiniteCallback(config.train.max_skipped_steps),
         CheckpointCallback(store, evaluation, claim),
     ]
-    return [callback for callback in found if callback is not None]
 
 
 def load_callbacks(names: Sequence[str]) -> list[Callback]:
