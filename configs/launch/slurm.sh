@@ -53,8 +53,10 @@ if [ -n "${REWARDS:-}" ]; then
 fi
 
 # A rank that fails ends the others; the step's exit code is the largest of its ranks'.
+# Slurm says `8(x4)` for four nodes of eight tasks.
 "${step[@]}" --kill-on-bad-exit=1 bash -c \
-  'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "${PYTHON:-python}" -m fastgrpo train "$@"' \
+  'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; tasks=${SLURM_STEP_TASKS_PER_NODE:-$WORLD_SIZE}
+  export LOCAL_WORLD_SIZE=${tasks%%[(,]*}; exec "${PYTHON:-python}" -m fastgrpo train "$@"' \
   rank "$@" "${remote[@]}" run.resume=auto
 status=$?
 

@@ -276,6 +276,16 @@ def _ours(tensor: Tensor) -> bool:
     return local(tensor).numel() > 0 and (not isinstance(tensor, DTensor) or first_replica(tensor))
 
 
+def plain_states(states: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of callbacks, by name, that hold anything. Raises UserError, naming one that JSON cannot hold."""
+    for name, state in states.items():
+        try:
+            json.dumps(state)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"callbacks: the state of '{name}' is not plain data for JSON: {error}") from None
+    return {name: state for name, state in states.items() if state}
+
+
 def load_weights(policy: nn.Module, store: CheckpointStore, iteration: int, ema: bool) -> None:
     """Fills the trainable parameters of an unsharded policy from a checkpoint; its EMA where `ema`."""
     named = {name: p for name, p in policy.named_parameters() if p.requires_grad}

@@ -14,7 +14,7 @@ from fastgrpo.errors import UserError
 from fastgrpo.observe.progress import warn
 from fastgrpo.planning.plan import HARDWARE
 from fastgrpo.preflight.checks import preflight
-from fastgrpo.training.setup import load_callback
+from fastgrpo.training.setup import load_callbacks
 
 
 def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> bool:
@@ -36,8 +36,9 @@ def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -
     name = HARDWARE.fullmatch(path.stem)
     count = ranks or (int(name[1]) if name else int(os.environ.get("WORLD_SIZE", "1")))
     found = preflight(config, count)
-    for callback in config.callbacks:
-        found.attempt(partial(load_callback, callback))
+    each = [found.attempt(partial(load_callbacks, [name])) for name in config.callbacks]
+    if all(each):
+        found.attempt(partial(load_callbacks, config.callbacks))
     for remark in found.remarks:
         warn(_line(remark))
     for line in found.missing:

@@ -17,11 +17,11 @@ from fastgrpo.errors import PreemptedError
 if TYPE_CHECKING:
     import numpy as np
 
-# Why a run stops; where ranks differ, the largest counts.
-GOING_ON, INTERRUPTED, PREEMPTED = 0, 1, 2
+# Why a run stops; where ranks differ, the largest counts. Halted: by a callback, which may be one of a single rank.
+GOING_ON, INTERRUPTED, PREEMPTED, HALTED = 0, 1, 2, 3
 
 # How a run ended, for its log.
-ENDS = {GOING_ON: "finished", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}
+ENDS = {GOING_ON: "finished", INTERRUPTED: "interrupted", PREEMPTED: "preempted", HALTED: "halted"}
 STOPS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
 
 # A signal that comes again within so many seconds is the same one: a terminal and torchrun both pass Ctrl-C on.
@@ -60,11 +60,15 @@ class StopRequest:
         name = signal.Signals(number).name
         os.write(2, f"{name}: stopping as soon as all ranks know, with a checkpoint{again}\n".encode())
 
-    def agree(self, ranks: Ranks) -> int:
-        """What any rank wishes; every rank calls."""
+    def agree(self, ranks: Ranks, halted: str | None = None) -> int:
+        """What any rank wishes; every rank calls. halted: why this one's callbacks end the run, or None."""
         import numpy as np
 
-        return self.take(int(ranks.gather_all(np.array([float(self.wish)])).max()))
+        return self.take(int(ranks.gather_all(np.array([float(self.wished(halted))])).max()))
+
+    def wished(self, halted: str | None) -> int:
+        """What this rank wishes: its signals, or where there is a reason its callbacks."""
+        return HALTED if halted else self.wish
 
     def take(self, agreed: int) -> int:
         """Takes in what an agreement found."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastgrpo.config import Config
-from fastgrpo.errors import ConfigError
+from fastgrpo.errors import ConfigError, UserError
+
+# What launchers other than torchrun call the number of a process.
+TASKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 @dataclass(frozen=True)
@@ -68,30 +72,83 @@ def start_world(config: Config) -> World:
     """Joins the process group that torchrun describes; alone, one is made only where sharding needs it.
 
     Raises ConfigError for a mesh that these ranks do not make, and for samples that they cannot share equally.
+    Raises UserError where ranks cannot meet.
     """
     memory, ranks, local = this_machine()
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched().rank
     check_world(config, ranks, local)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", launched().local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if sharded(config, ranks) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout), **alone)
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout), **alone)
+        except dist.DistNetworkError as error:
+            # A port that is taken, or a host that is not reached: no rank is lost yet.
+            place, said = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")), str(error)
+            raise UserError(f"MASTER_PORT: ranks cannot meet at {place}: {said.partition('. ')[0]}") from None
     world = make_world(config, ranks, rank, device)
     return replace(world, memory=int(world.gather(np.array([float(memory)])).min()))
 
 
+class Launch(NamedTuple):
+    """The processes that a launcher started together, and which of them this is."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    local_ranks: int
+
+
+def launched() -> Launch:
+    """This process as torchrun's variables describe it; without them, alone.
+
+    Raises UserError, which every rank says, where they are incomplete or contradict one another.
+    """
+    ranks = _number("WORLD_SIZE", 1)
+    if ranks > 1 and (lacking := [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]):
+        raise UserError(
+            f"{lacking[0]}: not set, and WORLD_SIZE is {ranks}; start ranks by torchrun, or by configs/launch/slurm.sh"
+        )
+    found = Launch(_number("RANK", 0), ranks, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", ranks))
+    if not 0 <= found.rank < ranks:
+        raise UserError(
+            f"RANK: {found.rank}, and WORLD_SIZE is {ranks}; every rank is told both, and they count from 0"
+        )
+    task = next((name for name in TASKS if ranks == 1 and _number(name, 0) > 0), None)
+    if task is not None:
+        raise UserError(
+            f"WORLD_SIZE: not set, and {task} is {os.environ[task]}: every task would train alone; start them by "
+            "configs/launch/slurm.sh, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        )
+    return found
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the environment; `default` where it is not set, or empty."""
+    text = os.environ.get(name) or str(default)
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}: '{text}' is not a number; torchrun sets it") from None
+
+
 def this_machine() -> tuple[int, int, int]:
     """(bytes of this rank's device, ranks in all, ranks of this node), as torchrun describes them."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    launch = launched()
     if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+        if launch.local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"LOCAL_RANK: {launch.local_rank}, and this process sees {count} GPUs; start one rank a GPU, or set "
+                "LOCAL_RANK=0 where a scheduler gives each task a GPU of its own"
+            )
+        memory = torch.cuda.get_device_properties(launch.local_rank).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    return memory, launch.ranks, launch.local_ranks
 
 
 def sharded(config: Config, ranks: int) -> bool:

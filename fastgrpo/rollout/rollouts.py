@@ -127,16 +127,16 @@ class Rollouts:
         """Forgets what was rolled out ahead; the next `take` rolls it out again."""
         self._ahead = None
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self, stop: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Returns what a checkpoint keeps: plain data, and the tensors of samples rolled out ahead.
 
-        Samples ahead of which too many failed are not kept: they are rolled out again.
+        Samples ahead of which too many failed are not kept: they are rolled out again. stop: as `collect` takes it.
         """
         data: dict[str, Any] = {"in_flight": None}
         if isinstance(self.sampler, SpreadSampler):
             data["prompt_spread"] = [None if np.isnan(x) else x for x in self.sampler.spread.tolist()]
         batch = self._ahead
-        if batch is None or self.failure(self.collect(batch), batch.iteration) is not None:
+        if batch is None or self.failure(self.collect(batch, stop), batch.iteration) is not None:
             return data, {}
         return data | {"in_flight": flight_state(batch, self.world.size)}, tensors(batch.trajectory)
 

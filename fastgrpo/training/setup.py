@@ -17,7 +17,7 @@ from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.data.samplers import prompts_to_come
 from fastgrpo.distributed.adamw_8bit import check_optimizer
 from fastgrpo.distributed.signals import StopRequest, stop_request
-from fastgrpo.distributed.world import World, start_world, this_machine
+from fastgrpo.distributed.world import World, launched, start_world
 from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.heldout import heldout_prompts
 from fastgrpo.models import ModelFamily, check_family
@@ -47,11 +47,11 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     check_resolved(config)
     prompts = load_prompts(config.prompts.train)
     heldout = heldout_prompts(config, config.eval.images) if config.eval.every else []
-    rank, ranks = int(os.environ.get("RANK", "0")), this_machine()[1]
+    rank, ranks = launched()[:2]
     for source, of in ((config.prompts.train, prompts), (config.prompts.heldout or "", heldout)):
         check_pictures(source, of, share=slice(rank, None, ranks))
     rewards = load_rewards(config)
-    users = [load_callback(name) for name in config.callbacks]
+    users = load_callbacks(config.callbacks)
     check_family(config)
     forward_objective(config)
     check_optimizer(config.update.optimizer)
@@ -107,8 +107,8 @@ def run_callbacks(
 
     said: what the run has to say when it starts.
     """
-    evaluation = EvaluationCallback(heldout) if config.eval.every else None
-    found: list[Callback | None] = [
+    evaluation = EvaluationCallback(heldout)
+    return [
         ProfilingCallback(store.directory.parent / "profile", config.telemetry.profile),
         ProgressCallback(config.telemetry.progress and world.main, said),
         StallCallback(store.directory.parent, config.telemetry.stall_seconds),
@@ -118,11 +118,21 @@ def run_callbacks(
         FiniteCallback(config.train.max_skipped_steps),
         CheckpointCallback(store, evaluation, claim),
     ]
-    return [callback for callback in found if callback is not None]
 
 
-def load_callback(name: str) -> Callback:
-    """Returns a new callback of the class that `module:Class` or `file.py:Class` names.
-
-    Raises ConfigError, naming what is wrong."""
-    return new_instance(name, "callbacks", Callback)
+def load_callbacks(names: Sequence[str]) -> list[Callback]:
+    """Returns a new callback of each class. Raises ConfigError where two would keep their state under one name."""
+    found = [new_instance(name, "callbacks", Callback) for name in names]
+    # Those of fastgrpo, which are imported above.
+    taken = [kind.name for kind in Callback.__subclasses__() if kind.__module__.startswith(Callback.__module__)]
+    for name, callback in zip(names, found, strict=True):
+        if ".py:" in name and callback.name.startswith(type(callback).__module__):
+            # A checkpoint keeps its state wherever the file lies.
+            callback.__dict__["name"] = name.rpartition("/")[2]
+        if callback.name in taken:
+            raise ConfigError(
+                f"callbacks: '{name}' is not the only one whose name is '{callback.name}', under which a checkpoint "
+                "keeps its state; list it once, or give its class another `name`"
+            )
+        taken.append(callback.name)
+    return found

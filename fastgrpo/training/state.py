@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastgrpo.checkpoints.store import CheckpointStore
+from fastgrpo.checkpoints.store import CheckpointStore, plain_states
 from fastgrpo.training.optimizer import OptimizerState
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def save(trainer: Trainer, store: CheckpointStore, best: int | None, identity: M
     Raises:
         UserError: If the checkpoint before this one could not be written (disk full, no permission).
     """
-    rollouts, flying = trainer.rollouts.state()
+    rollouts, flying = trainer.rollouts.state(trainer.stop.wished(trainer.halted))
     state = {
         **identity,
         "iteration": trainer.iteration,
@@ -35,7 +35,7 @@ def save(trainer: Trainer, store: CheckpointStore, best: int | None, identity: M
         "train_seconds": trainer.train_seconds,
         "best_iteration": best,
         "rollouts": rollouts,
-        "callbacks": {callback.name: state for callback in trainer.callbacks if (state := callback.state())},
+        "callbacks": plain_states({callback.name: callback.state() for callback in trainer.callbacks}),
     }
     settings = trainer.config.checkpoint
     extra = {f"in_flight_{trainer.world.rank}": flying} if flying else {}

@@ -15,7 +15,7 @@ from fastgrpo.algorithms.advantages import Advantages
 from fastgrpo.config import Config
 from fastgrpo.data.prompts import Prompt, load_prompts
 from fastgrpo.distributed.residency import residency
-from fastgrpo.distributed.signals import ENDS, StopRequest, listening, stop_request
+from fastgrpo.distributed.signals import ENDS, HALTED, StopRequest, listening, stop_request
 from fastgrpo.distributed.world import World
 from fastgrpo.errors import RunPausedError, UserError
 from fastgrpo.models import ModelFamily, load_family
@@ -89,7 +89,7 @@ class Trainer:
         self.replay = Replay(config.update.replay, self.optimizer)
         self.kl_weight = config.objective.kl_weight
         self.iteration, self.train_seconds = 0, 0.0
-        # Why the run ends before its last iteration: a callback's reason, or signals that all ranks know of.
+        # Why the run ends before its last iteration: a callback's reason on this rank, or what all ranks agree on.
         self.halted: str | None = None
         self.stop = stop_request() if stop is None else stop
         self.iterations = IterationLog(self.log, world, self.timer, self.rollouts.samples, self._observe)
@@ -130,7 +130,7 @@ class Trainer:
                 stack.callback(callback.close)
             self._each("on_start")
             try:
-                while self.iteration < self.config.train.iterations and not (self.stop.agreed or self.halted):
+                while self.iteration < self.config.train.iterations and not self.stop.agreed:
                     self._each("before_iteration")
                     if not self._iterate():
                         break
@@ -140,10 +140,10 @@ class Trainer:
                 raise
             self.flush()
             self._each("on_end")
-            self.stop.agree(self.world)
+            self.stop.agree(self.world, self.halted)
             self.log.event("end", self.iteration, why=self.halted or ENDS[self.stop.agreed])
-        if self.halted:
-            raise UserError(self.halted)
+        if self.stop.agreed == HALTED:
+            raise UserError(self.halted or "a callback halted the run on another rank, which says why")
         self.stop.leave(
             f"{self.config.run.dir}: stopped at iteration {self.iteration} with a checkpoint, to be requeued"
         )
@@ -176,7 +176,7 @@ class Trainer:
         begin, iteration = time.perf_counter(), self.iteration
         self.timer.lap()
         batch = self.rollouts.take(iteration)
-        scored = self.rollouts.collect(batch, self.stop.wish)
+        scored = self.rollouts.collect(batch, self.stop.wished(self.halted))
         with self.timer.phase("sync"):
             self.flush()
         if self.stop.take(scored.stop) and not self.config.scoring.staleness:

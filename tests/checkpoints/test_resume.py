@@ -230,6 +230,11 @@ def test_the_best_checkpoint_is_saved_or_said_to_be_missing(tiny_flux, tmp_path,
     assert store.iterations() == [2, 4]
     assert open_run(tmp_path / "run", "best")[2] == 2
     assert open_run(tmp_path / "run")[2] == 4
+    # The best so far stays, whether or not evaluations go on.
+    on = {"eval": {"every": 0}, "train": {"iterations": 5}, "run": {**config.run.model_dump(), "resume": True}}
+    assert len(finished(validate({**config.model_dump(), **on})).result().evaluations) == 5
+    assert store.iterations() == [2, 5]
+    assert open_run(tmp_path / "run", "best")[2] == 2
     store.path(2).rename(tmp_path / "away")
     with pytest.raises(UserError, match="iteration 2 scored best, and its checkpoint is not there"):
         open_run(tmp_path / "run", "best")

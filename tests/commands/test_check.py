@@ -13,7 +13,7 @@ from support.tiny import tiny_config
 from fastgrpo.commands.main import main
 from fastgrpo.config import dump
 from fastgrpo.errors import ConfigError
-from fastgrpo.training.setup import load_callback
+from fastgrpo.training.setup import load_callbacks
 
 ROOT = Path(__file__).parents[2]
 
@@ -218,9 +218,10 @@ def test_a_callback_is_found_as_a_reward_is(tmp_path, monkeypatch, name, words):
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     if words is None:
-        assert type(load_callback(name)).__name__ == "Quick"
+        (made,) = load_callbacks([name])
+        assert type(made).__name__ == "Quick"
         return
     with pytest.raises(ConfigError, match=words) as caught:
-        load_callback(name)
+        load_callbacks([name])
     assert str(caught.value).startswith("callbacks: ")
     assert "\n" not in str(caught.value)

@@ -298,9 +298,11 @@ def damage(file, content):
     [
         (damage("config.yaml", b""), r"config\.yaml: not the config of a run"),
         (damage("config.yaml", b"\xff\xfe\x00"), r"config\.yaml: not a text file"),
-        (damage("eval/*.json", b"[]"), r"000000\.json: not an evaluation"),
+        (damage("eval/*.json", b"[]"), r"000000\.json: not a JSON object"),
+        (damage("eval/*.json", b"{}"), r"000000\.json: not an evaluation"),
         (damage("eval/*.png", b"?"), r"000000\.png: not a picture"),
     ],
+    ids=["no config", "no text", "no object", "no evaluation", "no picture"],
 )
 def test_a_file_of_a_run_that_is_something_else_is_one_line(make_run, broken, said):
     run = make_run()

@@ -14,8 +14,8 @@ from support.two_ranks import PLANNED, finished, measured, runs_of
 
 from fastgrpo.distributed.fsdp import hold_weights, unsharded
 from fastgrpo.distributed.residency import residency
-from fastgrpo.distributed.world import World, check_world
-from fastgrpo.errors import ConfigError
+from fastgrpo.distributed.world import TASKS, World, check_world, launched
+from fastgrpo.errors import ConfigError, UserError
 from fastgrpo.planning.dry_run import dry_run
 
 UPDATE = {"optimizer_steps": 2, "ema_decay": 0.9}
@@ -159,6 +159,31 @@ def compare(path: Path, alone: Path, together: Path, still: int = 2) -> None:
 def test_a_mesh_that_cannot_be_is_one_line(tiny_flux, parallel, ranks, local, said):
     with pytest.raises(ConfigError, match=said):
         check_world(tiny_config(tiny_flux, parallel=parallel), ranks, local)
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"RANK": "1"}, "RANK: 1, and WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "2"}, "RANK: not set, and WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR: not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK: 2, and WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is not a number"),
+        ({"SLURM_PROCID": "3"}, "WORLD_SIZE: not set, and SLURM_PROCID is 3: every task would train alone"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "WORLD_SIZE": ""}, "OMPI_COMM_WORLD_RANK is 1"),
+    ],
+    ids=str,
+)
+def test_variables_that_make_no_rank_are_one_line_at_each(monkeypatch, environment, said):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *TASKS):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == (0, 1, 0, 1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # No ConfigError, which rank 0 alone says.
+    with pytest.raises(UserError, match=said) as caught:
+        launched()
+    assert not isinstance(caught.value, ConfigError)
 
 
 def test_what_makes_a_mesh(tiny_flux):

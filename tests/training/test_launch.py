@@ -15,6 +15,8 @@ from support.tiny import tiny_config
 
 from fastgrpo.checkpoints.store import CheckpointStore
 from fastgrpo.config.sections import dump_settings
+from fastgrpo.distributed.world import start_world
+from fastgrpo.errors import UserError
 from fastgrpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +55,7 @@ def submit(tiny_flux, tmp_path):
         config.write_text(dump_settings(settings), encoding="utf-8")
         slurm = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "4242", "SLURM_NTASKS": str(ranks)}
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | slurm | more | {"FAKE": str(tmp_path), "PYTHON": sys.executable, "PYTHONPATH": paths}
+        environment = os.environ | slurm | {"FAKE": str(tmp_path), "PYTHON": sys.executable, "PYTHONPATH": paths} | more
         environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
         command = ["bash", str(ROOT / "configs/launch/slurm.sh"), str(config)]
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -74,6 +76,16 @@ def interrupt(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["slurm.sh", "torchrun.sh"])
 def test_the_script_is_a_script(name):
     subprocess.run(["bash", "-n", str(ROOT / "configs/launch" / name)], check=True)
+
+
+@pytest.mark.parametrize("tasks, local", [("2(x4)", "2"), ("2,1", "2"), (None, "2")])
+def test_slurm_tells_ranks_how_many_their_node_has(submit, tmp_path, tasks, local):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\necho "$RANK $LOCAL_WORLD_SIZE" >> {tmp_path}/told\n')
+    python.chmod(0o755)
+    more = {} if tasks is None else {"SLURM_STEP_TASKS_PER_NODE": tasks}
+    assert submit(2, 1, PYTHON=str(python), **more).wait(60) == 0
+    assert sorted((tmp_path / "told").read_text().splitlines()) == [f"0 {local}", f"1 {local}"]
 
 
 @pytest.mark.full
@@ -181,6 +193,17 @@ def test_torchrun_starts_ranks_again_from_the_last_checkpoint(torchrun, tmp_path
     assert job.wait(400) == 0, (tmp_path / "errors").read_text()
     assert [json.loads(line)["iteration"] for line in lines.read_text().splitlines()] == [0, 1, 2, 3, 4]
     assert CheckpointStore.of_run(tmp_path / "run").iterations()[-1] == 5
+
+
+def test_a_port_that_is_taken_is_told(tiny_flux, tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        for name, value in ({"RANK": "0", "WORLD_SIZE": "2"} | place).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"MASTER_PORT: ranks cannot meet at 127.0.0.1:{place['MASTER_PORT']}: "):
+            start_world(tiny_config(tiny_flux, tmp_path / "run", parallel={"timeout": 5.0}))
 
 
 def test_a_rank_whose_peer_never_starts_says_so_and_gives_up(tiny_flux, tmp_path, monkeypatch, capfd):

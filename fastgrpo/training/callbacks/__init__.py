@@ -1,6 +1,6 @@
 """What happens around iterations: evaluation, checkpoints, the guard, profiling, progress, and a user's own.
 
-A callback of your own is a class in a module that Python can import, named in the config:
+A callback of your own is a class in a file or in a module that Python can import, named in the config:
 `callbacks: ["my_callbacks:MyCallback"]`. docs/training.md has an example.
 """
 

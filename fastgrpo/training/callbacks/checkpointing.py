@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgrpo.checkpoints.resume import Claim
-from fastgrpo.checkpoints.store import CheckpointStore
+from fastgrpo.checkpoints.store import CheckpointStore, plain_states
 from fastgrpo.errors import UserError
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
@@ -30,6 +30,8 @@ class CheckpointCallback(Callback):
         self.saved = -1
 
     def on_start(self, trainer: Trainer) -> None:
+        # Now, and not at the first checkpoint.
+        plain_states({callback.name: callback.state() for callback in trainer.callbacks})
         self.saved = trainer.iteration if trainer.iteration in self.store.iterations() else -1
 
     def after_iteration(self, trainer: Trainer) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class EvaluationCallback(Callback):
     """Draws and scores held-out prompts before the first iteration and after every `eval.every`.
 
+    With `eval.every: 0` it never does, but keeps what a resumed run had.
+
     `history` has a row for each evaluation: iteration, score (the weighted sum of the trained rewards' means), rewards.
     """
 
@@ -35,11 +37,12 @@ class EvaluationCallback(Callback):
         return max(scored, key=lambda row: row["score"], default=None)
 
     def on_start(self, trainer: Trainer) -> None:
-        if trainer.iteration == 0:
+        if trainer.iteration == 0 and trainer.config.eval.every:
             self.evaluate(trainer)
 
     def after_iteration(self, trainer: Trainer) -> None:
-        if trainer.iteration % trainer.config.eval.every == 0:
+        every = trainer.config.eval.every
+        if every and trainer.iteration % every == 0:
             self.evaluate(trainer)
 
     def evaluate(self, trainer: Trainer) -> None:
@@ -62,7 +65,7 @@ class EvaluationCallback(Callback):
         if trainer.world.main:
             trainer.note(f"iteration {iteration}: held-out reward {score:.3f}{strict}")
         # An evaluation takes a while: signals that came during it stop the run here.
-        trainer.stop.agree(trainer.world)
+        trainer.stop.agree(trainer.world, trainer.halted)
 
     def state(self) -> dict[str, Any]:
         best = self.best
