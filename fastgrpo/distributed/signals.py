@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastgrpo.errors import PreemptedError
+from fastgrpo.errors import REQUEUE, PreemptedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +27,8 @@ STOPS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: 
 
 # A signal that comes again within so many seconds is the same one: a terminal and torchrun both pass Ctrl-C on.
 GRACE = 5.0
+# How long a rank that was asked to stop still waits for others to meet, which would agree with it.
+PATIENCE = 20.0
 
 
 class Ranks(Protocol):
@@ -125,3 +128,36 @@ def listening(request: StopRequest) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def meeting(patience: float = PATIENCE) -> Iterator[None]:
+    """Around the wait for other ranks, in C++, where no handler runs.
+
+    A signal is taken as ever once they are there; where they do not come within `patience` seconds of it, the process
+    ends, with its exit code. Nothing is under way yet.
+    """
+    if _current is None:
+        yield
+        return
+    met, (reader, writer) = threading.Event(), os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] in STOPS and not met.wait(patience):
+                name = signal.Signals(number[0]).name
+                os.write(2, f"{name}: ended while waiting for the other ranks\n".encode())
+                os._exit(REQUEUE if STOPS[signal.Signals(number[0])] == PREEMPTED else 128 + signal.SIGINT)
+        os.close(reader)
+
+    before = signal.set_wakeup_fd(writer)
+    # One that came before.
+    os.write(writer, bytes(number for number, wish in STOPS.items() if wish == _current.wish)[:1])
+    threading.Thread(target=watch, name="meeting", daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
+        signal.set_wakeup_fd(before)
+        os.close(writer)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastgrpo.config import Config
+from fastgrpo.distributed.signals import meeting
 from fastgrpo.errors import ConfigError, UserError
 
 # What launchers other than torchrun call the number of a process.
@@ -85,7 +86,8 @@ def start_world(config: Config) -> World:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout), **alone)
+            with meeting():
+                dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout), **alone)
         except dist.DistNetworkError as error:
             # A port that is taken, or a host that is not reached: no rank is lost yet.
             place, said = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")), str(error)
@@ -118,11 +120,11 @@ def launched() -> Launch:
         raise UserError(
             f"RANK: {found.rank}, and WORLD_SIZE is {ranks}; every rank is told both, and they count from 0"
         )
-    task = next((name for name in TASKS if ranks == 1 and _number(name, 0) > 0), None)
-    if task is not None:
+    task = next((name for name in TASKS if _number(name, 0) > 0), None)
+    if task is not None and not os.environ.get("WORLD_SIZE"):
         raise UserError(
             f"WORLD_SIZE: not set, and {task} is {os.environ[task]}: every task would train alone; start them by "
-            "configs/launch/slurm.sh, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            "configs/launch/slurm.sh, or set WORLD_SIZE=1 where each is a run of its own"
         )
     return found
 

@@ -186,6 +186,12 @@ def test_variables_that_make_no_rank_are_one_line_at_each(monkeypatch, environme
     assert not isinstance(caught.value, ConfigError)
 
 
+def test_a_task_that_says_so_trains_alone(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("SLURM_PROCID", "3")):
+        monkeypatch.setenv(name, value)
+    assert launched() == (0, 1, 0, 1)
+
+
 def test_what_makes_a_mesh(tiny_flux):
     for parallel, ranks in (
         ({"replicate": 3}, 6),

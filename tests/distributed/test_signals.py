@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,6 +86,48 @@ def test_a_signal_while_torch_is_imported_is_taken(tiny_flux, tmp_path):
     assert "stopped before its first iteration, to be requeued" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+ALONE = """
+import os, signal, sys, threading
+from datetime import timedelta
+from fastgrpo.distributed import signals
+signals.listen()
+early, number = sys.argv[1] == "early", int(sys.argv[2])
+if early:
+    os.kill(os.getpid(), number)
+import torch.distributed as dist
+if not early:
+    threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+with signals.meeting(0.5):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+"""
+
+
+@pytest.mark.parametrize(
+    "when, number, code", [("early", signal.SIGTERM, 75), ("late", signal.SIGUSR1, 75), ("late", signal.SIGINT, 130)]
+)
+def test_a_rank_that_waits_for_others_in_vain_ends_as_it_is_asked(when, number, code):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-c", ALONE, when, str(int(number))]
+    done = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert f"{number.name}: ended while waiting for the other ranks" in done.stderr
+
+
+def test_a_signal_while_ranks_meet_is_taken_once_they_have():
+    signals.listen()
+    try:
+        request, before = signals.stop_request(), signal.set_wakeup_fd(-1)
+        with signals.meeting(0.2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.5)
+        assert request.wish == signals.PREEMPTED
+        assert signal.set_wakeup_fd(before) == -1
+    finally:
+        signals.stop_listening()
 
 
 def train(config, moment, number, rank):
