@@ -58,6 +58,8 @@ def no_process_group():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    # One that could not be made has taken a name, and DTensor's caches know the next one by the name before it.
+    dist.distributed_c10d._world.group_count = 0
 
 
 @pytest.fixture(scope="session")

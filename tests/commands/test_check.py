@@ -201,22 +201,22 @@ class Broken(Callback):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("mine.py:Quick", None),
-        ("mine:Quick", None),
-        ("mine.py:Quik", r"'Quik' is not in .*mine.py; did you mean 'Quick'"),
-        ("mine.py:Broken", "cannot be made without arguments: RuntimeError: no socket; traceback: "),
-        ("mine.py:CALLBACKS", "is not in"),
+        ("own_callback.py:Quick", None),
+        ("own_callback:Quick", None),
+        ("own_callback.py:Quik", r"'Quik' is not in .*own_callback.py; did you mean 'Quick'"),
+        ("own_callback.py:Broken", "cannot be made without arguments: RuntimeError: no socket; traceback: "),
+        ("own_callback.py:CALLBACKS", "is not in"),
         ("json:dumps", "'json:dumps' is not a subclass of"),
         ("raises.py:Quick", "'raises.py' cannot be imported: ZeroDivisionError: .*; traceback: "),
-        (".mine:Quick", "'.mine' cannot be imported: TypeError: "),
+        (".own_callback:Quick", "'.own_callback' cannot be imported: TypeError: "),
     ],
 )
 def test_a_callback_is_found_as_a_reward_is(tmp_path, monkeypatch, name, words):
-    (tmp_path / "mine.py").write_text(CALLBACKS)
+    (tmp_path / "own_callback.py").write_text(CALLBACKS)
     (tmp_path / "raises.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.delitem(sys.modules, "own_callback", raising=False)
     if words is None:
         (made,) = load_callbacks([name])
         assert type(made).__name__ == "Quick"

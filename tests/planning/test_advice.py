@@ -42,7 +42,9 @@ def test_a_run_that_runs_out_says_where_and_what_needs_less(tiny_flux, tmp_path,
     assert 0 < most < memory
     assert less <= need
     # Another rank leaves the plan to the first.
-    monkeypatch.setenv("RANK", "1")
+    there = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
     assert "says what fits" in str(explained(MemoryError(), tiny_config(tiny_flux, tmp_path)))
 
 
