@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -10,11 +9,12 @@ from pathlib import Path
 
 from fastgrpo.algorithms.arithmetic import arithmetic
 from fastgrpo.config import load_config
+from fastgrpo.distributed.world import environment_number
 from fastgrpo.errors import UserError
 from fastgrpo.observe.progress import warn
 from fastgrpo.planning.plan import HARDWARE
 from fastgrpo.preflight.checks import preflight
-from fastgrpo.training.setup import load_callbacks
+from fastgrpo.training.setup import distinct, load_callback
 
 
 def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> bool:
@@ -34,11 +34,10 @@ def check(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -
     except UserError as error:
         return _refused(getattr(error, "problems", None) or (str(error),))
     name = HARDWARE.fullmatch(path.stem)
-    count = ranks or (int(name[1]) if name else int(os.environ.get("WORLD_SIZE", "1")))
+    count = ranks or (int(name[1]) if name else environment_number("WORLD_SIZE", 1))
     found = preflight(config, count)
-    each = [found.attempt(partial(load_callbacks, [name])) for name in config.callbacks]
-    if all(each):
-        found.attempt(partial(load_callbacks, config.callbacks))
+    callbacks = [found.attempt(partial(load_callback, name)) for name in config.callbacks]
+    found.attempt(partial(distinct, [callback for callback in callbacks if callback is not None]))
     for remark in found.remarks:
         warn(_line(remark))
     for line in found.missing:

@@ -59,8 +59,9 @@ def evaluate_target(target: str | Path, request: Request | None = None, note: Ca
     else:
         config = load_config(target)
     out = _directory(target, run, request)
-    rewards = _judges(specs := choose_rewards(config, request.rewards), bool(request.rewards), note)
-    specs = [spec for spec in specs if spec.key in rewards]
+    chosen = choose_rewards(config, request.rewards)
+    rewards = _judges(chosen, bool(request.rewards), note)
+    specs = [spec for spec in chosen if spec.key in rewards]
     embedder = ClipReward(request.embedding)
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     distinct = heldout_prompts(config, -(-request.images // request.samples), request.prompts)

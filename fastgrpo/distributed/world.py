@@ -90,8 +90,9 @@ def start_world(config: Config) -> World:
                 dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout), **alone)
         except dist.DistNetworkError as error:
             # A port that is taken, or a host that is not reached: no rank is lost yet.
-            place, said = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")), str(error)
-            raise UserError(f"MASTER_PORT: ranks cannot meet at {place}: {said.partition('. ')[0]}") from None
+            place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            reason = str(error).partition(". ")[0]
+            raise UserError(f"MASTER_PORT: ranks cannot meet at {place}: {reason}") from None
     world = make_world(config, ranks, rank, device)
     return replace(world, memory=int(world.gather(np.array([float(memory)])).min()))
 
@@ -110,17 +111,22 @@ def launched() -> Launch:
 
     Raises UserError, which every rank says, where they are incomplete or contradict one another.
     """
-    ranks = _number("WORLD_SIZE", 1)
+    ranks = environment_number("WORLD_SIZE", 1)
     if ranks > 1 and (lacking := [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]):
         raise UserError(
             f"{lacking[0]}: not set, and WORLD_SIZE is {ranks}; start ranks by torchrun, or by configs/launch/slurm.sh"
         )
-    found = Launch(_number("RANK", 0), ranks, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", ranks))
+    found = Launch(
+        environment_number("RANK", 0),
+        ranks,
+        environment_number("LOCAL_RANK", 0),
+        environment_number("LOCAL_WORLD_SIZE", ranks),
+    )
     if not 0 <= found.rank < ranks:
         raise UserError(
             f"RANK: {found.rank}, and WORLD_SIZE is {ranks}; every rank is told both, and they count from 0"
         )
-    task = next((name for name in TASKS if _number(name, 0) > 0), None)
+    task = next((name for name in TASKS if environment_number(name, 0) > 0), None)
     if task is not None and not os.environ.get("WORLD_SIZE"):
         raise UserError(
             f"WORLD_SIZE: not set, and {task} is {os.environ[task]}: every task would train alone; start them by "
@@ -129,7 +135,7 @@ def launched() -> Launch:
     return found
 
 
-def _number(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
     """A variable of the environment; `default` where it is not set, or empty."""
     text = os.environ.get(name) or str(default)
     try:

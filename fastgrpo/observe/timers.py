@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import resource
 import sys
 import time
@@ -125,10 +124,7 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
         # Not getrusage: its maximum begins with that of the process which started this one.
-        file = os.open("/proc/self/status", os.O_RDONLY)
-        try:
-            return int(os.read(file, 4096).partition(b"VmHWM:")[2].split(maxsplit=1)[0]) * 1024
-        finally:
-            os.close(file)
+        with open("/proc/self/status", "rb", buffering=0) as file:
+            return int(file.read().partition(b"VmHWM:")[2].split(maxsplit=1)[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

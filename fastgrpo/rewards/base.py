@@ -201,6 +201,13 @@ def _described(value: Any) -> str:
     return f"{kind}: {' '.join(repr(value).split()):.60}"
 
 
+def describe(reward: Reward, samples: Tensor, prompts: Sequence[Prompt]) -> list[str]:
+    """What a reward sees in each sample, by its own `describe`; an empty text where it says nothing."""
+    if not hasattr(reward, "describe"):
+        return [""] * len(prompts)
+    return [str(text) for text in reward.describe(samples, prompts)]  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def release(rewards: Iterable[Reward]) -> None:
     """The end of a scoring phase: rewards with `offload` give their memory on the device back."""
     for reward in rewards:

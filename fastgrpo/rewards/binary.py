@@ -14,7 +14,7 @@ from fastgrpo.config import RewardSpec
 from fastgrpo.config.sections import validate_settings
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError, nearest
-from fastgrpo.rewards.base import Reward, Scores, ask, release
+from fastgrpo.rewards.base import Reward, Scores, ask, describe, release
 from fastgrpo.rewards.neural import options
 
 
@@ -59,6 +59,10 @@ class BinaryReward:
             raise ConfigError(f"component: {self.name} is not among {', '.join(inner.components) or 'none'}")
         hits = np.where(np.isfinite(values), values >= self.threshold, np.nan)
         return Scores(hits, inner.valid, {self.name.replace(".", "_"): values}, inner.asked)
+
+    def describe(self, samples: Tensor, prompts: Sequence[Prompt]) -> list[str]:
+        """What the reward sees in the samples."""
+        return describe(self.reward, samples, prompts)
 
     def release(self) -> None:
         release([self.reward])

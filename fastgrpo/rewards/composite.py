@@ -12,7 +12,7 @@ from fastgrpo.config import CompositeOptions
 from fastgrpo.config.sections import validate_settings
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import ConfigError
-from fastgrpo.rewards.base import Reward, Scores, ask, matches, release, take
+from fastgrpo.rewards.base import Reward, Scores, ask, describe, matches, release, take
 
 
 class Routed:
@@ -20,8 +20,6 @@ class Routed:
 
     def __init__(self, reward: Reward, when: Mapping[str, Sequence[Any]]) -> None:
         self.reward, self.when = reward, when
-        if hasattr(reward, "describe"):
-            self.describe = self._describe
 
     def score(self, samples: Tensor, prompts: Sequence[Prompt], fps: float | None) -> Scores:
         chosen = np.array([matches(p, self.when) for p in prompts], dtype=bool)
@@ -29,11 +27,10 @@ class Routed:
             return Scores(np.zeros(len(chosen)), ~chosen, {}, chosen)
         return ask(self.reward, *take(samples, prompts, chosen), fps).scatter(chosen)
 
-    def _describe(self, samples: Tensor, prompts: Sequence[Prompt]) -> list[str]:
+    def describe(self, samples: Tensor, prompts: Sequence[Prompt]) -> list[str]:
         """What the reward sees in the samples that it is asked for; of the others nothing."""
         chosen = np.array([matches(p, self.when) for p in prompts], dtype=bool)
-        seen: Any = self.reward
-        said = iter(seen.describe(*take(samples, prompts, chosen)) if chosen.any() else ())
+        said = iter(describe(self.reward, *take(samples, prompts, chosen)) if chosen.any() else ())
         return [next(said) if asked else "" for asked in chosen]
 
     def release(self) -> None:
@@ -64,6 +61,11 @@ class CompositeReward:
             valid &= part.valid
             components[name] = np.where(part.counted, part.values, np.nan)
         return Scores(total, valid, components, count > 0)
+
+    def describe(self, samples: Tensor, prompts: Sequence[Prompt]) -> list[str]:
+        """What its parts see in the samples."""
+        said = [describe(reward, samples, prompts) for reward in self.parts.values()]
+        return ["; ".join(filter(None, texts)) for texts in zip(*said, strict=True)]
 
     def release(self) -> None:
         release(self.parts.values())

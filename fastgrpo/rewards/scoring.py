@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed.world import World
 from fastgrpo.rewards import Reward, Scores
-from fastgrpo.rewards.base import ask, release
+from fastgrpo.rewards.base import ask, describe, release
 from fastgrpo.rewards.failures import FailureLog
 
 
@@ -73,16 +73,18 @@ def score_samples(
 def describe_samples(
     rewards: Mapping[str, Reward], failures: FailureLog, images: Tensor, prompts: Sequence[Prompt]
 ) -> dict[str, list[str]]:
-    """What rewards with a `describe` method see in each sample, by reward; one that raises is left out, and said."""
+    """What the rewards that say something see in each sample, by reward; one that raises is left out, and said."""
     found = {}
     for name, reward in rewards.items():
         try:
-            if hasattr(reward, "describe"):
-                found[name] = [str(text) for text in reward.describe(images, prompts)]  # pyright: ignore[reportAttributeAccessIssue]
+            texts = describe(reward, images, prompts)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             failures.failed(f"reward '{name}' could not describe {len(prompts)} samples", name, error)
+        else:
+            if any(texts):
+                found[name] = texts
     return found
 
 

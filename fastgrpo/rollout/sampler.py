@@ -30,7 +30,7 @@ def forward_batches(index: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, 
 
 def batch_rows(x: Tensor, index: np.ndarray, real: int) -> Tensor:
     """The rows of x at a batch of consecutive places: a view, but where it is padded."""
-    return x[index[0] :][:real] if real == len(index) else x.index_select(0, to_device(index, x.device))
+    return x[index[0] : index[0] + real] if real == len(index) else x.index_select(0, to_device(index, x.device))
 
 
 def predict_rows(

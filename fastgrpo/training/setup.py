@@ -51,7 +51,7 @@ def open_trainer(kind: type[TrainerType], config: Config, load: Callable[..., Mo
     for source, of in ((config.prompts.train, prompts), (config.prompts.heldout or "", heldout)):
         check_pictures(source, of, share=slice(rank, None, ranks))
     rewards = load_rewards(config)
-    users = load_callbacks(config.callbacks)
+    users = distinct([load_callback(name) for name in config.callbacks])
     check_family(config)
     forward_objective(config)
     check_optimizer(config.update.optimizer)
@@ -120,19 +120,25 @@ def run_callbacks(
     ]
 
 
-def load_callbacks(names: Sequence[str]) -> list[Callback]:
-    """Returns a new callback of each class. Raises ConfigError where two would keep their state under one name."""
-    found = [new_instance(name, "callbacks", Callback) for name in names]
+def load_callback(name: str) -> Callback:
+    """Returns a new callback of the class that `module:Class` or `file.py:Class` names. Raises ConfigError."""
+    made = new_instance(name, "callbacks", Callback)
+    kind = type(made)
+    if ".py:" in name and kind.name == f"{kind.__module__}:{kind.__qualname__}":
+        # By which a checkpoint finds its state, wherever the file lies.
+        kind.name = name.rpartition("/")[2]
+    return made
+
+
+def distinct(callbacks: Sequence[Callback]) -> Sequence[Callback]:
+    """Returns a user's callbacks. Raises ConfigError where a checkpoint would keep two states under one name."""
     # Those of fastgrpo, which are imported above.
     taken = [kind.name for kind in Callback.__subclasses__() if kind.__module__.startswith(Callback.__module__)]
-    for name, callback in zip(names, found, strict=True):
-        if ".py:" in name and callback.name.startswith(type(callback).__module__):
-            # A checkpoint keeps its state wherever the file lies.
-            callback.__dict__["name"] = name.rpartition("/")[2]
+    for callback in callbacks:
         if callback.name in taken:
             raise ConfigError(
-                f"callbacks: '{name}' is not the only one whose name is '{callback.name}', under which a checkpoint "
-                "keeps its state; list it once, or give its class another `name`"
+                f"callbacks: {type(callback).__qualname__} is not the only one whose name is '{callback.name}', under "
+                "which a checkpoint keeps its state; list it once, or give its class another `name`"
             )
         taken.append(callback.name)
-    return found
+    return callbacks

@@ -13,7 +13,7 @@ from support.tiny import tiny_config
 from fastgrpo.commands.main import main
 from fastgrpo.config import dump
 from fastgrpo.errors import ConfigError
-from fastgrpo.training.setup import load_callbacks
+from fastgrpo.training.setup import load_callback
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +38,13 @@ def test_a_run_that_can_start_is_its_arithmetic(check):
     assert (code, errors) == (0, [])
     assert "shapes:train: 960 prompts" in out
     assert "One iteration on 1 rank:" in out
+
+
+def test_a_number_of_ranks_that_is_none_is_one_line(tiny_flux, tmp_path, monkeypatch, capsys):
+    (tmp_path / "c.yaml").write_text(dump(tiny_config(tiny_flux, tmp_path / "run")))
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert main(["train", str(tmp_path / "c.yaml"), "--check"]) == 2
+    assert capsys.readouterr().err == "error: WORLD_SIZE: 'two' is not a number; torchrun sets it\n"
 
 
 def test_every_problem_is_there_at_once(check, tmp_path):
@@ -218,10 +225,9 @@ def test_a_callback_is_found_as_a_reward_is(tmp_path, monkeypatch, name, words):
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.delitem(sys.modules, "own_callback", raising=False)
     if words is None:
-        (made,) = load_callbacks([name])
-        assert type(made).__name__ == "Quick"
+        assert type(load_callback(name)).__name__ == "Quick"
         return
     with pytest.raises(ConfigError, match=words) as caught:
-        load_callbacks([name])
+        load_callback(name)
     assert str(caught.value).startswith("callbacks: ")
     assert "\n" not in str(caught.value)

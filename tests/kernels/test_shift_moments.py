@@ -231,3 +231,23 @@ def test_refuses_double_backward():
     _, q = shift_moments(v, case.v_old, case.b, case.s, case.key)
     with pytest.raises(ValueError, match="no double backward"):
         torch.autograd.grad(q.sum(), v, create_graph=True)
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes nothing back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None
+
+
+def test_a_loss_that_passes_nothing_back_leaves_no_gradient():
+    v_old = torch.randn(2, 3, 4)
+    v = v_old.clone().requires_grad_()
+    P, _ = shift_moments(v, v_old, 1.0, 1.0, torch.randn(2, 3, 4))
+    NoGradient.apply(P).sum().backward()  # pyright: ignore[reportOptionalMemberAccess]
+    assert v.grad is None

@@ -103,8 +103,23 @@ def test_a_judge_whose_prompts_are_chosen_says_what_it_read_of_those_alone():
     alone = load_reward(spec).describe(pictures, prompts)  # pyright: ignore[reportAttributeAccessIssue]
     routed = load_reward(spec.model_copy(update={"when": {"kind": ["sign"]}}))
     assert routed.describe(pictures, kinds) == [alone[0], "", alone[2]]  # pyright: ignore[reportAttributeAccessIssue]
-    plain = load_reward(RewardSpec(name="shapes", when={"kind": ["sign"]}))
-    assert not hasattr(plain, "describe")
+
+
+@pytest.mark.parametrize("name", ["binary", "composite"])
+def test_a_reward_that_stands_over_a_judge_says_what_that_one_read(name):
+    from fastgrpo.rewards.failures import FailureLog
+    from fastgrpo.rewards.scoring import describe_samples
+
+    prompts, pictures = truth(2)
+    judge, mute = {"name": "ocr", "options": {"detect": False}}, {"name": "shapes"}
+    options = {
+        "binary": [{"of": judge, "threshold": 0.5}, {"of": mute, "threshold": 0.5}],
+        "composite": [{"of": [mute, judge], "aggregate": "reward"}, {"of": [mute], "aggregate": "reward"}],
+    }[name]
+    reads, silent = (load_reward(RewardSpec(name=name, options=chosen)) for chosen in options)
+    alone = load_reward(RewardSpec(**judge)).describe(pictures, prompts)  # pyright: ignore[reportAttributeAccessIssue]
+    found = describe_samples({"reads": reads, "silent": silent}, FailureLog(print), pictures, prompts)
+    assert found == {"reads": alone}
 
 
 def test_an_evaluation_leaves_out_a_judge_that_is_not_installed_and_names_it(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from fastgrpo.errors import ConfigError, PreemptedError, UserError
 from fastgrpo.training.callbacks import Callback
 from fastgrpo.training.callbacks.checkpointing import CheckpointCallback
 from fastgrpo.training.callbacks.evaluation import EvaluationCallback
-from fastgrpo.training.setup import load_callbacks
+from fastgrpo.training.setup import distinct, load_callback
 from fastgrpo.training.trainer import Trainer
 
 
@@ -93,15 +93,15 @@ def test_the_state_of_a_callback_of_a_file_is_kept_wherever_the_file_lies(tmp_pa
         file = tmp_path / folder / "mine.py"
         file.parent.mkdir()
         file.write_text("import fastgrpo\nclass Quick(fastgrpo.Callback): pass\n")
-        names |= {callback.name for callback in load_callbacks([f"{file}:Quick"])}
+        names |= {load_callback(f"{file}:Quick").name}
     assert names == {"mine.py:Quick"}
 
 
 @pytest.mark.parametrize(
     "names, said",
     [
-        (["Counts", "Counts"], "'test_callbacks:Counts' is not the only one whose name is 'test_callbacks:Counts'"),
-        (["Counts", "Same"], "'test_callbacks:Same' is not the only one"),
+        (["Counts", "Counts"], "Counts is not the only one whose name is 'test_callbacks:Counts'"),
+        (["Counts", "Same"], "Same is not the only one"),
         (["Guard"], "not the only one whose name is 'guard'"),
         (["NoToken"], "'test_callbacks:NoToken' cannot be made without arguments: KeyError: 'TOKEN'"),
         (["Hlats"], "did you mean 'Halts'"),
@@ -111,7 +111,7 @@ def test_the_state_of_a_callback_of_a_file_is_kept_wherever_the_file_lies(tmp_pa
 )
 def test_what_cannot_be_a_callback_is_one_line(names, said):
     with pytest.raises(ConfigError) as caught:
-        load_callbacks([f"test_callbacks:{name}" for name in names])
+        distinct([load_callback(f"test_callbacks:{name}") for name in names])
     assert said in str(caught.value)
 
 
@@ -120,7 +120,7 @@ def test_a_module_that_fails_is_one_line(text, said, tmp_path, monkeypatch):
     (tmp_path / f"broken_{said}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"callbacks: 'broken_{said}' cannot be imported: .*{said}"):
-        load_callbacks([f"broken_{said}:Quick"])
+        load_callback(f"broken_{said}:Quick")
 
 
 def test_a_state_that_a_checkpoint_cannot_keep_is_told_before_the_first_iteration(tiny_flux, tmp_path):

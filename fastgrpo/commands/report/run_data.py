@@ -172,7 +172,7 @@ def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in folder.glob("*.json"):
         evaluation = read_json(path)
-        if not isinstance(evaluation, dict) or "iteration" not in evaluation:
+        if "iteration" not in evaluation:
             raise UserError(f"{path}: not an evaluation; remove it to go on")
         found.append(evaluation | {"folder": folder})
     return sorted(found, key=lambda evaluation: evaluation["iteration"])

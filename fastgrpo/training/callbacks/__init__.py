@@ -23,7 +23,7 @@ class Callback:
     host in `after_iteration` makes every iteration wait for its update: use `on_metrics`, whose numbers are there.
     """
 
-    # The key of a callback's state in a checkpoint; of a class that gives none, module:Class.
+    # The key of a callback's state in a checkpoint; of a class that gives none, module:Class or file.py:Class.
     name: ClassVar[str]
 
     def __init_subclass__(cls) -> None:

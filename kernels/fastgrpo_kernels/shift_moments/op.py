@@ -363,6 +363,8 @@ class _ShiftMoments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         refuse_double_backward("shift_moments")
+        if grads[0] is None and grads[1] is None:
+            return None, None, None
         share, *arguments = saved_arguments(ctx)
         shift = Shift(*arguments)
         grad_p, grad_q = (torch.zeros_like(grads[1 - i]) if grads[i] is None else grads[i] for i in (0, 1))
